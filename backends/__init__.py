@@ -1,0 +1,1 @@
+"""Backends: what runs a rewritten program. `eager` is the oracle, `onnx` the CPU product."""

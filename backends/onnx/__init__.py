@@ -1,0 +1,1 @@
+"""The ONNX backend: lowerings, export, measured choice between kernels, ONNX Runtime sessions."""

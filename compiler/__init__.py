@@ -1,0 +1,1 @@
+"""The driver: tracing, the pass pipeline, reports, artefacts and the command line."""

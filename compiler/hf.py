@@ -1,0 +1,137 @@
+"""What fxpress knows about the transformers library: its caches as pytrees, its model folders. Imported lazily."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..ir.errors import ArtifactError, InputError, one_line
+
+
+def register_caches() -> None:
+    """Make transformers' key/value caches known to torch.export, if transformers is loaded. Safe to call again."""
+    if "transformers" not in sys.modules:
+        return
+    from transformers.cache_utils import EncoderDecoderCache
+    from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+    register_dynamic_cache_export_support()
+    if EncoderDecoderCache in pytree.SUPPORTED_NODES:
+        return
+    parts = ("self_attention_cache", "cross_attention_cache")
+    pytree.register_pytree_node(
+        EncoderDecoderCache,
+        lambda cache: ([getattr(cache, part) for part in parts], None),
+        lambda values, _: EncoderDecoderCache(*values),
+        serialized_type_name="transformers.cache_utils.EncoderDecoderCache",
+        flatten_with_keys_fn=lambda cache: (
+            [(pytree.GetAttrKey(part), getattr(cache, part)) for part in parts],
+            None,
+        ),
+    )
+
+
+def load_model(folder: Path) -> torch.nn.Module:
+    """A pretrained model from a folder with config.json and model.safetensors; nothing else is read or run.
+
+    Raises:
+        InputError: transformers is missing, or the folder holds no such model.
+        ArtifactError: the weights are damaged.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{str(folder)!r} is no directory; give a folder with config.json and model.safetensors")
+    missing = [name for name in ("config.json",) if not (folder / name).is_file()]
+    if not list(folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        raise InputError(f"{str(folder)!r} is no model: it has no {' and no '.join(missing)}")
+    transformers = import_transformers()
+    quiet(transformers)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        kind = _model_class(transformers, config)
+        model = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ArtifactError(f"cannot load the model in {str(folder)!r}: {one_line(error)}") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise ArtifactError(f"the weights in {str(folder)!r} are truncated or altered: {error}") from error
+        raise
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _model_class(transformers: Any, config: Any) -> Any:
+    """The class that the folder's config names, if transformers has it; else the base model of its family."""
+    named = (getattr(config, "architectures", None) or [""])[0]
+    found = getattr(transformers, named, None) if named.isidentifier() else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModel
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        InputError: if there is none.
+    """
+    transformers = import_transformers()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{str(folder)!r} has no tokenizer that loads: {one_line(error)}") from error
+
+
+def import_transformers() -> Any:
+    """The transformers module.
+
+    Raises:
+        InputError: if it is not installed, with the command that installs it.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError("this needs transformers: pip install 'fxpress[transformers]'") from error
+    return transformers
+
+
+def quiet(transformers: Any) -> None:
+    """Keep transformers' warnings and progress bars off the command line's output."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def example_inputs(model: torch.nn.Module, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
+    """Random inputs of the kind the model takes, with padding in the last row: for the command line.
+
+    Text models get `input_ids`, `attention_mask` (and decoder ids), vision models `pixel_values`, speech models
+    `input_features`.
+
+    Raises:
+        InputError: if the model's main input is of no known kind.
+    """
+    config = model.config
+    main = getattr(model, "main_input_name", "input_ids")
+    generator = torch.Generator().manual_seed(0)
+    if main == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        shape = (batch, getattr(config, "num_channels", 3), size, size)
+        return {main: torch.randn(shape, generator=generator)}
+    inputs: dict[str, torch.Tensor] = {}
+    if main == "input_features":
+        inputs[main] = torch.randn((batch, config.num_mel_bins, config.max_source_positions * 2), generator=generator)
+    elif main == "input_ids":
+        vocabulary = config.get_text_config().vocab_size
+        inputs[main] = torch.randint(vocabulary // 4, vocabulary, (batch, length), generator=generator)
+        mask = torch.ones(batch, length, dtype=torch.long)
+        mask[-1, -(length // 3) :] = 0
+        inputs["attention_mask"] = mask
+    else:
+        raise InputError(f"the model's main input is {main!r}; give example inputs through the Python API")
+    if getattr(config, "is_encoder_decoder", False):
+        vocabulary = config.get_text_config(decoder=True).vocab_size
+        inputs["decoder_input_ids"] = torch.randint(3, vocabulary, (batch, length // 2 + 1), generator=generator)
+    return inputs

@@ -1,0 +1,442 @@
+"""Tracing: from an nn.Module (or torch.export's ExportedProgram) and an example to a Program."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ..ir.errors import InputError, TraceError, one_line
+from ..ir.graph import Program, attribute, fake_result, identifier, size_text, source_of
+from ..ir.signature import ConstantInput, Signature, TensorInput, describe, leaves
+from . import hf
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def trace(model: torch.nn.Module | ExportedProgram, args: Arguments, dynamic_shapes: Any = "auto") -> Program:
+    """Trace a model on an example, under no_grad, in evaluation mode.
+
+    Args:
+        model: the model; it is not changed, the program has weights of its own (tied ones stay tied).
+        args: positional and named example arguments, as `bind_example` gives them.
+        dynamic_shapes: "auto": every axis that can vary stays dynamic, batch and length of size 1 included; None: all
+            sizes are fixed; else torch.export's own form, and an axis declared there that cannot vary is an error.
+
+    Raises:
+        TraceError: torch.export cannot trace the model; names the line of the user's code.
+        InputError: a weight or input name that could not safely appear in generated code.
+    """
+    hf.register_caches()
+    if isinstance(model, ExportedProgram):
+        return _to_program(model, _positional_names(model), model.example_inputs or ((), {}))
+    check_names(model, args)
+    positional = parameter_names(model)
+    if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
+        raise InputError(f"dynamic_shapes is {dynamic_shapes!r}; give 'auto', None, or torch.export's own form")
+    if isinstance(dynamic_shapes, tuple | list):
+        dynamic_shapes = dict(zip(positional, dynamic_shapes, strict=False))
+    if dynamic_shapes != "auto":
+        return _to_program(_export(model, args, dynamic_shapes), positional, args)
+    failure: TraceError | None = None
+    for example in _widened(args):
+        try:
+            return _to_program(_export(model, example, _every_axis(example)), positional, example)
+        except TraceError as error:
+            failure = failure or error
+    raise failure or TraceError("the model has no inputs")
+
+
+def bind_example(model: torch.nn.Module, example: Any) -> Arguments:
+    """Example inputs (a dict of named ones or a tuple of positional ones) as arguments, by name where possible.
+
+    Raises:
+        InputError: another kind of example, no tensor in it, or names that the model does not take.
+    """
+    if isinstance(example, Mapping):
+        args, kwargs = (), {str(name): value for name, value in example.items()}
+    elif isinstance(example, tuple | list):
+        args, kwargs = tuple(example), {}
+    else:
+        found = describe(example)
+        raise InputError(f"example_inputs must be a dict of named or a tuple of positional inputs, found {found}")
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"the example inputs do not fit {type(model).__name__}.forward: {error}") from error
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+        raise InputError("the example inputs hold no tensor")
+    parameters = inspect.signature(model.forward).parameters
+    by_name = [name for name, kind in parameters.items() if kind.kind is kind.POSITIONAL_OR_KEYWORD]
+    if any(parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
+           for name in bound.arguments):  # fmt: skip
+        return args, kwargs
+    return (), {**dict(zip(by_name, args, strict=False)), **kwargs}
+
+
+def parameter_names(model: torch.nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of forward that may be given by position."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return tuple(item.name for item in parameters if item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD))
+
+
+def check_names(model: torch.nn.Module, args: Arguments) -> None:
+    """Refuse names that could break out of the code that torch generates while tracing.
+
+    torch.fx writes `getattr(self, "<name>")` unescaped, and named inputs become parameters of a function.
+
+    Raises:
+        InputError: names the offender.
+    """
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name in [*(name for name, _ in tensors), *(name for name, _ in model.named_modules())]:
+        if re.search(r"""["'\\()]""", name) or not (name == "" or name.isprintable()):
+            raise InputError(f"the name {name!r} of a weight or module cannot be used in a graph; rename it")
+    for name in args[1]:
+        if not name.isidentifier():
+            raise InputError(f"the input name {name!r} is no identifier; rename it")
+
+
+# --- dynamic axes ----------------------------------------------------------------------------------------------
+
+
+def _every_axis(args: Arguments) -> Any:
+    """torch.export's dynamic_shapes with every axis of every tensor left to it."""
+    spec = pytree.tree_map(
+        lambda leaf: {axis: Dim.AUTO for axis in range(leaf.dim())} if isinstance(leaf, Tensor) else None, args
+    )
+    return {**dict(enumerate(spec[0])), **spec[1]} if not spec[0] else (*spec[0], *spec[1].values())
+
+
+def _widened(args: Arguments) -> Iterator[Arguments]:
+    """The example, with axes of size 1 doubled as far as the model may bear it: torch.export fixes sizes 0 and 1."""
+    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor) and leaf.dim()]
+    lone_batch = bool(tensors) and all(tensor.shape[0] == 1 for tensor in tensors)
+
+    def double(leaf: Any, axes: Sequence[int]) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        for axis in axes:
+            if axis < leaf.dim() and leaf.shape[axis] == 1:
+                leaf = torch.cat([leaf, leaf], axis)
+        return leaf
+
+    lone_length = any(tensor.dim() == 2 and tensor.shape[1] == 1 for tensor in tensors)
+    batch = (0,) if lone_batch else ()
+    for axes in ([(*batch, 1)] if lone_length else []) + ([batch] if batch else []) + [()]:
+        yield pytree.tree_map(lambda leaf, axes=axes: double(leaf, axes), args)
+
+
+def _export(model: torch.nn.Module, args: Arguments, dynamic_shapes: Any) -> ExportedProgram:
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, *args, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        raise TraceError(f"cannot trace {type(model).__name__}{_user_line(error, model)}: {one_line(error)}") from error
+
+
+def _user_line(error: BaseException, model: torch.nn.Module) -> str:
+    """` at file.py:12 in forward: code`: the deepest line of the failure that is neither torch's nor Python's."""
+    own = re.compile(r"[/\\](torch|fxpress|contextlib\.py|functools\.py|sympy|importlib)([/\\]|$)|^<")
+    here = traceback.extract_stack(limit=1)[0].filename.rsplit("compiler", 1)[0]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not own.search(frame.filename) and not frame.filename.startswith(here + "compiler")
+    ]
+    if not frames:
+        return ""
+    name = frames[-1].filename.replace("\\", "/").rsplit("/", 1)[-1]
+    return f" at {name}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}"
+
+
+# --- from ExportedProgram to Program ---------------------------------------------------------------------------
+
+
+def _positional_names(exported: ExportedProgram) -> tuple[str, ...]:
+    args_spec = exported.call_spec.in_spec.children()[0]
+    users = list(exported.graph_signature.user_inputs)
+    names, taken = [], 0
+    for index, child in enumerate(args_spec.children()):
+        leaf = child.num_leaves == 1 and child.is_leaf()
+        names.append(str(users[taken]) if leaf else f"arg{index}")
+        taken += child.num_leaves
+    return tuple(names)
+
+
+def _to_program(exported: ExportedProgram, positional: Sequence[str], args: Arguments) -> Program:
+    source = exported.module(check_guards=False)
+    module, graph = torch.nn.Module(), fx.Graph()
+    copies: dict[fx.Node, Any] = {}
+    _copy_weights(source, module, graph, copies)
+    _copy_calls(source, module, graph, copies)
+    paths = [
+        path
+        for name, value in [*zip(positional, args[0], strict=False), *args[1].items()]
+        for path, _ in leaves(value, name)
+    ]
+    placeholders = [node for node in source.graph.nodes if node.op == "placeholder"]
+    symbols = _symbols(placeholders)
+    inputs, constants = [], []
+    for path, node in zip(paths, placeholders, strict=True):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            sizes = tuple(size if isinstance(size, int) else size_text(size, symbols) for size in value.shape)
+            dtype = str(value.dtype).removeprefix("torch.")
+            inputs.append(TensorInput(path, str(copies[node].target), dtype, sizes))
+        else:
+            constants.append(ConstantInput(path, value))
+            graph.erase_node(copies[node])
+    spec = exported.call_spec.out_spec
+    program = Program(
+        module=fx.GraphModule(module, graph),
+        signature=Signature(
+            inputs=tuple(inputs),
+            constants=tuple(constants),
+            positional=tuple(positional),
+            outputs=_output_names(spec),
+            ranges=_ranges(exported, symbols),
+        ),
+        out_spec=spec,
+        symbols=symbols,
+    )
+    _fill_fake_values(program)
+    program.clean()
+    return program
+
+
+def _copy_weights(source: fx.GraphModule, module: torch.nn.Module, graph: fx.Graph, copies: dict[fx.Node, Any]) -> None:
+    """Copy weights under safe names, once each: tied weights (the same object) become one node."""
+    known: dict[int, fx.Node] = {}
+    taken: set[str] = set()
+    for node in source.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        weight = attribute(source, str(node.target))
+        if id(weight) not in known:
+            name = identifier(str(node.target))
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            _store(module, name, weight)
+            known[id(weight)] = graph.get_attr(name)
+            known[id(weight)].meta = dict(node.meta)
+        copies[node] = known[id(weight)]
+
+
+def _store(module: torch.nn.Module, path: str, weight: Any) -> None:
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        if not hasattr(module, parent):
+            module.add_module(parent, torch.nn.Module())
+        module = getattr(module, parent)
+    if isinstance(weight, torch.nn.Parameter):
+        module.register_parameter(leaf, torch.nn.Parameter(weight.detach().clone(), weight.requires_grad))
+    elif isinstance(weight, Tensor):
+        module.register_buffer(leaf, weight.detach().clone())
+    else:
+        setattr(module, leaf, weight)  # a branch of a control-flow operator
+
+
+_DROPPED = ("_assert_", "_assert", "sym_constrain_range", "_guards_fn")
+
+
+def _copy_calls(source: fx.GraphModule, module: torch.nn.Module, graph: fx.Graph, copies: dict[fx.Node, Any]) -> None:
+    """Copy everything but weights: checks are dropped, changes in place become new values, grad modes are inlined."""
+
+    def copied(node: fx.Node) -> Any:
+        return copies[node]
+
+    for node in source.graph.nodes:
+        target: Any = node.target
+        name = getattr(target, "__name__", str(target)).removesuffix(".default")
+        if node.op == "get_attr" or (not node.users and any(part in name for part in _DROPPED)):
+            continue
+        if node.op == "output":
+            graph.output(fx.node.map_arg(tuple(node.args[0]), copied))
+        elif isinstance(target, torch._ops.HigherOrderOperator) and "set_grad_enabled" in target.name():
+            copies[node] = _inline(attribute(source, str(node.args[1].target)), node.args[2:], graph, copied)
+        elif isinstance(copies.get(node.args[0] if node.args else None), tuple) and target.__name__ == "getitem":
+            copies[node] = copies[node.args[0]][node.args[1]]
+        elif isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            copies[node] = _functional(node, graph, copies)
+        else:
+            copies[node] = graph.node_copy(node, copied)
+            if node.op == "placeholder":
+                copies[node].args = ()  # no defaults: a Program is called with every input
+
+
+def _inline(body: fx.GraphModule, args: Sequence[Any], graph: fx.Graph, copied: Any) -> Any:
+    """Copy a submodule's graph in place of its call; gives its output values."""
+    names: dict[fx.Node, Any] = {}
+    placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
+    for placeholder, value in zip(placeholders, args, strict=True):
+        names[placeholder] = fx.node.map_arg(value, copied)
+    for node in body.graph.nodes:
+        if node.op == "output":
+            return fx.node.map_arg(node.args[0], lambda used: names[used])
+        if node.op != "placeholder":
+            names[node] = graph.node_copy(node, lambda used: names[used])
+    raise TraceError("a nested graph has no output")
+
+
+def _functional(node: fx.Node, graph: fx.Graph, copies: dict[fx.Node, Any]) -> fx.Node:
+    """The functional spelling of a change in place; later readers of the changed tensor read the new value."""
+    changed = node.args[0]
+    target: Any = node.target
+    if not isinstance(changed, fx.Node) or not isinstance(copies[changed], fx.Node):
+        raise TraceError(f"cannot make {target} functional{source_of(node)}")
+    if target is torch.ops.aten.detach_.default:
+        return copies[changed]
+    aliased = _alias_of(changed) is not None or any(_alias_of(user) is changed for user in changed.users)
+    packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    overload = getattr(packet, target._overloadname, None)
+    if changed.op != "call_function" or aliased or overload is None or overload._schema.is_mutable:
+        what = "an input or a buffer" if changed.op != "call_function" else "a view of a tensor, or a tensor with views,"
+        raise TraceError(f"the model changes {what} in place{source_of(node)}; write it without {target}")
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: copies[used])
+    result = graph.call_function(overload, args, kwargs)
+    result.meta = dict(node.meta)
+    before = changed.meta["val"].dtype
+    if torch.result_type(before_value := changed.meta["val"], before_value) != before or _promotes(node, before):
+        result.meta.pop("val", None)
+        meta, result = result.meta, graph.call_function(torch.ops.aten.to.dtype, (result, before))
+        result.meta = dict(meta)
+    copies[changed] = result
+    return result
+
+
+def _promotes(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether an argument of a change in place is of a wider kind than the tensor it changes."""
+    for value in [*node.args[1:], *node.kwargs.values()]:
+        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor):
+            if value.meta["val"].dtype != dtype:
+                return True
+        elif isinstance(value, float) and not dtype.is_floating_point:
+            return True
+    return False
+
+
+def _alias_of(node: fx.Node) -> fx.Node | None:
+    """The tensor that a node's value may share memory with, by its schema."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+        return None
+    schema = node.target._schema
+    aliased = {name for item in schema.returns if item.alias_info for name in item.alias_info.before_set}
+    for argument, value in zip(schema.arguments, node.args, strict=False):
+        if argument.alias_info and aliased & argument.alias_info.before_set and isinstance(value, fx.Node):
+            return value
+    return None
+
+
+def _fill_fake_values(program: Program) -> None:
+    for node in program.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            node.meta["val"] = fake_result(program, node)
+
+
+def _symbols(placeholders: Sequence[fx.Node]) -> dict[str, str]:
+    """Names d0, d1, ... for torch's symbols, in the order in which the inputs show them."""
+    symbols: dict[str, str] = {}
+    for node in placeholders:
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, Tensor) else ():
+            for symbol in re.findall(r"\b[su]\d+\b", str(size)):
+                symbols.setdefault(symbol, f"d{len(symbols)}")
+    return symbols
+
+
+def _ranges(exported: ExportedProgram, symbols: Mapping[str, str]) -> dict[str, tuple[int, int | None]]:
+    found = {}
+    for symbol, bounds in exported.range_constraints.items():
+        if str(symbol) in symbols:
+            upper = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < 2**62 else None
+            found[symbols[str(symbol)]] = (int(bounds.lower), upper)
+    return found
+
+
+def _output_names(spec: pytree.TreeSpec) -> tuple[str, ...]:
+    names = [name or "output" for name in _leaf_names(spec, "")]
+    return tuple(f"output.{name}" if name[0].isdigit() else name for name in names)
+
+
+def _leaf_names(spec: pytree.TreeSpec, path: str) -> Iterator[str]:
+    """Dotted names of a structure's leaves; the keys of a mapping-like node are its context, or the first part of it."""
+    if spec.is_leaf():
+        yield path
+        return
+    children = spec.children()
+    keys = [str(index) for index in range(len(children))]
+    nested = isinstance(spec.context, list) and spec.context and isinstance(spec.context[0], list)
+    context = spec.context[0] if nested else spec.context
+    if isinstance(context, list) and len(context) == len(children) and all(isinstance(key, str) for key in context):
+        keys = context
+    for key, child in zip(keys, children, strict=True):
+        yield from _leaf_names(child, f"{path}.{key}" if path else key)
+
+
+def admit_ones(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> Program:
+    """Extend ranges that start at 2 down to 1 where the graph is seen to be right there.
+
+    torch.export assumes that a dynamic size is 2 or more. Each group of axes (same place, same example size) is cut to
+    1, the model and the graph are run, and the bound is lowered if both agree to rounding.
+    """
+    lows = dict(program.signature.ranges)
+    groups: dict[tuple[int, int], set[str]] = {}
+    for spec, tensor in zip(program.signature.inputs, tensors, strict=True):
+        for axis, size in enumerate(spec.shape):
+            if isinstance(size, str):
+                groups.setdefault((axis, tensor.shape[axis]), set()).add(size)
+    movable = [names for names in groups.values() if all(lows.get(name, (0, None))[0] == 2 for name in names)]
+    admitted: set[str] = set()
+    for names in movable:
+        for cut in (names, names | admitted):
+            if not _agrees_at(program, model, _cut(program, tensors, cut)):
+                break
+        else:
+            admitted |= names
+    ranges = {name: (1 if name in admitted else low, high) for name, (low, high) in lows.items()}
+    return replace(program, signature=replace(program.signature, ranges=ranges))
+
+
+def _cut(program: Program, tensors: Sequence[Tensor], names: set[str]) -> list[Tensor]:
+    """The inputs with every axis whose size is one of `names` cut to 1."""
+    return [
+        tensor[tuple(slice(0, 1) if size in names else slice(None) for size in spec.shape)].contiguous()
+        for spec, tensor in zip(program.signature.inputs, tensors, strict=True)
+    ]
+
+
+def _agrees_at(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> bool:
+    """Whether graph and model agree on an input; False too where the graph, but not the model, fails."""
+    given = {spec.path: tensor for spec, tensor in zip(program.signature.inputs, tensors, strict=True)}
+    if any("." in path for path in given):
+        return False  # nested inputs: not rebuilt from their leaves, so the bound stays
+    with torch.no_grad():
+        try:
+            expected = pytree.tree_leaves(model(**given, **_constants(program)))
+        except (RuntimeError, ValueError, IndexError):
+            return True  # the model itself takes no such size
+        try:
+            found = program.run(tensors)
+        except (RuntimeError, ValueError, IndexError):
+            return False
+    for value, truth in zip(found, expected, strict=True):
+        if isinstance(truth, Tensor):
+            if not isinstance(value, Tensor) or value.shape != truth.shape:
+                return False
+            if not torch.allclose(value, truth, rtol=1e-4, atol=1e-5, equal_nan=True):
+                return False
+    return True
+
+
+def _constants(program: Program) -> dict[str, Any]:
+    return {item.path: item.value for item in program.signature.constants if "." not in item.path}

@@ -1,0 +1,1 @@
+"""The graph language: operators, programs, patterns, printing, verification and the meaning of equal."""

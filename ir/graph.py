@@ -1,0 +1,275 @@
+"""Program: a torch.fx graph of ATen and fxpress operators with its signature, and edits that keep it well-formed."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from .errors import RewriteError
+from .ops import attention, linear, norm, table  # noqa: F401  # the families register their operators
+from .signature import Signature
+
+
+@dataclass(frozen=True)
+class Program:
+    """A functional graph whose placeholders are the tensors of `signature`, in order.
+
+    Nodes are ATen operators as torch.export gives them before decomposition, fxpress operators, and arithmetic on
+    sizes. Weights are `get_attr` nodes at the top. Each node's `meta["val"]` is its fake value (shape, dtype, device).
+    `module` runs as ordinary PyTorch and can be trained; calling the Program takes and gives what the model did.
+    """
+
+    module: fx.GraphModule
+    signature: Signature
+    out_spec: TreeSpec
+    symbols: Mapping[str, str]  # torch's name of each symbolic size -> its name in the signature and in printed text
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        """The mode in which every `meta["val"]` lives."""
+        for node in self.graph.nodes:
+            if isinstance(value := node.meta.get("val"), torch._subclasses.FakeTensor):
+                return value.fake_mode
+        raise RewriteError("the program has no tensor with known shape; trace the model again")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph in PyTorch; takes and gives what the traced model did.
+
+        Raises:
+            InputError: arguments that the program was not traced for.
+        """
+        return tree_unflatten(list(self.run(self.signature.bind(args, kwargs))), self.out_spec)
+
+    def run(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Run on flat inputs (the order of `signature.inputs`), giving flat outputs."""
+        result: tuple[Any, ...] = self.module(*tensors)
+        return result
+
+    def copy(self) -> Program:
+        """The same program with a graph of its own; weights are shared."""
+        return replace(self, module=fx.GraphModule(self.module, copy_graph(self.graph)))
+
+    def calls(self, *targets: Any) -> list[fx.Node]:
+        """The nodes that call one of `targets`, in graph order."""
+        return [node for node in self.graph.nodes if node.op == "call_function" and node.target in targets]
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        """The weight that a `get_attr` node reads."""
+        return attribute(self.module, str(node.target))
+
+    # --- edits -------------------------------------------------------------------------------------------------
+
+    def call(
+        self,
+        target: Callable[..., Any],
+        *args: Any,
+        before: fx.Node,
+        like: fx.Node | None = None,
+        **kwargs: Any,
+    ) -> fx.Node:
+        """Insert a call before a node, with its fake value computed and its source line taken from `like`.
+
+        Raises:
+            RewriteError: if the operator does not accept these arguments.
+        """
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs)
+        source = like or before
+        node.meta.update({key: source.meta[key] for key in ("stack_trace", "nn_module_stack") if key in source.meta})
+        try:
+            node.meta["val"] = fake_result(self, node)
+        except Exception as error:
+            name = node.name
+            self.graph.erase_node(node)
+            raise RewriteError(f"cannot insert {name}: {error}") from error
+        return node
+
+    def add_weight(self, name: str, tensor: Tensor, *, trainable: bool | None = None) -> fx.Node:
+        """Store a new weight under a name like `name` and return the node that reads it, at the top of the graph.
+
+        `trainable` defaults to whether `tensor` requires a gradient or is a parameter that does.
+        """
+        name = re.sub(r"\.", "_", identifier(name))
+        unique, count = name, 0
+        while hasattr(self.module, unique):
+            count += 1
+            unique = f"{name}_{count}"
+        trainable = tensor.requires_grad if trainable is None else trainable
+        if trainable:
+            self.module.register_parameter(unique, torch.nn.Parameter(tensor.detach().clone()))
+        else:
+            self.module.register_buffer(unique, tensor.detach().clone())
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_before(first):
+            node = self.graph.get_attr(unique)
+        node.meta["val"] = self.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every user of `old` read `new`, which must have the same shape and dtype; `old` is erased if unused.
+
+        Raises:
+            RewriteError: if shape or dtype differ.
+        """
+        before, after = describe_value(old.meta.get("val")), describe_value(new.meta.get("val"))
+        if before != after and not same_value(old.meta.get("val"), new.meta.get("val")):
+            raise RewriteError(f"cannot replace {old.name}: {before} by {new.name}: {after}{source_of(old)}")
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        if not old.users:
+            self.graph.erase_node(old)
+
+    def clean(self) -> None:
+        """Erase what nothing reads (calls, then weights) and recompile the module."""
+        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        tensors = [*self.module.named_parameters(remove_duplicate=False)]
+        tensors += self.module.named_buffers(remove_duplicate=False)  # type: ignore[arg-type]
+        for name, _ in tensors:
+            if name not in used:
+                owner, _, leaf = name.rpartition(".")
+                delattr(self.module.get_submodule(owner), leaf)
+        self.module.delete_all_unused_submodules()
+        self.graph.lint()
+        self.module.recompile()
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph with the metadata of every node."""
+    copied = fx.Graph()
+    names: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        names[node] = copied.node_copy(node, lambda used: names[used])
+    return copied
+
+
+def attribute(module: torch.nn.Module, path: str) -> Any:
+    """What a dotted path names below a module."""
+    found: Any = module
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def identifier(name: str) -> str:
+    """A dotted path of identifiers made from any name, so that generated code cannot contain what a user wrote."""
+    parts = [re.sub(r"\W", "_", part, flags=re.ASCII) for part in name.split(".")]
+    return ".".join(f"_{part}" if not part or part[0].isdigit() or keyword.iskeyword(part) else part for part in parts)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by name with defaults filled in, however they were spelled; `0`, `1` without schema."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {**{str(index): value for index, value in enumerate(node.args)}, **node.kwargs}
+    bound: dict[str, Any] = {}
+    for index, argument in enumerate(node.target._schema.arguments):
+        if index < len(node.args) and not argument.kwarg_only:
+            bound[argument.name] = node.args[index]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def shape(node: Any) -> tuple[Any, ...]:
+    """The (possibly symbolic) shape of a node's value."""
+    return tuple(node.meta["val"].shape)
+
+
+def dtype(node: Any) -> torch.dtype:
+    """The dtype of a node's value."""
+    found: torch.dtype = node.meta["val"].dtype
+    return found
+
+
+def same_sizes(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Whether two shapes are known to be equal; unknown counts as different, and no guard is added."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return len(first) == len(second) and all(
+        statically_known_true(a == b) for a, b in zip(first, second, strict=True)
+    )
+
+
+def same_value(first: Any, second: Any) -> bool:
+    """Whether two fake values have the same structure, dtypes and shapes."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.dtype == second.dtype and same_sizes(first.shape, second.shape)
+    if isinstance(first, tuple | list) and isinstance(second, tuple | list):
+        return len(first) == len(second) and all(same_value(a, b) for a, b in zip(first, second, strict=True))
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return False
+    return same_sizes([first], [second])
+
+
+def fake_result(program: Program, node: fx.Node) -> Any:
+    """What a call gives on the fake values of its arguments."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: used.meta["val"])
+    assert callable(node.target)
+    with program.fake_mode, torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
+_SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    """`f32`, `i64`, `bool`: the dtype as printed in graphs."""
+    name = str(dtype).removeprefix("torch.")
+    match = re.fullmatch(r"(bfloat|float|uint|int|complex)(\d+)", name)
+    return f"{_SHORT[match[1]]}{match[2]}" if match else name
+
+
+def describe_value(value: Any, symbols: Mapping[str, str] | None = None) -> str:
+    """`f32[d0, 384]` for a tensor, `d0` for a size, `(a, b)` for several."""
+    if isinstance(value, Tensor):
+        return f"{short_dtype(value.dtype)}[{', '.join(size_text(size, symbols) for size in value.shape)}]"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(describe_value(item, symbols) for item in value)})"
+    return size_text(value, symbols)
+
+
+def size_text(size: Any, symbols: Mapping[str, str] | None = None) -> str:
+    """A size as text, with torch's symbols renamed."""
+    text = str(size)
+    if not symbols or isinstance(size, int):
+        return text
+    return re.sub(r"\b[su]\d+\b", lambda found: symbols.get(found[0], found[0]), text)
+
+
+def source_of(node: fx.Node) -> str:
+    """` (model.py:12: x = self.f(x))`: the user's line that a node comes from, or nothing."""
+    lines = [line for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    files = [index for index, line in enumerate(lines) if line.lstrip().startswith("File ")]
+    if not files:
+        return ""
+    found = re.search(r'File "(.+)", line (\d+)', lines[files[-1]])
+    if not found:
+        return ""
+    code = lines[files[-1] + 1].strip() if files[-1] + 1 < len(lines) else ""
+    name = found[1].replace("\\", "/").rsplit("/", 1)[-1]
+    return f" ({name}:{found[2]}{': ' + code if code else ''})"
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the module that a node was traced in, `encoder.layer.0.attention`; empty at the top."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values()]
+    return re.sub(r"\['?([^\]']+)'?\]", r"\1", paths[-1]) if paths else ""
+
+
+def interior(nodes: Iterator[fx.Node]) -> list[fx.Node]:
+    """The calls among some nodes."""
+    return [node for node in nodes if node.op == "call_function"]

@@ -1,0 +1,110 @@
+"""What passes share: the Pass protocol, its result and context, and the loop that applies rules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor, fx
+
+from .graph import Program
+from .pattern import Refusal, Rule, match
+
+
+@dataclass
+class Context:
+    """What a pass may use besides the program.
+
+    `inputs` are flat example tensors; `max_rewrites` is a budget over the whole pipeline (None: no limit) that is
+    used up one rewrite at a time, so that bisecting it finds the rewrite that breaks a model.
+    """
+
+    inputs: Sequence[Tensor] = ()
+    calibration: Iterable[Sequence[Tensor]] = ()
+    max_rewrites: int | None = None
+    rewrites: int = 0
+
+    def take(self) -> bool:
+        """Use one rewrite of the budget; False if none is left."""
+        if self.max_rewrites is not None and self.rewrites >= self.max_rewrites:
+            return False
+        self.rewrites += 1
+        return True
+
+
+@dataclass
+class PassResult:
+    """What a pass did: the number of rewrites by rule, and where it refused, with the reason."""
+
+    rewrites: Counter[str] = field(default_factory=Counter)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    @property
+    def changes(self) -> int:
+        """All rewrites."""
+        return sum(self.rewrites.values())
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rewrite of a program. Options are the fields of the subclass, a frozen dataclass in a file of its own.
+
+    `exact`: the result equals the model (DESIGN: equal); a lossy pass sets it to False and its loss is reported.
+    """
+
+    exact: ClassVar[bool] = True
+
+    @classmethod
+    def pass_name(cls) -> str:
+        """The name on the command line: the pass's file name."""
+        return cls.__module__.rpartition(".")[2]
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        """Rewrite the program in place."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        given = [
+            f"{entry.name}={getattr(self, entry.name)!r}"
+            for entry in dataclasses.fields(self)
+            if getattr(self, entry.name) != entry.default
+        ]
+        return f"{self.pass_name()}({', '.join(given)})" if given else self.pass_name()
+
+
+def apply_rules(program: Program, rules: Sequence[Rule], context: Context) -> PassResult:
+    """Try every rule at every node, from the inputs on, until the graph's end; near misses become refusals."""
+    result = PassResult()
+    for node in list(program.graph.nodes):
+        for rule in rules:
+            if node.op != "call_function" or node._erased:
+                break
+            found = match(rule.pattern, node)
+            if isinstance(found, Refusal):
+                result.refusals.append(Refusal(found.reason, rule.name, node.name))
+            if found is None or isinstance(found, Refusal):
+                continue
+            outcome = rule.condition(found)
+            if isinstance(outcome, Refusal):
+                result.refusals.append(Refusal(outcome.reason, rule.name, node.name))
+            elif context.take():
+                rule.replace(program, found, outcome)
+                result.rewrites[rule.name] += 1
+                break
+            else:
+                return result
+    return result
+
+
+def each_call(program: Program) -> Iterable[fx.Node]:
+    """The calls of a program, skipping those erased while iterating."""
+    for node in list(program.graph.nodes):
+        if node.op == "call_function" and not node._erased:
+            yield node
+
+
+Edit = Callable[[Program, fx.Node], fx.Node | None]
+"""A local simplification: the node (or other value) that a call can be replaced by, or None."""

@@ -1,0 +1,6 @@
+"""Rewrite passes, one a file; a pass's file name is its name on the command line."""
+
+from .canonicalize import Canonicalize
+from .fuse import Fuse
+
+__all__ = ["Canonicalize", "Fuse"]

@@ -1,0 +1,264 @@
+"""Canonicalize: one spelling for each thing, so that every later pass needs one pattern."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir import pattern as p
+from ..ir.graph import Program, arguments, dtype, same_sizes, same_value, shape
+from ..ir.ops.norm import rms_norm
+from ..ir.pattern import Match, Refusal, Rule
+from ..ir.rewrite import Context, Edit, Pass, PassResult, apply_rules, each_call
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Fold what has no effect and give each operation one spelling.
+
+    before:  %dropout = aten.dropout(%x, 0.1, False);  %to = aten.to.dtype(%dropout, f32);  %y = aten.linear(%to, @w)
+    after:   %y = aten.linear(%x, @w)
+
+    Folded: dropout in evaluation, casts and copies to the same type, full slices, expansions and reshapes to the same
+    shape, pairs of inverse transpositions, chains of reshapes, equal computations. Respelled: view as reshape,
+    addmm on flattened rows (Hugging Face's Conv1D) as linear, RMSNorm and tanh-GELU written out as one operator.
+    """
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        result = PassResult()
+        while True:
+            changed = _simplify(program, context, result)
+            changed |= _share_equal_calls(program, context, result)
+            if not changed:
+                break
+        rules = apply_rules(program, RULES, context)
+        result.rewrites += rules.rewrites
+        result.refusals += rules.refusals
+        program.clean()
+        return result
+
+
+# --- local simplifications: a call -> the node that replaces it ------------------------------------------------
+
+
+def _same_type(program: Program, node: fx.Node) -> fx.Node | None:
+    source: Any = node.args[0]
+    kept = isinstance(source, fx.Node) and same_value(node.meta["val"], source.meta["val"])
+    return source if kept and node.meta["val"].device == source.meta["val"].device else None
+
+
+def _dropout(program: Program, node: fx.Node) -> fx.Node | None:
+    given = arguments(node)
+    return given["input"] if not given["train"] or given["p"] == 0 else None
+
+
+def _full_slice(program: Program, node: fx.Node) -> fx.Node | None:
+    given = arguments(node)
+    whole = given["start"] in (None, 0) and given["step"] == 1 and same_sizes(shape(node), shape(given["self"]))
+    return given["self"] if whole else None
+
+
+def _same_shape(program: Program, node: fx.Node) -> fx.Node | None:
+    source: Any = node.args[0]
+    return source if same_sizes(shape(node), shape(source)) else None
+
+
+def _reshape(program: Program, node: fx.Node) -> fx.Node | None:
+    source: Any = node.args[0]
+    if same_sizes(shape(node), shape(source)):
+        return source  # type: ignore[no-any-return]
+    if node.target is not aten.reshape.default:
+        return program.call(aten.reshape.default, *node.args, before=node)
+    if source.op == "call_function" and source.target is aten.reshape.default and _no_copied_axis(node):
+        return program.call(aten.reshape.default, source.args[0], node.args[1], before=node)
+    return None
+
+
+def _no_copied_axis(node: fx.Node) -> bool:
+    """Whether a reshape states its sizes without -1, or with one -1, which any source of equal size resolves alike."""
+    sizes: Any = node.args[1]
+    return sum(1 for size in sizes if isinstance(size, int) and size == -1) <= 1
+
+
+def _transpose(program: Program, node: fx.Node) -> fx.Node | None:
+    source: Any = node.args[0]
+    if source.op != "call_function" or source.target is not aten.transpose.int:
+        return None
+    rank = len(shape(node))
+    axes = {axis % rank for axis in node.args[1:]}  # type: ignore[operator]
+    return source.args[0] if axes == {axis % rank for axis in source.args[1:]} else None
+
+
+def _permute(program: Program, node: fx.Node) -> fx.Node | None:
+    source, order = node.args[0], node.args[1]
+    assert isinstance(order, list | tuple) and isinstance(source, fx.Node)
+    moved = [(axis, to % len(order)) for axis, to in enumerate(order) if axis != to % len(order)]  # type: ignore[operator]
+    if not moved:
+        return source
+    return program.call(aten.transpose.int, source, *moved[0], before=node) if len(moved) == 2 else None
+
+
+_COPIES = (
+    aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default,
+    aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default,
+)  # fmt: skip
+_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+SIMPLIFICATIONS: dict[Any, Edit] = {
+    **dict.fromkeys(_COPIES, _same_type),
+    **dict.fromkeys(_DROPOUTS, _dropout),
+    **dict.fromkeys(_RESHAPES, _reshape),
+    aten.slice.Tensor: _full_slice,
+    aten.expand.default: _same_shape,
+    aten.transpose.int: _transpose,
+    aten.permute.default: _permute,
+}
+
+
+def _simplify(program: Program, context: Context, result: PassResult) -> bool:
+    changed = False
+    for node in each_call(program):
+        edit = SIMPLIFICATIONS.get(node.target)
+        new = edit(program, node) if edit else None
+        if new is None:
+            continue
+        if not context.take():
+            return False
+        result.rewrites[str(node.target).removeprefix("aten.").partition(".")[0]] += 1
+        program.replace(node, new)
+        changed = True
+    return changed
+
+
+def _share_equal_calls(program: Program, context: Context, result: PassResult) -> bool:
+    """Common subexpression elimination: calls of one operator on the same arguments, unless they draw random numbers."""
+    known: dict[Any, fx.Node] = {}
+    changed = False
+    for node in each_call(program):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or not node.users:
+            continue
+        key = (node.target, _freeze(node.args), _freeze(node.kwargs))
+        first = known.setdefault(key, node)
+        if first is node:
+            continue
+        if not context.take():
+            return False
+        result.rewrites["equal calls"] += 1
+        program.replace(node, first)
+        changed = True
+    return changed
+
+
+def _freeze(value: Any) -> Any:
+    """A hashable form of an argument; types are kept apart (1, 1.0 and True are different arguments)."""
+    if isinstance(value, list | tuple):
+        return (list, *map(_freeze, value))
+    if isinstance(value, dict):
+        return (dict, *((name, _freeze(item)) for name, item in sorted(value.items())))
+    return value if isinstance(value, fx.Node) else (type(value), repr(value))
+
+
+# --- rules: several calls -> one -------------------------------------------------------------------------------
+
+
+def _conv1d_condition(found: Match) -> Any:
+    source, weight = found["x"], found["weight"]
+    rows = found["rows"]
+    if not same_sizes(shape(found.root), (*shape(source)[:-1], shape(weight)[1])):
+        return Refusal("the result's shape is not the input's with another last axis")
+    if len(shape(rows)) != 2 or not same_sizes(shape(rows)[1:], shape(source)[-1:]):
+        return Refusal("the rows are not the input with its leading axes flattened")
+    if len(weight.users) > 1:
+        return Refusal(f"weight {weight.target} is read by {len(weight.users)} nodes; a transposed copy would untie it")
+    return True
+
+
+def _conv1d_replace(program: Program, found: Match, _: Any) -> None:
+    stored = program.tensor(found["weight"])
+    weight = program.add_weight(f"{found['weight'].target}_transposed", stored.detach().T.contiguous(),
+                                trainable=stored.requires_grad)  # fmt: skip
+    new = program.call(aten.linear.default, found["x"], weight, found["bias"], before=found.root)
+    program.replace(found.root, new)
+
+
+def _cast(inner: Any, name: str) -> p.OneOf:
+    return p.optional(lambda value: p.Call(aten.to.dtype, self=value, dtype=p.Literal(name)), inner)
+
+
+def _rms_norm_pattern() -> p.Call:
+    wide = _cast(p.Any("x"), "wide")
+    power = p.Call(aten.pow.Tensor_Scalar, self=wide, exponent=p.Literal("exponent"))
+    mean = p.Call(aten.mean.dim, self=power, dim=p.Literal("axes"), keepdim=True)
+    spread = p.Call(aten.add.Tensor, self=mean, other=p.Literal("eps"))
+    scaled = p.Call(aten.mul.Tensor, commutative=True, self=wide, other=p.Call(aten.rsqrt.default, self=spread))
+    return p.Call(aten.mul.Tensor, commutative=True, self=p.Weight("weight"), other=_cast(scaled, "narrow"))
+
+
+def _rms_norm_condition(found: Match) -> Any:
+    source = found["x"]
+    rank = len(shape(source))
+    if found["exponent"] != 2 or [axis % rank for axis in found["axes"]] != [rank - 1]:
+        return Refusal("the mean is not that of squares over the last axis")
+    if not same_sizes(shape(found["weight"]), shape(source)[-1:]) or not same_sizes(shape(found.root), shape(source)):
+        return Refusal(f"the weight's shape {list(shape(found['weight']))} is not that of the last axis")
+    half = dtype(source) in (torch.float16, torch.bfloat16)
+    if half and (found.get("wide") is not torch.float32 or found.get("narrow") is not dtype(source)):
+        return Refusal("half precision that is not normalised in fp32 and rounded before the weight")
+    if dtype(found["weight"]) != dtype(source) or dtype(found.root) != dtype(source):
+        return Refusal("input, weight and result differ in dtype")
+    if not half and (found.get("wide") or found.get("narrow")):
+        return Refusal("a cast that changes the precision of the computation")
+    return float(found["eps"])
+
+
+def _rms_norm_replace(program: Program, found: Match, eps: Any) -> None:
+    program.replace(found.root, program.call(rms_norm, found["x"], found["weight"], eps, before=found.root))
+
+
+def _gelu_tanh_pattern() -> p.Call:
+    x = p.Any("x")
+    cube = p.Call(aten.pow.Tensor_Scalar, self=x, exponent=p.Literal("three"))
+    inner = p.Call(aten.add.Tensor, commutative=True, self=x,
+                   other=p.Call(aten.mul.Tensor, self=cube, other=p.Literal("cubic")))  # fmt: skip
+    tanh = p.Call(aten.tanh.default, self=p.Call(aten.mul.Tensor, self=inner, other=p.Literal("slope")))
+    half = p.Call(aten.mul.Tensor, self=x, other=p.Literal("half"))
+    one_plus = p.Call(aten.add.Tensor, self=tanh, other=p.Literal("one"))
+    return p.Call(aten.mul.Tensor, commutative=True, self=half, other=one_plus)
+
+
+def _gelu_tanh_condition(found: Match) -> Any:
+    expected = {"three": 3.0, "cubic": 0.044715, "slope": (2 / torch.pi) ** 0.5, "half": 0.5, "one": 1.0}
+    for name, value in expected.items():
+        if abs(float(found[name]) - value) > 1e-7 * value:
+            return Refusal(f"the constant {found[name]} stands where tanh-GELU has {value}")
+    return True
+
+
+def _gelu_tanh_replace(program: Program, found: Match, _: Any) -> None:
+    program.replace(found.root, program.call(aten.gelu.default, found["x"], approximate="tanh", before=found.root))
+
+
+RULES = (
+    Rule(
+        "conv1d",
+        p.Call(
+            aten.reshape.default,
+            self=p.Call(
+                aten.addmm.default,
+                self=p.Weight("bias"),
+                mat1=p.Call(aten.reshape.default, name="rows", shared=True, self=p.Any("x"), shape=p.Any("flat")),
+                mat2=p.Weight("weight"),
+            ),
+            shape=p.Any("sizes"),
+        ),
+        _conv1d_condition,
+        _conv1d_replace,
+    ),
+    Rule("rms_norm", _rms_norm_pattern(), _rms_norm_condition, _rms_norm_replace),
+    Rule("gelu_tanh", _gelu_tanh_pattern(), _gelu_tanh_condition, _gelu_tanh_replace),
+)
