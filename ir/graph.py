@@ -251,16 +251,13 @@ def size_text(size: Any, symbols: Mapping[str, str] | None = None) -> str:
 
 def source_of(node: fx.Node) -> str:
     """` (model.py:12: x = self.f(x))`: the user's line that a node comes from, or nothing."""
-    lines = [line for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    files = [index for index, line in enumerate(lines) if line.lstrip().startswith("File ")]
-    if not files:
+    found = re.findall(r'File "(.+)", line (\d+), in \S+\n(.*)', node.meta.get("stack_trace") or "")
+    own = [entry for entry in found if not re.search(r"[/\\]torch[/\\]", entry[0])] or found
+    if not own:
         return ""
-    found = re.search(r'File "(.+)", line (\d+)', lines[files[-1]])
-    if not found:
-        return ""
-    code = lines[files[-1] + 1].strip() if files[-1] + 1 < len(lines) else ""
-    name = found[1].replace("\\", "/").rsplit("/", 1)[-1]
-    return f" ({name}:{found[2]}{': ' + code if code else ''})"
+    path, line, code = own[-1]
+    name = path.replace("\\", "/").rsplit("/", 1)[-1]
+    return f" ({name}:{line}{': ' + code.strip() if code.strip() else ''})"
 
 
 def module_path(node: fx.Node) -> str:

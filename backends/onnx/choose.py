@@ -1,0 +1,206 @@
+"""Measured choice between the lowerings of a node: each is timed on this machine at the example's sizes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy
+import onnx_ir
+import onnxruntime
+import onnxscript.optimizer
+import torch
+from torch import Tensor, fx
+
+from ...ir.graph import Program, arguments, describe_value
+from ...ir.printer import target_name
+from ..memory import Memory, processor
+from .export import OPSET, hint, quietly
+from .lowerings import LOWERINGS, PROBES, Lowering, supported
+from .session import Session
+
+_KEEP = 0.97  # another candidate must be at least this much faster than the first of the table
+_ROUNDS, _SECONDS = 3, 0.02
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The lowering chosen for every node of one kind (operator, sizes, options), with what was measured."""
+
+    operator: str
+    sizes: str
+    chosen: str
+    milliseconds: Mapping[str, float]  # of each candidate; empty where there was only one
+    nodes: int
+
+
+def choose(
+    program: Program, *, threads: int | None = None, memory: Memory | None = None
+) -> tuple[dict[fx.Node, Lowering], list[Choice]]:
+    """The fastest lowering of each fxpress node of a program that `check` finds nothing wrong with.
+
+    Args:
+        threads: threads that the product will run with.
+        memory: where measurements are remembered; None: the user's cache folder.
+    """
+    memory = memory or Memory("onnx")
+    kinds: dict[str, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in LOWERINGS:
+            kinds.setdefault(_kind(program, node, threads), []).append(node)
+    measured = memory.read()
+    wanted = {key: nodes[0] for key, nodes in kinds.items() if key not in measured and len(supported(nodes[0])[0]) > 1}
+    if wanted:
+        fresh = dict(zip(wanted, _measure(program, list(wanted.values()), threads), strict=True))
+        memory.write(fresh)
+        measured.update(fresh)
+    chosen: dict[fx.Node, Lowering] = {}
+    choices = []
+    for key, nodes in kinds.items():
+        candidates = supported(nodes[0])[0]
+        times = {item.name: float(measured.get(key, {}).get(item.name, 0.0)) for item in candidates}
+        best = _best(candidates, times)
+        chosen.update(dict.fromkeys(nodes, best))
+        sizes = ", ".join(describe_value(value) for value in _tensors(nodes[0]))
+        shown = times if len(candidates) > 1 else {}
+        choices.append(Choice(target_name(nodes[0]), sizes, best.name, shown, len(nodes)))
+    return chosen, choices
+
+
+def _best(candidates: Sequence[Lowering], times: Mapping[str, float]) -> Lowering:
+    best = candidates[0]
+    for candidate in candidates[1:]:
+        if times[candidate.name] < _KEEP * times[best.name]:
+            best = candidate
+    return best
+
+
+def _tensors(node: fx.Node) -> list[Tensor]:
+    """The node's tensor arguments with the example's sizes, on torch's meta device."""
+    values = [item.meta["val"] for item in node.all_input_nodes]
+    return [
+        torch.empty([hint(size) for size in value.shape], dtype=value.dtype, device="meta")
+        for value in values
+        if isinstance(value, Tensor)
+    ]
+
+
+def _kind(program: Program, node: fx.Node, threads: int | None) -> str:
+    """Operator, sizes, options, machine and versions: what a measurement depends on."""
+    given = {}
+    for name, value in arguments(node).items():
+        if isinstance(value, fx.Node):
+            fake = value.meta["val"]
+            sizes = "x".join(str(hint(size)) for size in fake.shape)
+            given[name] = f"{str(fake.dtype).removeprefix('torch.')}[{sizes}]" + ("@" * (value.op == "get_attr"))
+        else:
+            given[name] = repr(value)
+    options = ", ".join(f"{name}={value}" for name, value in given.items())
+    where = f"{processor()}; onnxruntime {onnxruntime.__version__}; threads {threads}"
+    return f"{target_name(node)}({options}) on {where}"
+
+
+class _Probes(torch.nn.Module):
+    """Every candidate of every node, side by side on inputs of their own; weights are constants."""
+
+    def __init__(self, program: Program, nodes: Sequence[fx.Node]) -> None:
+        super().__init__()
+        self.inputs: list[Tensor] = []
+        self._calls: list[tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = []
+        for node in nodes:
+            constants: dict[str, Any] = {}
+            places: dict[str, int] = {}
+            for name, value in arguments(node).items():
+                if not isinstance(value, fx.Node):
+                    constants[name] = value
+                elif value.op == "get_attr":
+                    self.register_buffer(f"weight_{len(list(self.buffers()))}", program.tensor(value).detach())
+                    constants[name] = list(self.buffers())[-1]
+                else:
+                    places[name] = len(self.inputs)
+                    self.inputs.append(_random(value.meta["val"]))
+            probe = PROBES.get(node.target)
+            if probe is not None:
+                for name, index in places.items():
+                    self.inputs[index] = probe.prepare(name, self.inputs[index])
+            for lowering in supported(node)[0]:
+                function = probe.wrap(lowering.function) if probe is not None else lowering.function
+                self._calls.append((function, constants, places))
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        results = []
+        for function, constants, places in self._calls:
+            result = function(**constants, **{name: inputs[index] for name, index in places.items()})
+            results.append(result[0] if isinstance(result, tuple) else result)
+        return results
+
+
+def _random(fake: Tensor) -> Tensor:
+    """Random values (ones for masks and integers) of a fake tensor's dtype, at the example's sizes."""
+    sizes = [hint(size) for size in fake.shape]
+    if fake.dtype.is_floating_point:
+        return torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(fake.dtype)
+    return torch.ones(sizes, dtype=fake.dtype)
+
+
+def _measure(program: Program, nodes: Sequence[fx.Node], threads: int | None) -> list[dict[str, float]]:
+    """Milliseconds of every candidate of each node: all are exported at once, then cut apart and timed in turn."""
+    probes = _Probes(program, nodes).eval()
+    counts = [len(supported(node)[0]) for node in nodes]
+    names = [f"probe_{index}" for index in range(sum(counts))]
+    inputs = [f"input_{index}" for index in range(len(probes.inputs))]
+    with torch.no_grad(), quietly():
+        exported = torch.export.export(probes, tuple(probes.inputs))
+        result = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+                                   input_names=inputs, output_names=names)  # fmt: skip
+    assert result is not None
+    onnxscript.optimizer.optimize(result.model)
+    feed = dict(zip(inputs, (item.numpy() for item in probes.inputs), strict=True))
+    found = []
+    with TemporaryDirectory(prefix="fxpress-") as folder:
+        sessions = [
+            _cut(result.model, name, Path(folder) / f"{name}.onnx", threads, feed) for name in names
+        ]
+        for node, count in zip(nodes, counts, strict=True):
+            group, sessions = sessions[:count], sessions[count:]
+            times = _race(group)
+            found.append({item.name: ms for item, ms in zip(supported(node)[0], times, strict=True)})
+    return found
+
+
+def _cut(
+    model: onnx_ir.Model, output: str, path: Path, threads: int | None, feed: Mapping[str, numpy.ndarray[Any, Any]]
+) -> Callable[[], Any]:
+    """A session of the part of a model that computes one output, as a call on that part's inputs."""
+    part = model.clone()
+    kept = [value for value in part.graph.outputs if value.name == output]
+    part.graph.outputs.clear()
+    part.graph.outputs.extend(kept)
+    onnx_ir.passes.common.RemoveUnusedNodesPass()(part)
+    used = {value.name for node in part.graph for value in node.inputs if value is not None}
+    wanted = [value for value in part.graph.inputs if value.name in used]
+    part.graph.inputs.clear()
+    part.graph.inputs.extend(wanted)
+    onnx_ir.save(part, path)
+    session = Session(path, threads)
+    arrays = [feed[name] for name in session.inputs]
+    return lambda: session.run(arrays)
+
+
+def _race(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """The best time of each call in milliseconds; the calls take turns."""
+    best = [float("inf")] * len(calls)
+    for call in calls:
+        call()
+    for _ in range(_ROUNDS):
+        for index, call in enumerate(calls):
+            end = time.perf_counter() + _SECONDS
+            while time.perf_counter() < end:
+                start = time.perf_counter()
+                call()
+                best[index] = min(best[index], (time.perf_counter() - start) * 1e3)
+    return best

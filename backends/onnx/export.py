@@ -1,0 +1,207 @@
+"""From a Program to an ONNX model: fxpress operators by `lowerings`, the ATen rest by torch's own exporter."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+import torch
+from torch import Tensor, fx
+from torch.export import Dim, ExportedProgram
+
+from ...ir.errors import LoweringError, one_line
+from ...ir.graph import Program, identifier, source_of
+from ...ir.printer import target_name
+from .lowerings import LOWERINGS, Lowering, supported
+
+OPSET = 23
+Choices = Mapping[fx.Node, Lowering]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of the model's outputs: the ONNX output `index`, or a constant."""
+
+    index: int | None
+    constant: None | bool | int | float | str = None
+
+
+def check(program: Program) -> list[str]:
+    """Every node that the ONNX backend cannot take, with the reason; empty if it can take all."""
+    problems = []
+    known = _exportable()
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "output":
+            for item in node.args[0]:
+                if isinstance(item, fx.Node) and not isinstance(item.meta.get("val"), Tensor):
+                    problems.append(f"{item.name}: the model returns a size; let it return a tensor")
+            continue
+        if isinstance(value, Tensor) and value.dtype is torch.bfloat16:
+            problems.append(f"{node.name}: ONNX Runtime has no bfloat16 kernels on CPU; use model.float()")
+        elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            if node.target.namespace == "fxpress":
+                candidates, reasons = supported(node)
+                if not candidates:
+                    problems.append(f"{target_name(node)}: {'; '.join(reasons) or 'no lowering'}{source_of(node)}")
+            elif not known(node.target) and not _decomposable(node.target):
+                problems.append(f"{target_name(node)}: torch.onnx has no translation{source_of(node)}")
+        elif node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+            if not known(node.target):
+                problems.append(f"{target_name(node)}: torch.onnx has no translation{source_of(node)}")
+    return list(dict.fromkeys(problems))
+
+
+def check_supported(program: Program) -> None:
+    """Refuse a program with anything that `check` lists.
+
+    Raises:
+        LoweringError: lists all of it.
+    """
+    problems = check(program)
+    if problems:
+        count = f"{len(problems)} unsupported: " if len(problems) > 1 else ""
+        raise LoweringError(f"the ONNX backend cannot take this program: {count}{' | '.join(problems)}")
+
+
+def _exportable() -> Callable[[Any], bool]:
+    """Whether torch's exporter translates an operator at our opset."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with quietly():
+        registry = ONNXRegistry.from_torchlib(opset_version=OPSET)
+    translates: Callable[[Any], bool] = registry.is_registered
+    return translates
+
+
+def _decomposable(target: torch._ops.OpOverload) -> bool:
+    """Whether torch can write an operator as others; the exporter does so before it translates."""
+    from torch._decomp import core_aten_decompositions
+
+    implicit = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    return implicit or target in core_aten_decompositions()
+
+
+def to_onnx(program: Program, choices: Choices) -> onnx_ir.Model:
+    """The ONNX model of a program.
+
+    Args:
+        choices: the lowering of each fxpress node.
+
+    Raises:
+        LoweringError: torch's exporter fails, or an axis that is dynamic in the program would become fixed.
+    """
+    lowered, names = _lowered(program, choices)
+    exported = _export(program, lowered)
+    try:
+        with quietly():
+            result = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
+                input_names=[tensor.name for tensor in program.signature.inputs],
+                output_names=names,
+            )
+    except Exception as error:
+        raise LoweringError(f"torch.onnx failed: {one_line(error)}") from error
+    assert result is not None
+    # optimize=True would also apply onnxscript's opset-23 fusions; its RotaryEmbedding is wrong for broadcast angles.
+    import onnxscript.optimizer
+
+    onnxscript.optimizer.optimize(result.model)
+    return result.model
+
+
+def leaves_of(program: Program) -> list[Leaf]:
+    """Where each leaf of the model's outputs is found: equal outputs share one ONNX output, constants have none."""
+    places: dict[fx.Node, int] = {}
+    found = []
+    for item in _outputs(program):
+        if isinstance(item, fx.Node):
+            found.append(Leaf(places.setdefault(item, len(places))))
+        else:
+            found.append(Leaf(None, item))
+    return found
+
+
+def save(model: onnx_ir.Model, path: Path) -> None:
+    """Write a model as `path` with its weights beside it in safetensors (of any size: no limit of 2 GB)."""
+    with quietly():
+        onnx_ir.save_safetensors(model, path, size_threshold_bytes=1024)
+
+
+def _outputs(program: Program) -> Any:
+    return next(iter(reversed(program.graph.nodes))).args[0]
+
+
+def _lowered(program: Program, choices: Choices) -> tuple[fx.GraphModule, list[str]]:
+    """A copy of the graph with every fxpress operator replaced by its lowering, and the names of its outputs."""
+    copy = program.copy()
+    for node, original in zip(copy.graph.nodes, program.graph.nodes, strict=True):
+        if node.op == "call_function" and node.target in LOWERINGS:
+            node.target = choices[original].function
+        elif node.op == "output":
+            kept = dict.fromkeys(item for item in node.args[0] if isinstance(item, fx.Node))
+            node.args = (tuple(kept),)
+    copy.module.recompile()
+    names: list[str] = []
+    seen: set[fx.Node] = set()
+    for name, item in zip(program.signature.outputs, _outputs(program), strict=True):
+        if isinstance(item, fx.Node) and item not in seen:
+            seen.add(item)
+            unique = identifier(name).replace(".", "_")
+            taken = {tensor.name for tensor in program.signature.inputs}.union(names)
+            while unique in taken:
+                unique += "_out"
+            names.append(unique)
+    return copy.module, names
+
+
+def _export(program: Program, lowered: fx.GraphModule) -> ExportedProgram:
+    """Trace the lowered graph again, with the program's own dynamic axes."""
+    signature = program.signature
+    placeholders = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    # The values play no role; the sizes are those of the example (2 or more wherever an axis is dynamic).
+    example = tuple(
+        torch.ones([hint(size) for size in value.shape], dtype=value.dtype, device=value.device)
+        for value in placeholders
+    )
+    dims = {name: Dim(name, min=max(low, 2), max=high) for name, (low, high) in signature.ranges.items()}
+    shapes = tuple(
+        {axis: dims.get(size, Dim.AUTO) for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
+        for tensor in signature.inputs
+    )
+    try:
+        with torch.no_grad(), quietly():
+            return torch.export.export(lowered, example, dynamic_shapes=shapes)
+    except Exception as error:
+        raise LoweringError(f"the lowered program cannot be traced: {one_line(error)}") from error
+
+
+
+
+def hint(size: Any) -> int:
+    """The size that the example has where a size is symbolic."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without the exporter's notes on libraries that are not installed and its deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

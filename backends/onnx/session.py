@@ -1,0 +1,58 @@
+"""Running an ONNX model with ONNX Runtime. Imports no torch: a loaded artefact needs none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import onnxruntime
+
+from ...ir.errors import ArtifactError, InputError, one_line
+
+# ONNX Runtime would join Add + LayerNormalization into one kernel that is several times slower than the two.
+DISABLED_OPTIMIZERS = ("SkipLayerNormFusion",)
+
+
+class Session:
+    """An ONNX Runtime session on the CPU.
+
+    Args:
+        path: the model file; weights beside it are found by ONNX Runtime.
+        threads: threads inside one operator; None: one a physical core, ONNX Runtime's own default.
+
+    Raises:
+        ArtifactError: ONNX Runtime does not take the file.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise InputError(f"threads must be at least 1, found {threads}")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors come as exceptions; nothing else is printed
+        options.intra_op_num_threads = threads or 0
+        try:
+            self._session = onnxruntime.InferenceSession(
+                os.fspath(path),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=list(DISABLED_OPTIMIZERS),
+            )
+        except Exception as error:  # noqa: BLE001  # ONNX Runtime raises classes of its own without a common base
+            raise ArtifactError(f"ONNX Runtime cannot load {path.name}: {one_line(error)}") from error
+        self.inputs = [item.name for item in self._session.get_inputs()]
+        self.outputs = [item.name for item in self._session.get_outputs()]
+
+    def run(self, arrays: Sequence[numpy.ndarray[Any, Any]]) -> list[numpy.ndarray[Any, Any]]:
+        """Run on arrays in the order of the signature; gives arrays in the order of the outputs.
+
+        Raises:
+            InputError: ONNX Runtime fails on this input.
+        """
+        try:
+            found = self._session.run(self.outputs, dict(zip(self.inputs, arrays, strict=True)))
+        except Exception as error:  # noqa: BLE001  # as above
+            raise InputError(f"ONNX Runtime failed on inputs of {[a.shape for a in arrays]}: {one_line(error)}") from error
+        return list(found)

@@ -1,0 +1,247 @@
+"""Artefacts: a compiled model as a folder that can be checked before it is used. Loading imports no torch.
+
+    manifest.json       format, signature, SHA-256 and size of every other file
+    model.onnx          the graph
+    model.safetensors   its weights (ONNX external data; also readable by itself)
+    program.txt         the rewritten program as text
+    report.json         the report of the compilation
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from ..backends.onnx.session import Session
+from ..ir.errors import ArtifactError, InputError
+from ..ir.signature import Signature
+from .report import Report
+
+FORMAT, VERSION = "fxpress-artifact", 1
+MANIFEST, MODEL = "manifest.json", "model.onnx"
+
+
+class Outputs(dict[str, Any]):
+    """Named outputs of a loaded model; also read as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+class LoadedModel:
+    """A saved artefact, ready to run.
+
+    Called with numpy arrays it gives `Outputs` of numpy arrays and imports no torch. Called with torch tensors it
+    gives what the model gave, structure included; a structure whose class is not loaded is given as `Outputs`.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int | None) -> None:
+        self.signature = Signature.from_dict(manifest["signature"])
+        self.report = Report.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+        self._leaves: list[tuple[int | None, Any]] = [(item["index"], item["constant"]) for item in manifest["outputs"]]
+        self._structure: str | None = manifest["structure"]
+        self._session = Session(folder / MODEL, threads)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model.
+
+        Raises:
+            InputError: arguments that the model was not compiled for.
+        """
+        values = self.signature.bind(args, kwargs)
+        torch = sys.modules.get("torch")
+        if torch is not None and any(isinstance(value, torch.Tensor) for value in values):
+            return self._rebuild([torch.from_numpy(item) for item in self.run([_to_numpy(value) for value in values])])
+        return Outputs(zip(self.signature.outputs, self._place(self.run(values)), strict=True))
+
+    def run(self, arrays: Sequence[numpy.ndarray[Any, Any]]) -> list[numpy.ndarray[Any, Any]]:
+        """Run on flat arrays, in the order of `signature.inputs`."""
+        return self._session.run(arrays)
+
+    def _place(self, found: Sequence[Any]) -> list[Any]:
+        return [constant if index is None else found[index] for index, constant in self._leaves]
+
+    def _rebuild(self, found: Sequence[Any]) -> Any:
+        from . import hf
+        from .structure import rebuild
+
+        leaves = self._place(found)
+        hf.register_caches()
+        structure = rebuild(self._structure, leaves)
+        return Outputs(zip(self.signature.outputs, leaves, strict=True)) if structure is None else structure
+
+
+def _to_numpy(value: Any) -> numpy.ndarray[Any, Any]:
+    found: numpy.ndarray[Any, Any] = value.detach().cpu().numpy() if hasattr(value, "detach") else value
+    return found
+
+
+def load(path: str | os.PathLike[str], threads: int | None = None) -> LoadedModel:
+    """Load an artefact that `Compiled.save` wrote; every file is checked before it is used.
+
+    Args:
+        path: the folder.
+        threads: threads inside one operator; None: one a physical core.
+
+    Raises:
+        ArtifactError: no artefact there, or a file that is missing, truncated or altered.
+    """
+    folder = Path(path)
+    manifest = _read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        _check_file(folder, name, entry)
+    _check_external_data(folder, set(manifest["files"]))
+    return LoadedModel(folder, manifest, threads)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ArtifactError(f"{str(folder)!r} is no directory; give one that compiled.save(...) wrote")
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise ArtifactError(f"{str(folder)!r} is no fxpress artefact: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{str(file)!r} is damaged: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactError(f"{str(file)!r} is no manifest of an fxpress artefact")
+    if manifest.get("version") != VERSION:
+        raise ArtifactError(f"{str(file)!r} has version {manifest.get('version')}; this fxpress reads {VERSION}")
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    if manifest.get("sha256") != _digest_of(body):
+        raise ArtifactError(f"{str(file)!r} is altered: its own SHA-256 does not fit; compile and save again")
+    if MODEL not in manifest["files"]:
+        raise ArtifactError(f"{str(file)!r} names no {MODEL}")
+    return manifest
+
+
+def _digest_of(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise ArtifactError(f"the manifest names a file outside the artefact: {name!r}")
+    file = folder / name
+    if file.is_symlink() or not file.is_file():
+        raise ArtifactError(f"{str(folder)!r} is damaged: {name} is missing")
+    if file.stat().st_size != entry["bytes"]:
+        raise ArtifactError(f"{name} is truncated or altered: {file.stat().st_size} bytes, expected {entry['bytes']}")
+    if _sha256(file) != entry["sha256"]:
+        raise ArtifactError(f"{name} is altered: its SHA-256 does not fit the manifest; compile and save again")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_external_data(folder: Path, listed: set[str]) -> None:
+    """Weights may only be read from files that the manifest lists."""
+    import onnx
+
+    try:
+        graph = onnx.load(folder / MODEL, load_external_data=False).graph
+    except Exception as error:  # noqa: BLE001  # protobuf's DecodeError, whose module differs between its versions
+        raise ArtifactError(f"{MODEL} is no ONNX model: {error}") from error
+    for tensor in graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value not in listed:
+                raise ArtifactError(f"weight {tensor.name!r} lies in {entry.value!r}, which is not in the manifest")
+
+
+def write(
+    folder: Path,
+    files: Path,
+    signature: Signature,
+    outputs: Sequence[Mapping[str, Any]],
+    structure: str | None,
+    report: Report,
+    program: str,
+) -> None:
+    """Write an artefact: all of it appears at once, or nothing.
+
+    Args:
+        folder: the folder to make; it must not exist.
+        files: a folder with model.onnx and its weights, which are copied.
+
+    Raises:
+        InputError: the folder exists, or cannot be written.
+    """
+    with new_folder(folder) as temporary:
+        for file in sorted(files.iterdir()):
+            shutil.copyfile(file, temporary / file.name)
+        (temporary / "program.txt").write_text(program, encoding="utf-8")
+        (temporary / "report.json").write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "signature": json.loads(json.dumps(signature.as_dict())),
+            "outputs": list(outputs),
+            "structure": structure,
+            "files": {
+                file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+                for file in sorted(temporary.iterdir())
+            },
+        }
+        text = json.dumps({**body, "sha256": _digest_of(body)}, indent=1)
+        (temporary / MANIFEST).write_text(text, encoding="utf-8")
+
+
+class new_folder:
+    """`with new_folder(path) as temporary`: fill `temporary`; it becomes `path` at the end, or vanishes on an error.
+
+    Raises:
+        InputError: `path` exists, its parent does not, or it cannot be written. Raised before any work is done.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        check_new(path)
+
+    def __enter__(self) -> Path:
+        try:
+            self._temporary = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        except OSError as error:
+            raise InputError(f"cannot write to {str(self.path.parent)!r}: {error.strerror}") from error
+        return self._temporary
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            if error is None:
+                os.chmod(self._temporary, 0o755)
+                os.rename(self._temporary, self.path)
+        except OSError as failure:
+            raise InputError(f"cannot write {str(self.path)!r}: {failure.strerror}") from failure
+        finally:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write {str(self.path)!r}: {error.strerror or error}") from error
+
+
+def check_new(path: Path) -> None:
+    """Refuse an output path that exists or cannot be made.
+
+    Raises:
+        InputError: says which.
+    """
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{str(path)!r} exists already; give a new path, or remove it first")
+    parent = path.parent
+    if not parent.is_dir():
+        raise InputError(f"cannot write {str(path)!r}: {str(parent)!r} is no directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {str(path)!r}: no permission in {str(parent)!r}")

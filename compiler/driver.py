@@ -1,0 +1,369 @@
+"""compile(): model -> trace -> passes -> backend -> check, and the compiled model it gives."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ..backends.eager import EagerRunner
+from ..ir.equality import Comparison, compare, run_float64
+from ..ir.errors import FxpressError, InputError, VerifyError, nearest, one_line
+from ..ir.graph import Program
+from ..ir.printer import print_program
+from ..ir.rewrite import Context, Pass
+from ..ir.signature import describe
+from . import artifact, hf, structure
+from .pipeline import parse_passes, run_passes
+from .report import Report
+from .trace import Arguments, admit_ones, bind_example, trace
+
+BACKENDS = ("auto", "eager", "onnx")
+
+
+class Runner(Protocol):
+    """What a backend makes of a program."""
+
+    name: str
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Flat inputs to flat outputs."""
+        ...
+
+
+class OnnxRunner:
+    """An ONNX Runtime session of a program, with its files in a temporary folder."""
+
+    name = "onnx"
+
+    def __init__(self, program: Program, threads: int | None) -> None:
+        from ..backends.onnx.choose import choose
+        from ..backends.onnx.export import check_supported, leaves_of, save, to_onnx
+        from ..backends.onnx.session import Session
+
+        check_supported(program)
+        chosen, self.choices = choose(program, threads=threads)
+        self.leaves = leaves_of(program)
+        self._folder = TemporaryDirectory(prefix="fxpress-")
+        self.files = Path(self._folder.name)
+        save(to_onnx(program, chosen), self.files / artifact.MODEL)
+        self.session = Session(self.files / artifact.MODEL, threads)
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Flat inputs to flat outputs, on the CPU."""
+        found = self.session.run([tensor.detach().cpu().numpy() for tensor in tensors])
+        return [
+            leaf.constant if leaf.index is None else torch.from_numpy(found[leaf.index]) for leaf in self.leaves
+        ]
+
+
+@dataclass
+class _Settings:
+    passes: list[Pass]
+    dynamic_shapes: Any
+    backend: str
+    calibration: Iterable[Any]
+    verify: bool
+    max_rewrites: int | None
+    threads: int | None
+
+
+@dataclass
+class _Product:
+    program: Program
+    runner: Runner
+    report: Report
+
+
+@dataclass
+class Compiled:
+    """A compiled model. Call it like the model; without example inputs it is compiled at the first call."""
+
+    _model: torch.nn.Module | ExportedProgram
+    _settings: _Settings
+    _made: _Product | None = field(default=None, init=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the compiled model; takes and gives what the model does.
+
+        Raises:
+            InputError: inputs of another kind than the model was compiled for.
+        """
+        if self._made is None:
+            self._make((args, kwargs))
+        made = self._product
+        tensors = made.program.signature.bind(args, kwargs)
+        return pytree.tree_unflatten(made.runner.run(tensors), made.program.out_spec)
+
+    @property
+    def report(self) -> Report:
+        """What each pass changed, refused and why; size; error against the model; time."""
+        return self._product.report
+
+    @property
+    def program(self) -> Program:
+        """The rewritten program; `program.module` is a trainable torch.fx.GraphModule."""
+        return self._product.program
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save as a new folder that `fxpress.load` reads.
+
+        Raises:
+            InputError: the folder exists or cannot be written, or the backend is not onnx.
+        """
+        runner, made = self._onnx_runner(), self._product
+        artifact.write(
+            Path(path),
+            runner.files,
+            made.program.signature,
+            [{"index": leaf.index, "constant": leaf.constant} for leaf in runner.leaves],
+            structure.dump(made.program.out_spec),
+            made.report,
+            print_program(made.program),
+        )
+
+    def to_onnx(self, path: str | os.PathLike[str]) -> None:
+        """Write the ONNX model as a file, with its weights beside it: `model.onnx`, `model.safetensors`.
+
+        Raises:
+            InputError: one of the files exists or cannot be written, or the backend is not onnx.
+        """
+        runner = self._onnx_runner()
+        write_onnx(runner.files, Path(path))
+
+    @property
+    def _product(self) -> _Product:
+        if self._made is None:
+            raise InputError("the model is not compiled yet: call it once, or give compile() example_inputs")
+        return self._made
+
+    def _onnx_runner(self) -> OnnxRunner:
+        runner = self._product.runner
+        if not isinstance(runner, OnnxRunner):
+            raise InputError(f"only the onnx backend can be saved, this is {runner.name!r}; compile with backend='onnx'")
+        return runner
+
+    def _make(self, example: Arguments) -> None:
+        self._made = _compile(self._model, self._settings, example)
+
+
+def compile(
+    model: torch.nn.Module | ExportedProgram,
+    passes: Any = None,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = "auto",
+    backend: str = "auto",
+    calibration: Iterable[Any] = (),
+    *,
+    verify: bool = True,
+    max_rewrites: int | None = None,
+    threads: int | None = None,
+) -> Compiled:
+    """Compile a model.
+
+    Args:
+        model: an nn.Module in evaluation mode, Hugging Face or plain, or torch.export's ExportedProgram. Not changed.
+        passes: passes (objects, or texts as on the command line); None: exact optimisation; []: no rewrite.
+        example_inputs: a dict of named or tuple of positional inputs; None: compile at the first call, on its inputs.
+        dynamic_shapes: "auto": every axis that can vary stays dynamic; None: all sizes fixed; or torch.export's form.
+        backend: "onnx", "eager" or "auto" (onnx).
+        calibration: inputs like `example_inputs`, for passes that need data.
+        verify: measure the error of each pass and of the result on the example, and fail if exact passes changed it.
+        max_rewrites: stop rewriting after so many rewrites, to find the one that breaks a model.
+        threads: threads inside one operator; None: one a physical core.
+
+    Raises:
+        InputError, TraceError, RewriteError, VerifyError, LoweringError: one line: cause, place, next step.
+    """
+    if not isinstance(model, torch.nn.Module | ExportedProgram):
+        raise InputError(f"model must be an nn.Module or ExportedProgram, found {describe(model)}")
+    if backend not in BACKENDS:
+        raise InputError(f"unknown backend {backend!r}: {nearest(backend, BACKENDS)}")
+    if max_rewrites is not None and max_rewrites < 0:
+        raise InputError(f"max_rewrites must be 0 or more, found {max_rewrites}")
+    if isinstance(model, torch.nn.Module) and any(module.training for module in model.modules()):
+        raise InputError("the model is in training mode, where dropout is random; call model.eval() first")
+    compiled = Compiled(
+        model,
+        _Settings(parse_passes(passes), dynamic_shapes, backend, calibration, verify, max_rewrites, threads),
+    )
+    if isinstance(model, ExportedProgram):
+        compiled._make(model.example_inputs or ((), {}))
+    elif example_inputs is not None:
+        compiled._make(bind_example(model, example_inputs))
+    return compiled
+
+
+def _compile(model: torch.nn.Module | ExportedProgram, settings: _Settings, example: Arguments) -> _Product:
+    clock = _Clock()
+    module = model.module() if isinstance(model, ExportedProgram) else model
+    backend = "onnx" if settings.backend == "auto" else settings.backend
+    report = Report(model=type(module).__name__, backend=backend)
+    with clock("eager"):
+        eager = _run_model(module, example)
+    with clock("trace"):
+        program = trace(model, example, settings.dynamic_shapes)
+        tensors = program.signature.bind(*example) if _fits(program, example) else None
+    # A batch or length of 1 was doubled for tracing; errors are then measured on the example all the same.
+    flat = tensors if tensors is not None else _flat(program, example)
+    if isinstance(model, torch.nn.Module):
+        with clock("check sizes"):
+            program = admit_ones(program, model, flat)
+    report.ranges = dict(program.signature.ranges)
+    report.bytes_before = weight_bytes(program)
+    expected = None
+    if settings.verify:
+        with clock("fp64 judge"):
+            expected = (pytree.tree_leaves(eager), run_float64(program, flat))
+    with clock("passes"):
+        calibration = [program.signature.bind(*_as_arguments(batch)) for batch in settings.calibration]
+        context = Context(inputs=flat, calibration=calibration, max_rewrites=settings.max_rewrites)
+        report.passes = run_passes(program, settings.passes, context, expected)
+    with clock("lower"):
+        runner: Runner = OnnxRunner(program, settings.threads) if backend == "onnx" else EagerRunner(program)
+    if isinstance(runner, OnnxRunner):
+        report.choices = [
+            {"operator": item.operator, "sizes": item.sizes, "chosen": item.chosen,
+             "milliseconds": dict(item.milliseconds), "nodes": item.nodes}
+            for item in runner.choices
+        ]  # fmt: skip
+        report.bytes_after = sum(file.stat().st_size for file in runner.files.iterdir())
+    else:
+        report.bytes_after = weight_bytes(program)
+    if expected is not None:
+        with clock("verify"):
+            verdict = compare(runner.run(flat), *expected, program.signature.outputs)
+        _record(report, verdict)
+        if not verdict.equal and all(item.exact for item in settings.passes):
+            raise VerifyError(
+                f"backend {backend}: the result is not that of the model: {verdict.reasons[0]}; "
+                "try passes=[] and, if that is right, max_rewrites to find the rewrite"
+            )
+    report.seconds = clock.seconds
+    return _Product(program, runner, report)
+
+
+def _record(report: Report, verdict: Comparison) -> None:
+    report.equal, report.reasons = verdict.equal, list(verdict.reasons)
+    report.sqnr_db, report.cosine, report.max_abs = verdict.sqnr_db, verdict.cosine, verdict.max_abs
+
+
+def _run_model(module: torch.nn.Module, example: Arguments) -> Any:
+    """The model's own result; also shows that model and example fit before any work is done."""
+    hf.register_caches()
+    try:
+        with torch.no_grad():
+            return module(*pytree.tree_map(_cloned, example[0]), **pytree.tree_map(_cloned, example[1]))
+    except Exception as error:
+        raise InputError(f"the model itself fails on the example inputs: {one_line(error)}") from error
+
+
+def _cloned(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _fits(program: Program, example: Arguments) -> bool:
+    try:
+        program.signature.bind(*example)
+    except InputError:
+        return False
+    return True
+
+
+def _flat(program: Program, example: Arguments) -> list[Tensor]:
+    from ..ir.signature import leaves
+
+    given = {**dict(zip(program.signature.positional, example[0], strict=False)), **example[1]}
+    found = {path: leaf for name, value in given.items() for path, leaf in leaves(value, name)}
+    return [found[tensor.path] for tensor in program.signature.inputs]
+
+
+def _as_arguments(batch: Any) -> Arguments:
+    return ((), dict(batch)) if isinstance(batch, dict) else (tuple(batch), {})
+
+
+def weight_bytes(program: Program) -> int:
+    """Bytes of a program's weights, tied ones counted once."""
+    tensors = [*program.module.parameters(), *program.module.buffers()]
+    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+
+
+def export_onnx(
+    model: torch.nn.Module | ExportedProgram,
+    path: str | os.PathLike[str],
+    passes: Any = None,
+    example_inputs: Any = None,
+    **options: Any,
+) -> Report:
+    """Compile a model and write it as an ONNX file with its weights beside it; `options` are those of `compile`.
+
+    Raises:
+        InputError: the file exists or cannot be written, before any work is done; and what `compile` raises.
+    """
+    for file in onnx_files(Path(path)):
+        artifact.check_new(file)
+    compiled = compile(model, passes, example_inputs, backend="onnx", **options)
+    compiled.to_onnx(path)
+    return compiled.report
+
+
+def onnx_files(path: Path) -> tuple[Path, Path]:
+    """The two files of an ONNX model: the graph and its weights.
+
+    Raises:
+        InputError: if the path does not end in .onnx.
+    """
+    if path.suffix != ".onnx":
+        raise InputError(f"an ONNX file must end in .onnx, found {str(path)!r}")
+    return path, path.with_suffix(".safetensors")
+
+
+def write_onnx(files: Path, path: Path) -> None:
+    """Copy model.onnx and its weights to another name; both appear whole, the graph last."""
+    import onnx
+
+    graph_file, weight_file = onnx_files(path)
+    for file in (graph_file, weight_file):
+        artifact.check_new(file)
+    model = onnx.load(files / artifact.MODEL, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = weight_file.name
+    weights = files / Path(artifact.MODEL).with_suffix(".safetensors")
+    try:
+        with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            onnx.save(model, Path(folder) / "graph")
+            if weights.exists():
+                shutil.copyfile(weights, Path(folder) / "weights")
+                os.rename(Path(folder) / "weights", weight_file)
+            os.rename(Path(folder) / "graph", graph_file)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+
+
+class _Clock:
+    """Seconds of named stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+
+
+__all__ = ["Compiled", "FxpressError", "compile", "export_onnx"]
