@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import traceback
@@ -137,10 +138,25 @@ def _widened(args: Arguments) -> Iterator[Arguments]:
 
 def _export(model: torch.nn.Module, args: Arguments, dynamic_shapes: Any) -> ExportedProgram:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _no_mask_inspection():
             return torch.export.export(model, *args, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise TraceError(f"cannot trace {type(model).__name__}{_user_line(error, model)}: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _no_mask_inspection() -> Iterator[None]:
+    """Keep nn.Transformer from looking into a mask's values to find out whether it is causal.
+
+    A trace cannot branch on values. The answer is only a hint for faster kernels: the mask itself is applied in full.
+    """
+    layers: Any = torch.nn.modules.transformer
+    usual = layers._detect_is_causal_mask
+    layers._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        layers._detect_is_causal_mask = usual
 
 
 def _user_line(error: BaseException, model: torch.nn.Module) -> str:

@@ -90,6 +90,7 @@ class Program:
         node.meta.update({key: source.meta[key] for key in ("stack_trace", "nn_module_stack") if key in source.meta})
         try:
             node.meta["val"] = fake_result(self, node)
+            mark_current(node)
         except Exception as error:
             name = node.name
             self.graph.erase_node(node)
@@ -220,6 +221,23 @@ def fake_result(program: Program, node: fx.Node) -> Any:
     assert callable(node.target)
     with program.fake_mode, torch.no_grad():
         return node.target(*args, **kwargs)
+
+
+def _fake_inputs(node: fx.Node) -> tuple[Any, ...]:
+    """The call and the fake values that its own fake value was computed from."""
+    return (node.target, node.args, node.kwargs, *(used.meta.get("val") for used in node.all_input_nodes))
+
+
+def mark_current(node: fx.Node) -> None:
+    """Note that a call's fake value is what running it on its arguments' fake values gives."""
+    node.meta["fake_inputs"] = (node.meta["val"], *_fake_inputs(node))
+
+
+def is_current(node: fx.Node) -> bool:
+    """Whether the call, its arguments' fake values and its own are the very objects that `mark_current` saw."""
+    noted = node.meta.get("fake_inputs", ())
+    now = (node.meta.get("val"), *_fake_inputs(node))
+    return len(noted) == len(now) and all(a is b for a, b in zip(noted, now, strict=True))
 
 
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}

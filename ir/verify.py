@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, fx
 
 from .errors import VerifyError
-from .graph import Program, describe_value, fake_result, same_sizes, source_of
+from .graph import (
+    Program,
+    describe_value,
+    fake_result,
+    is_current,
+    mark_current,
+    same_sizes,
+    source_of,
+)
 from .ops.table import OPERATORS
 from .printer import target_name
 
@@ -80,6 +88,8 @@ def _call_problem(program: Program, node: fx.Node) -> str | None:
         return f"unknown function {target_name(node)}"
     if "val" not in node.meta:
         return f"{target_name(node)} has no fake value"
+    if is_current(node):
+        return None  # nothing that this call depends on has changed since it was last run
     try:
         again = fake_result(program, node)
     except Exception as error:
@@ -87,6 +97,7 @@ def _call_problem(program: Program, node: fx.Node) -> str | None:
     if not _agrees(node.meta["val"], again):
         said = describe_value(node.meta["val"], program.symbols)
         return f"{target_name(node)} gives {describe_value(again, program.symbols)}, its node says {said}"
+    mark_current(node)
     return None
 
 

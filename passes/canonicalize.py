@@ -52,6 +52,22 @@ def _same_type(program: Program, node: fx.Node) -> fx.Node | None:
     return source if kept and node.meta["val"].device == source.meta["val"].device else None
 
 
+def _cast(program: Program, node: fx.Node) -> fx.Node | None:
+    """Nothing where type and device stay; `_to_copy` for every other spelling of a cast that changes only the dtype."""
+    kept = _same_type(program, node)
+    source: Any = node.args[0]
+    before, after = source.meta["val"], node.meta["val"]
+    moved = before.device != after.device or before.layout != after.layout
+    if kept is not None or moved or node.target is aten._to_copy.default:
+        return kept
+    return program.call(aten._to_copy.default, source, dtype=after.dtype, before=node)
+
+
+def _respelled(target: Any) -> Edit:
+    """An edit that calls another operator with the same arguments."""
+    return lambda program, node: program.call(target, *node.args, before=node)
+
+
 def _dropout(program: Program, node: fx.Node) -> fx.Node | None:
     given = arguments(node)
     return given["input"] if not given["train"] or given["p"] == 0 else None
@@ -69,20 +85,21 @@ def _same_shape(program: Program, node: fx.Node) -> fx.Node | None:
 
 
 def _reshape(program: Program, node: fx.Node) -> fx.Node | None:
+    """view -> reshape; known sizes stated instead of -1; a reshape of a reshape reads the first one's source."""
     source: Any = node.args[0]
     if same_sizes(shape(node), shape(source)):
         return source  # type: ignore[no-any-return]
-    if node.target is not aten.reshape.default:
-        return program.call(aten.reshape.default, *node.args, before=node)
-    if source.op == "call_function" and source.target is aten.reshape.default and _no_copied_axis(node):
-        return program.call(aten.reshape.default, source.args[0], node.args[1], before=node)
-    return None
+    sizes = _known_sizes(node)
+    if source.op == "call_function" and source.target is aten.reshape.default:
+        source = source.args[0]
+    same_call = node.target is aten.reshape.default and source is node.args[0] and sizes == list(node.args[1])  # type: ignore[arg-type]
+    return None if same_call else program.call(aten.reshape.default, source, sizes, before=node)
 
 
-def _no_copied_axis(node: fx.Node) -> bool:
-    """Whether a reshape states its sizes without -1, or with one -1, which any source of equal size resolves alike."""
-    sizes: Any = node.args[1]
-    return sum(1 for size in sizes if isinstance(size, int) and size == -1) <= 1
+def _known_sizes(node: fx.Node) -> list[Any]:
+    """The sizes of a reshape with numbers wherever the result's size is a number."""
+    stated: Any = node.args[1]
+    return [found if isinstance(found, int) else size for size, found in zip(stated, shape(node), strict=True)]
 
 
 def _transpose(program: Program, node: fx.Node) -> fx.Node | None:
@@ -103,14 +120,21 @@ def _permute(program: Program, node: fx.Node) -> fx.Node | None:
     return program.call(aten.transpose.int, source, *moved[0], before=node) if len(moved) == 2 else None
 
 
-_COPIES = (
+_CASTS = (
     aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default,
+)  # fmt: skip
+_COPIES = (
     aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default,
 )  # fmt: skip
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 SIMPLIFICATIONS: dict[Any, Edit] = {
+    **dict.fromkeys(_CASTS, _cast),
     **dict.fromkeys(_COPIES, _same_type),
+    aten.__and__.Tensor: _respelled(aten.bitwise_and.Tensor),
+    aten.__or__.Tensor: _respelled(aten.bitwise_or.Tensor),
+    aten.min.other: _respelled(aten.minimum.default),
+    aten.max.other: _respelled(aten.maximum.default),
     **dict.fromkeys(_DROPOUTS, _dropout),
     **dict.fromkeys(_RESHAPES, _reshape),
     aten.slice.Tensor: _full_slice,
@@ -186,17 +210,17 @@ def _conv1d_replace(program: Program, found: Match, _: Any) -> None:
     program.replace(found.root, new)
 
 
-def _cast(inner: Any, name: str) -> p.OneOf:
-    return p.optional(lambda value: p.Call(aten.to.dtype, self=value, dtype=p.Literal(name)), inner)
+def _maybe_cast(inner: Any, name: str) -> p.OneOf:
+    return p.optional(lambda value: p.Call(aten._to_copy.default, self=value, dtype=p.Literal(name)), inner)
 
 
 def _rms_norm_pattern() -> p.Call:
-    wide = _cast(p.Any("x"), "wide")
+    wide = _maybe_cast(p.Any("x"), "wide")
     power = p.Call(aten.pow.Tensor_Scalar, self=wide, exponent=p.Literal("exponent"))
     mean = p.Call(aten.mean.dim, self=power, dim=p.Literal("axes"), keepdim=True)
     spread = p.Call(aten.add.Tensor, self=mean, other=p.Literal("eps"))
     scaled = p.Call(aten.mul.Tensor, commutative=True, self=wide, other=p.Call(aten.rsqrt.default, self=spread))
-    return p.Call(aten.mul.Tensor, commutative=True, self=p.Weight("weight"), other=_cast(scaled, "narrow"))
+    return p.Call(aten.mul.Tensor, commutative=True, self=p.Weight("weight"), other=_maybe_cast(scaled, "narrow"))
 
 
 def _rms_norm_condition(found: Match) -> Any:

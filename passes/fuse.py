@@ -13,7 +13,7 @@ from torch import fx
 from ..ir import pattern as p
 from ..ir.graph import Program, dtype, same_sizes, shape
 from ..ir.ops.attention import attention
-from ..ir.ops.linear import linear_act
+from ..ir.ops.linear import linear_act, split_linear
 from ..ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from ..ir.pattern import Match, Refusal, Rule
 from ..ir.rewrite import Context, Pass, PassResult, apply_rules
@@ -32,7 +32,7 @@ class Fuse(Pass):
     after:   %y = fxpress.linear_act(%x, @weight, @bias, 'gelu')
 
     before:  %q = aten.linear(%x, @q);  %k = aten.linear(%x, @k);  %v = aten.linear(%x, @v)
-    after:   %q, %k, %v = aten.split_with_sizes(aten.linear(%x, @qkv), [n, n, n], -1)
+    after:   %q, %k, %v = fxpress.split_linear(%x, @qkv, None, [n, n, n])
     """
 
     def apply(self, program: Program, context: Context) -> PassResult:
@@ -108,7 +108,7 @@ _PER_ELEMENT = {
 
 
 def _pack_projections(program: Program, context: Context, result: PassResult) -> None:
-    """Replace the query, key and value linears that read one input by one linear and a split."""
+    """Replace the query, key and value linears that read one input by one matmul, cut in parts."""
     for node in program.calls(attention):
         found = list(dict.fromkeys(linear for item in node.args[:3] for linear in _linears_behind(item)))
         by_input: dict[fx.Node, list[fx.Node]] = {}
@@ -156,7 +156,7 @@ def _cannot_pack(linears: list[fx.Node]) -> str | None:
 def _pack(program: Program, source: fx.Node, linears: list[fx.Node]) -> None:
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     first = min(linears, key=order.__getitem__)
-    packed = []
+    packed: list[Any] = []
     for place in range(1, len(first.args)):
         nodes: list[Any] = [linear.args[place] for linear in linears]
         tensors = [program.tensor(node) for node in nodes]
@@ -167,9 +167,9 @@ def _pack(program: Program, source: fx.Node, linears: list[fx.Node]) -> None:
                 trainable=any(tensor.requires_grad for tensor in tensors),
             )
         )
-    joint = program.call(aten.linear.default, source, *packed, before=first)
+    weight, bias = packed if len(packed) == 2 else (packed[0], None)
     sizes = [shape(linear)[-1] for linear in linears]
-    split = program.call(aten.split_with_sizes.default, joint, sizes, -1, before=first)
+    split = program.call(split_linear, source, weight, bias, sizes, before=first)
     parts = [
         program.call(operator.getitem, split, index, before=first, like=linear) for index, linear in enumerate(linears)
     ]

@@ -12,19 +12,18 @@ from typing import Any
 import numpy
 import onnx_ir
 import onnxruntime
-import onnxscript.optimizer
 import torch
 from torch import Tensor, fx
 
 from ...ir.graph import Program, arguments, describe_value
 from ...ir.printer import target_name
 from ..memory import Memory, processor
-from .export import OPSET, hint, quietly
+from .export import OPSET, fold_constants, hint, quietly
 from .lowerings import LOWERINGS, PROBES, Lowering, supported
 from .session import Session
 
 _KEEP = 0.97  # another candidate must be at least this much faster than the first of the table
-_ROUNDS, _SECONDS = 3, 0.02
+_ROUNDS, _SECONDS = 3, 0.01
 
 
 @dataclass(frozen=True)
@@ -132,11 +131,17 @@ class _Probes(torch.nn.Module):
                 self._calls.append((function, constants, places))
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
-        results = []
+        results: list[Tensor] = []
         for function, constants, places in self._calls:
             result = function(**constants, **{name: inputs[index] for name, index in places.items()})
-            results.append(result[0] if isinstance(result, tuple) else result)
+            results += [result] if isinstance(result, Tensor) else list(result)
         return results
+
+
+def _parts(node: fx.Node) -> int:
+    """How many tensors a node gives."""
+    value = node.meta["val"]
+    return 1 if isinstance(value, Tensor) else len(value)
 
 
 def _random(fake: Tensor) -> Tensor:
@@ -151,19 +156,23 @@ def _measure(program: Program, nodes: Sequence[fx.Node], threads: int | None) ->
     """Milliseconds of every candidate of each node: all are exported at once, then cut apart and timed in turn."""
     probes = _Probes(program, nodes).eval()
     counts = [len(supported(node)[0]) for node in nodes]
-    names = [f"probe_{index}" for index in range(sum(counts))]
+    names = [
+        [f"probe_{index}_{candidate}_{part}" for part in range(_parts(node))]
+        for index, (node, count) in enumerate(zip(nodes, counts, strict=True))
+        for candidate in range(count)
+    ]
     inputs = [f"input_{index}" for index in range(len(probes.inputs))]
     with torch.no_grad(), quietly():
         exported = torch.export.export(probes, tuple(probes.inputs))
         result = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-                                   input_names=inputs, output_names=names)  # fmt: skip
+                                   input_names=inputs, output_names=sum(names, []))  # fmt: skip
     assert result is not None
-    onnxscript.optimizer.optimize(result.model)
+    fold_constants(result.model)
     feed = dict(zip(inputs, (item.numpy() for item in probes.inputs), strict=True))
     found = []
     with TemporaryDirectory(prefix="fxpress-") as folder:
         sessions = [
-            _cut(result.model, name, Path(folder) / f"{name}.onnx", threads, feed) for name in names
+            _cut(result.model, outputs, Path(folder) / f"{outputs[0]}.onnx", threads, feed) for outputs in names
         ]
         for node, count in zip(nodes, counts, strict=True):
             group, sessions = sessions[:count], sessions[count:]
@@ -173,11 +182,15 @@ def _measure(program: Program, nodes: Sequence[fx.Node], threads: int | None) ->
 
 
 def _cut(
-    model: onnx_ir.Model, output: str, path: Path, threads: int | None, feed: Mapping[str, numpy.ndarray[Any, Any]]
+    model: onnx_ir.Model,
+    outputs: Sequence[str],
+    path: Path,
+    threads: int | None,
+    feed: Mapping[str, numpy.ndarray[Any, Any]],
 ) -> Callable[[], Any]:
-    """A session of the part of a model that computes one output, as a call on that part's inputs."""
+    """A session of the part of a model that computes some outputs, as a call on that part's inputs."""
     part = model.clone()
-    kept = [value for value in part.graph.outputs if value.name == output]
+    kept = [value for value in part.graph.outputs if value.name in outputs]
     part.graph.outputs.clear()
     part.graph.outputs.extend(kept)
     onnx_ir.passes.common.RemoveUnusedNodesPass()(part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir
+import onnxscript.optimizer
 import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
@@ -70,6 +72,7 @@ def check_supported(program: Program) -> None:
         raise LoweringError(f"the ONNX backend cannot take this program: {count}{' | '.join(problems)}")
 
 
+@functools.cache
 def _exportable() -> Callable[[Any], bool]:
     """Whether torch's exporter translates an operator at our opset."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -99,6 +102,10 @@ def to_onnx(program: Program, choices: Choices) -> onnx_ir.Model:
     """
     lowered, names = _lowered(program, choices)
     exported = _export(program, lowered)
+    known = _exportable()
+    if all(known(node.target) for node in exported.graph.nodes if node.op == "call_function"):
+        # The exporter would trace the program once more to decompose what it cannot translate: half of the time.
+        exported.run_decompositions = lambda *_: exported  # type: ignore[method-assign]
     try:
         with quietly():
             result = torch.onnx.export(
@@ -113,11 +120,41 @@ def to_onnx(program: Program, choices: Choices) -> onnx_ir.Model:
     except Exception as error:
         raise LoweringError(f"torch.onnx failed: {one_line(error)}") from error
     assert result is not None
-    # optimize=True would also apply onnxscript's opset-23 fusions; its RotaryEmbedding is wrong for broadcast angles.
-    import onnxscript.optimizer
-
-    onnxscript.optimizer.optimize(result.model)
+    fold_constants(result.model)
+    _name_sizes(program, result.model)
     return result.model
+
+
+def _name_sizes(program: Program, model: onnx_ir.Model) -> None:
+    """Give symbolic sizes of inputs and outputs the names that the signature has."""
+    names = {
+        str(found): size
+        for tensor, value in zip(program.signature.inputs, model.graph.inputs, strict=True)
+        for size, found in zip(tensor.shape, value.shape or (), strict=True)
+        if isinstance(size, str)
+    }
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape([names.get(str(size), size) for size in value.shape])
+
+
+def fold_constants(model: onnx_ir.Model) -> None:
+    """Compute in place what depends on weights alone (transposed or cut weights), share equal nodes, drop unused ones.
+
+    torch.onnx.export(optimize=True) does more: rewrites that ONNX Runtime makes at load anyway, and onnxscript's
+    fusions for opset 23, of which the one for rotary embeddings is wrong where the angles broadcast over the batch.
+    """
+    limit = 2**40  # of any size
+    with quietly():
+        onnxscript.optimizer.fold_constants(model, input_size_limit=limit, output_size_limit=limit)
+        onnx_ir.passes.Sequential(
+            onnx_ir.passes.common.RemoveUnusedNodesPass(),
+            onnx_ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            onnx_ir.passes.common.DeduplicateInitializersPass(),
+            onnx_ir.passes.common.CommonSubexpressionEliminationPass(),
+            onnx_ir.passes.common.OutputFixPass(),
+            onnx_ir.passes.common.NameFixPass(),
+        )(model)
 
 
 def leaves_of(program: Program) -> list[Leaf]:
@@ -174,16 +211,27 @@ def _export(program: Program, lowered: fx.GraphModule) -> ExportedProgram:
         torch.ones([hint(size) for size in value.shape], dtype=value.dtype, device=value.device)
         for value in placeholders
     )
-    dims = {name: Dim(name, min=max(low, 2), max=high) for name, (low, high) in signature.ranges.items()}
+    # AUTO, with the check below: the program's own ranges hold, and guards of this second trace add none.
     shapes = tuple(
-        {axis: dims.get(size, Dim.AUTO) for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
+        {axis: Dim.AUTO for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
         for tensor in signature.inputs
     )
     try:
         with torch.no_grad(), quietly():
-            return torch.export.export(lowered, example, dynamic_shapes=shapes)
+            exported = torch.export.export(lowered, example, dynamic_shapes=shapes)
     except Exception as error:
         raise LoweringError(f"the lowered program cannot be traced: {one_line(error)}") from error
+    placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"][-len(signature.inputs) :]
+    for tensor, node in zip(signature.inputs, placeholders, strict=True):
+        for axis, size in enumerate(tensor.shape):
+            if isinstance(size, str) and isinstance(node.meta["val"].shape[axis], int):
+                raise LoweringError(
+                    f"axis {axis} of input {tensor.path!r} would be fixed to {node.meta['val'].shape[axis]} by a lowering"
+                )
+    for node in list(exported.graph.nodes):
+        if node.op == "call_function" and "_assert" in str(node.target) and not node.users:
+            exported.graph.erase_node(node)
+    return exported
 
 
 

@@ -18,7 +18,7 @@ from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from ...ir.graph import arguments, same_sizes, shape
 from ...ir.ops.attention import attention
-from ...ir.ops.linear import ACTIVATIONS, linear_act
+from ...ir.ops.linear import ACTIVATIONS, linear_act, split_linear
 from ...ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 
 
@@ -58,15 +58,26 @@ def _mask(
     if added is None:
         assert allowed is not None
         nothing = torch.zeros((), dtype=query.dtype)
-        return _rank4(torch.where(allowed, nothing, lowest)), _rank4(allowed.any(-1, keepdim=True).to(query.dtype))
+        return _rank4(torch.where(allowed, nothing, lowest)), _rank4(_cast(allowed.any(-1, keepdim=True), query.dtype))
     if allowed is not None:
         added = torch.where(allowed, added, -math.inf)
-    some = (added.amax(-1, keepdim=True) > -math.inf).to(query.dtype)
+    some = _cast(added.amax(-1, keepdim=True) > -math.inf, query.dtype)
     return _rank4(added.clamp(min=lowest)), _rank4(some)
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    # Not value.to(dtype): the exporter would have to decompose that, see export.to_onnx.
+    result: Tensor = torch.ops.aten._to_copy.default(value, dtype=dtype)
+    return result
 
 
 def _rank4(mask: Tensor) -> Tensor:
     return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 4 else mask
+
+
+def _full_rows(mask: Tensor | None, length: Any, keys: Any) -> Tensor | None:
+    """A mask with every row and key written out: the fused kernels broadcast batch and heads only."""
+    return None if mask is None else _rank4(mask).expand(*_rank4(mask).shape[:2], length, keys)
 
 
 def _scale(query: Tensor, scale: float | None) -> float:
@@ -89,13 +100,51 @@ def _attention_fused(
     rows, keys, values = (item.transpose(1, 2).flatten(2) for item in (query, key, value))
     result = symbolic(
         "com.microsoft::MultiHeadAttention",
-        (rows, keys, values, None, None, added),
+        (rows, keys, values, None, None, _full_rows(added, length, key.shape[2])),
         {"num_heads": heads, "scale": _scale(query, scale), "unidirectional": int(causal and square)},
         dtype=query.dtype,
         shape=(batch, length, values.shape[2]),
         version=1,
     )
     result = result.reshape(batch, length, heads, value.shape[3])
+    return (result if some is None else result * some.transpose(1, 2)).transpose(1, 2)
+
+
+def _attention_onnx(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """ai.onnx::Attention on [B, N, H * D]; with a boolean mask its fully masked rows are zeros, as torch's."""
+    batch, heads, length, _ = query.shape
+    keys = key.shape[2]
+    some = None
+    if bias is not None and bias.dtype != torch.bool:
+        mask, some = _mask(query, key, bias, key_mask, causal)
+    else:
+        mask = bias
+        if key_mask is not None:
+            mask = key_mask[:, None, None, :] if mask is None else mask & key_mask[:, None, None, :]
+        if causal and mask is not None:
+            mask = mask & torch.ones(length, keys, dtype=torch.bool, device=query.device).tril()
+    mask = _full_rows(mask, length, keys)
+    result = symbolic(
+        "Attention",
+        tuple(item.transpose(1, 2).flatten(2) for item in (query, key, value)) + ((mask,) if mask is not None else ()),
+        {
+            "q_num_heads": heads,
+            "kv_num_heads": key.shape[1],
+            "scale": _scale(query, scale),
+            "is_causal": int(causal and mask is None),
+        },
+        dtype=query.dtype,
+        shape=(batch, length, heads * value.shape[3]),
+        version=23,
+    ).reshape(batch, length, heads, value.shape[3])
     return (result if some is None else result * some.transpose(1, 2)).transpose(1, 2)
 
 
@@ -202,8 +251,22 @@ def _refuses_bias_act(node: fx.Node) -> str | None:
     return "there is no bias" if given["bias"] is None else None
 
 
+def _split_linear(input: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> list[Tensor]:
+    return list(F.linear(input, weight, bias).split(sizes, -1))
+
+
+def _separate_linears(input: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> list[Tensor]:
+    """A matmul for each part: no pass over the joint result to cut it."""
+    results, start = [], 0
+    for size in sizes:  # slices, not a split: those of constants are computed once, at export
+        part = slice(start, start := start + size)
+        results.append(F.linear(input, weight[part], None if bias is None else bias[part]))
+    return results
+
+
 LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     attention: (
+        Lowering("Attention", _attention_onnx),
         Lowering("MultiHeadAttention", _attention_fused, _refuses_fused),
         Lowering("MatMul+Softmax", _attention_unfused),
     ),
@@ -217,8 +280,12 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
         Lowering("SkipSimplifiedLayerNormalization", _skip_rms_norm, _refuses_skip),
     ),
     linear_act: (
-        Lowering("MatMul+BiasActivation", _linear_bias_act, _refuses_bias_act),
         Lowering("Linear+Activation", _linear_act),
+        Lowering("MatMul+BiasActivation", _linear_bias_act, _refuses_bias_act),
+    ),
+    split_linear: (
+        Lowering("separate MatMuls", _separate_linears),
+        Lowering("MatMul+Split", _split_linear),
     ),
 }
 

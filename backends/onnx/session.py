@@ -12,8 +12,9 @@ import onnxruntime
 
 from ...ir.errors import ArtifactError, InputError, one_line
 
-# ONNX Runtime would join Add + LayerNormalization into one kernel that is several times slower than the two.
-DISABLED_OPTIMIZERS = ("SkipLayerNormFusion",)
+# Fusions that ONNX Runtime would make at load where the lowering chosen by measurement keeps two kernels: the fused
+# SkipLayerNormalization is several times slower than Add + LayerNormalization on most machines, BiasGelu somewhat.
+DISABLED_OPTIMIZERS = ("SkipLayerNormFusion", "BiasGeluFusion")
 
 
 class Session:

@@ -28,3 +28,15 @@ def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     Shapes: input [..., K], weight [N, K], bias [N]; result [..., N].
     """
     return ACTIVATIONS[activation](F.linear(input, weight, bias))
+
+
+@operator(
+    "split_linear(Tensor input, Tensor weight, Tensor? bias, int[] sizes) -> Tensor[]",
+    meaning="input weight^T + bias, cut along the last axis",
+)
+def split_linear(input: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> list[Tensor]:
+    """Several linear layers that read one input, as one matmul.
+
+    Shapes: input [..., K], weight [sum(sizes), K], bias [sum(sizes)]; results [..., size] for each of `sizes`.
+    """
+    return list(F.linear(input, weight, bias).split(sizes, -1))
