@@ -1,10 +1,10 @@
 """Artefacts: a compiled model as a folder that can be checked before it is used. Loading imports no torch.
 
-    manifest.json       format, signature, SHA-256 and size of every other file
-    model.onnx          the graph
-    model.safetensors   its weights (ONNX external data; also readable by itself)
-    program.txt         the rewritten program as text
-    report.json         the report of the compilation
+manifest.json       format, signature, SHA-256 and size of every other file
+model.onnx          the graph
+model.safetensors   its weights (ONNX external data; also readable by itself)
+program.txt         the rewritten program as text
+report.json         the report of the compilation
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _check_external_data(folder: Path, listed: set[str]) -> None:
 
     try:
         graph = onnx.load(folder / MODEL, load_external_data=False).graph
-    except Exception as error:  # noqa: BLE001  # protobuf's DecodeError, whose module differs between its versions
+    except Exception as error:  # protobuf's DecodeError, whose module differs between its versions
         raise ArtifactError(f"{MODEL} is no ONNX model: {error}") from error
     for tensor in graph.initializer:
         for entry in tensor.external_data:

@@ -69,9 +69,7 @@ class OnnxRunner:
     def run(self, tensors: Sequence[Tensor]) -> list[Any]:
         """Flat inputs to flat outputs, on the CPU."""
         found = self.session.run([tensor.detach().cpu().numpy() for tensor in tensors])
-        return [
-            leaf.constant if leaf.index is None else torch.from_numpy(found[leaf.index]) for leaf in self.leaves
-        ]
+        return [leaf.constant if leaf.index is None else torch.from_numpy(found[leaf.index]) for leaf in self.leaves]
 
 
 @dataclass
@@ -177,7 +175,9 @@ class Compiled:
     def _onnx_runner(self) -> OnnxRunner:
         runner = self._product.runner
         if not isinstance(runner, OnnxRunner):
-            raise InputError(f"only the onnx backend can be saved, this is {runner.name!r}; compile with backend='onnx'")
+            raise InputError(
+                f"only the onnx backend can be saved, this is {runner.name!r}; compile with backend='onnx'"
+            )
         return runner
 
     def _make(self, example: Arguments) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from ..ir.errors import FxpressError
+from ..ir.errors import FxpressError, InputError, nearest
 from . import hf
 from .driver import compile
 from .report import decibels
@@ -149,14 +151,28 @@ def try_family(family: Family) -> FamilyResult:
     return FamilyResult(family.name, fused, sizes, not reasons, worst, seconds, "; ".join(reasons))
 
 
-def try_all(names: list[str] | None = None) -> Iterator[FamilyResult]:
-    """Try the named families, or all."""
-    for family in families():
-        if not names or family.name in names:
-            yield try_family(family)
+def names(wanted: Sequence[str]) -> list[str]:
+    """The named families, or all, in the table's order."""
+    return [family.name for family in families() if not wanted or family.name in wanted]
 
 
-_FUSIONS = ("attention", "pack_projections", "add_layer_norm", "add_rms_norm", "rms_norm")
+def check_names(wanted: Sequence[str]) -> None:
+    """Refuse a name that no family has.
+
+    Raises:
+        InputError: with the nearest valid name.
+    """
+    known = names([])
+    for name in wanted:
+        if name not in known:
+            raise InputError(f"unknown family {name!r}: {nearest(name, known)}")
+
+
+def try_named(name: str) -> FamilyResult:
+    """`try_family` of the family with this name."""
+    return try_family(next(family for family in families() if family.name == name))
+
+
 _HEADER = ("family", "ONNX", "equal to eager", "sizes (batch, length)", "worst error", "attentions fused",
            "projections packed", "norms fused", "activations fused")  # fmt: skip
 
@@ -188,3 +204,22 @@ def as_markdown(results: list[FamilyResult]) -> str:
     """The results for the README."""
     rows = [list(_HEADER), ["---"] * len(_HEADER), *map(_cells, results)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+_BEGIN, _END = "<!-- families: written by `make families` -->", "<!-- end of families -->"
+
+
+def write_readme(path: Path, results: list[FamilyResult]) -> None:
+    """Replace the table between the two markers of a README.
+
+    Raises:
+        InputError: if there is no such file, or it has no such place.
+    """
+    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if _BEGIN not in old or _END not in old:
+        raise InputError(f"{str(path)!r} has no place for the table: {_BEGIN} ... {_END}")
+    head, _, rest = old.partition(_BEGIN)
+    tail = rest.partition(_END)[2]
+    temporary = path.with_suffix(".md.tmp")
+    temporary.write_text(f"{head}{_BEGIN}\n{as_markdown(results)}\n{_END}{tail}", encoding="utf-8")
+    os.replace(temporary, path)

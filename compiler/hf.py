@@ -113,7 +113,7 @@ def example_inputs(model: torch.nn.Module, batch: int = 2, length: int = 16) -> 
     Raises:
         InputError: if the model's main input is of no known kind.
     """
-    config = model.config
+    config: Any = model.config
     main = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
     if main == "pixel_values":

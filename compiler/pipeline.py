@@ -62,13 +62,22 @@ def _parse_text(text: str) -> list[Pass]:
     return [_parse_one(item, text) for item in tree.elts]
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that no pass has.
+
+    Raises:
+        InputError: with the nearest valid name.
+    """
+    if name not in PASSES:
+        raise InputError(f"unknown pass {name!r}: {nearest(name, PASSES)}")
+
+
 def _parse_one(item: ast.expr, text: str) -> Pass:
     call = item if isinstance(item, ast.Call) else ast.Call(item, [], [])
     if not isinstance(call.func, ast.Name):
         raise InputError(f"cannot read the passes {text!r}; write them as 'name(option=value), name'")
     name = call.func.id
-    if name not in PASSES:
-        raise InputError(f"unknown pass {name!r}: {nearest(name, PASSES)}")
+    check_name(name)
     kind = PASSES[name]
     options = [entry.name for entry in dataclasses.fields(kind)]
     if len(call.args) > len(options):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,7 +113,7 @@ def check_names(model: torch.nn.Module, args: Arguments) -> None:
 def _every_axis(args: Arguments) -> Any:
     """torch.export's dynamic_shapes with every axis of every tensor left to it."""
     spec = pytree.tree_map(
-        lambda leaf: {axis: Dim.AUTO for axis in range(leaf.dim())} if isinstance(leaf, Tensor) else None, args
+        lambda leaf: dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else None, args
     )
     return {**dict(enumerate(spec[0])), **spec[1]} if not spec[0] else (*spec[0], *spec[1].values())
 
@@ -280,8 +281,8 @@ def _copy_calls(source: fx.GraphModule, module: torch.nn.Module, graph: fx.Graph
             graph.output(fx.node.map_arg(tuple(node.args[0]), copied))
         elif isinstance(target, torch._ops.HigherOrderOperator) and "set_grad_enabled" in target.name():
             copies[node] = _inline(attribute(source, str(node.args[1].target)), node.args[2:], graph, copied)
-        elif isinstance(copies.get(node.args[0] if node.args else None), tuple) and target.__name__ == "getitem":
-            copies[node] = copies[node.args[0]][node.args[1]]
+        elif target is operator.getitem and isinstance(copies[node.args[0]], tuple | list):
+            copies[node] = copies[node.args[0]][node.args[1]]  # of an inlined body's outputs
         elif isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
             copies[node] = _functional(node, graph, copies)
         else:
@@ -311,12 +312,15 @@ def _functional(node: fx.Node, graph: fx.Graph, copies: dict[fx.Node, Any]) -> f
     if not isinstance(changed, fx.Node) or not isinstance(copies[changed], fx.Node):
         raise TraceError(f"cannot make {target} functional{source_of(node)}")
     if target is torch.ops.aten.detach_.default:
-        return copies[changed]
+        kept: fx.Node = copies[changed]
+        return kept
     aliased = _alias_of(changed) is not None or any(_alias_of(user) is changed for user in changed.users)
     packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
     overload = getattr(packet, target._overloadname, None)
     if changed.op != "call_function" or aliased or overload is None or overload._schema.is_mutable:
-        what = "an input or a buffer" if changed.op != "call_function" else "a view of a tensor, or a tensor with views,"
+        what = (
+            "an input or a buffer" if changed.op != "call_function" else "a view of a tensor, or a tensor with views,"
+        )
         raise TraceError(f"the model changes {what} in place{source_of(node)}; write it without {target}")
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: copies[used])
     result = graph.call_function(overload, args, kwargs)
@@ -385,7 +389,7 @@ def _output_names(spec: pytree.TreeSpec) -> tuple[str, ...]:
 
 
 def _leaf_names(spec: pytree.TreeSpec, path: str) -> Iterator[str]:
-    """Dotted names of a structure's leaves; the keys of a mapping-like node are its context, or the first part of it."""
+    """Dotted names of a structure's leaves; the keys of a mapping-like node are its context, or its context's first."""
     if spec.is_leaf():
         yield path
         return

@@ -131,7 +131,7 @@ def run_float64(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.no_grad(), _Widen():
+        with torch.no_grad(), _Widen():  # type: ignore[no-untyped-call]
             return list(_WideInterpreter(program.module).run(*[widen(tensor) for tensor in tensors]))
     finally:
         torch.set_default_dtype(usual)

@@ -34,6 +34,7 @@ class Program:
 
     @property
     def graph(self) -> fx.Graph:
+        """The graph of `module`."""
         return self.module.graph
 
     @property
@@ -67,7 +68,8 @@ class Program:
 
     def tensor(self, node: fx.Node) -> Tensor:
         """The weight that a `get_attr` node reads."""
-        return attribute(self.module, str(node.target))
+        weight: Tensor = attribute(self.module, str(node.target))
+        return weight
 
     # --- edits -------------------------------------------------------------------------------------------------
 
@@ -199,9 +201,7 @@ def same_sizes(first: Sequence[Any], second: Sequence[Any]) -> bool:
     """Whether two shapes are known to be equal; unknown counts as different, and no guard is added."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return len(first) == len(second) and all(
-        statically_known_true(a == b) for a, b in zip(first, second, strict=True)
-    )
+    return len(first) == len(second) and all(statically_known_true(a == b) for a, b in zip(first, second, strict=True))
 
 
 def same_value(first: Any, second: Any) -> bool:

@@ -31,7 +31,7 @@ class ConstantInput:
     """A leaf of the inputs that was no tensor at tracing (None, a flag, a number): its value is part of the graph."""
 
     path: str
-    value: None | bool | int | float | str
+    value: bool | int | float | str | None
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def _call_problem(program: Program, node: fx.Node) -> str | None:
         return None  # nothing that this call depends on has changed since it was last run
     try:
         again = fake_result(program, node)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # whatever an operator raises, it is a problem of this node
         return f"{target_name(node)} does not accept its arguments: {error}"
     if not _agrees(node.meta["val"], again):
         said = describe_value(node.meta["val"], program.symbols)

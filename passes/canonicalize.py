@@ -30,6 +30,7 @@ class Canonicalize(Pass):
     """
 
     def apply(self, program: Program, context: Context) -> PassResult:
+        """Rewrite the program in place."""
         result = PassResult()
         while True:
             changed = _simplify(program, context, result)
@@ -92,7 +93,8 @@ def _reshape(program: Program, node: fx.Node) -> fx.Node | None:
     sizes = _known_sizes(node)
     if source.op == "call_function" and source.target is aten.reshape.default:
         source = source.args[0]
-    same_call = node.target is aten.reshape.default and source is node.args[0] and sizes == list(node.args[1])  # type: ignore[arg-type]
+    stated: Any = node.args[1]
+    same_call = node.target is aten.reshape.default and source is node.args[0] and sizes == list(stated)
     return None if same_call else program.call(aten.reshape.default, source, sizes, before=node)
 
 
@@ -112,11 +114,11 @@ def _transpose(program: Program, node: fx.Node) -> fx.Node | None:
 
 
 def _permute(program: Program, node: fx.Node) -> fx.Node | None:
-    source, order = node.args[0], node.args[1]
-    assert isinstance(order, list | tuple) and isinstance(source, fx.Node)
-    moved = [(axis, to % len(order)) for axis, to in enumerate(order) if axis != to % len(order)]  # type: ignore[operator]
+    source: Any = node.args[0]
+    order: Any = node.args[1]
+    moved = [(axis, to % len(order)) for axis, to in enumerate(order) if axis != to % len(order)]
     if not moved:
-        return source
+        return source  # type: ignore[no-any-return]
     return program.call(aten.transpose.int, source, *moved[0], before=node) if len(moved) == 2 else None
 
 
@@ -160,7 +162,7 @@ def _simplify(program: Program, context: Context, result: PassResult) -> bool:
 
 
 def _share_equal_calls(program: Program, context: Context, result: PassResult) -> bool:
-    """Common subexpression elimination: calls of one operator on the same arguments, unless they draw random numbers."""
+    """Common subexpression elimination: one call for equal ones, unless they draw random numbers."""
     known: dict[Any, fx.Node] = {}
     changed = False
     for node in each_call(program):

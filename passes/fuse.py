@@ -36,6 +36,7 @@ class Fuse(Pass):
     """
 
     def apply(self, program: Program, context: Context) -> PassResult:
+        """Rewrite the program in place."""
         result = apply_rules(program, (ATTENTION,), context)
         _pack_projections(program, context, result)
         rest = apply_rules(program, (ADD_LAYER_NORM, ADD_RMS_NORM, *LINEAR_ACT), context)

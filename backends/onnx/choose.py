@@ -164,8 +164,15 @@ def _measure(program: Program, nodes: Sequence[fx.Node], threads: int | None) ->
     inputs = [f"input_{index}" for index in range(len(probes.inputs))]
     with torch.no_grad(), quietly():
         exported = torch.export.export(probes, tuple(probes.inputs))
-        result = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-                                   input_names=inputs, output_names=sum(names, []))  # fmt: skip
+        result = torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+            input_names=inputs,
+            output_names=[name for group in names for name in group],
+        )
     assert result is not None
     fold_constants(result.model)
     feed = dict(zip(inputs, (item.numpy() for item in probes.inputs), strict=True))

@@ -31,7 +31,7 @@ class Leaf:
     """One leaf of the model's outputs: the ONNX output `index`, or a constant."""
 
     index: int | None
-    constant: None | bool | int | float | str = None
+    constant: bool | int | float | str | None = None
 
 
 def check(program: Program) -> list[str]:
@@ -54,9 +54,8 @@ def check(program: Program) -> list[str]:
                     problems.append(f"{target_name(node)}: {'; '.join(reasons) or 'no lowering'}{source_of(node)}")
             elif not known(node.target) and not _decomposable(node.target):
                 problems.append(f"{target_name(node)}: torch.onnx has no translation{source_of(node)}")
-        elif node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
-            if not known(node.target):
-                problems.append(f"{target_name(node)}: torch.onnx has no translation{source_of(node)}")
+        elif isinstance(node.target, torch._ops.HigherOrderOperator) and not known(node.target):
+            problems.append(f"{target_name(node)}: torch.onnx has no translation{source_of(node)}")
     return list(dict.fromkeys(problems))
 
 
@@ -105,7 +104,7 @@ def to_onnx(program: Program, choices: Choices) -> onnx_ir.Model:
     known = _exportable()
     if all(known(node.target) for node in exported.graph.nodes if node.op == "call_function"):
         # The exporter would trace the program once more to decompose what it cannot translate: half of the time.
-        exported.run_decompositions = lambda *_: exported  # type: ignore[method-assign]
+        exported.run_decompositions = lambda *_: exported
     try:
         with quietly():
             result = torch.onnx.export(
@@ -225,15 +224,11 @@ def _export(program: Program, lowered: fx.GraphModule) -> ExportedProgram:
     for tensor, node in zip(signature.inputs, placeholders, strict=True):
         for axis, size in enumerate(tensor.shape):
             if isinstance(size, str) and isinstance(node.meta["val"].shape[axis], int):
-                raise LoweringError(
-                    f"axis {axis} of input {tensor.path!r} would be fixed to {node.meta['val'].shape[axis]} by a lowering"
-                )
+                raise LoweringError(f"a lowering fixes axis {axis} of input {tensor.path!r} to the example's size")
     for node in list(exported.graph.nodes):
         if node.op == "call_function" and "_assert" in str(node.target) and not node.users:
             exported.graph.erase_node(node)
     return exported
-
-
 
 
 def hint(size: Any) -> int:

@@ -17,6 +17,14 @@ from ...ir.errors import ArtifactError, InputError, one_line
 DISABLED_OPTIMIZERS = ("SkipLayerNormFusion", "BiasGeluFusion")
 
 
+def plain_session(path: Path, threads: int | None = None) -> Any:
+    """An onnxruntime.InferenceSession with default options but for its threads: what fxpress is compared with."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads or 0
+    return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+
+
 class Session:
     """An ONNX Runtime session on the CPU.
 
@@ -41,7 +49,7 @@ class Session:
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=list(DISABLED_OPTIMIZERS),
             )
-        except Exception as error:  # noqa: BLE001  # ONNX Runtime raises classes of its own without a common base
+        except Exception as error:  # ONNX Runtime raises classes of its own without a common base
             raise ArtifactError(f"ONNX Runtime cannot load {path.name}: {one_line(error)}") from error
         self.inputs = [item.name for item in self._session.get_inputs()]
         self.outputs = [item.name for item in self._session.get_outputs()]
@@ -54,6 +62,8 @@ class Session:
         """
         try:
             found = self._session.run(self.outputs, dict(zip(self.inputs, arrays, strict=True)))
-        except Exception as error:  # noqa: BLE001  # as above
-            raise InputError(f"ONNX Runtime failed on inputs of {[a.shape for a in arrays]}: {one_line(error)}") from error
+        except Exception as error:  # as above
+            raise InputError(
+                f"ONNX Runtime failed on inputs of {[a.shape for a in arrays]}: {one_line(error)}"
+            ) from error
         return list(found)

@@ -42,10 +42,7 @@ def attention(
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if bias is not None:
-        if bias.dtype == torch.bool:
-            scores = scores.masked_fill(~bias, -math.inf)
-        else:
-            scores = scores + bias
+        scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
     if causal:

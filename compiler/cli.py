@@ -1,0 +1,188 @@
+"""The command line: `fxpress compile | inspect | bench | demo | families`.
+
+Exit status: 0; 2 with one line for bad input; 1 with one line for any other failure; a traceback only with --debug.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..ir.errors import ArtifactError, FxpressError, InputError, one_line
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compile PyTorch Transformer models: trace, rewrite, lower to ONNX, verify.",
+)
+out = Console()
+
+ModelDir = Annotated[
+    Path, typer.Argument(help="Folder of a Hugging Face model: config.json and model.safetensors.", show_default=False)
+]
+Passes = Annotated[
+    str | None,
+    typer.Option(help="Passes, e.g. 'canonicalize, fuse'; '' for none; left out: exact optimisation (fuse)."),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; left out: one a core.")]
+Batch = Annotated[int, typer.Option(min=1, help="Batch size of the example (it stays dynamic).")]
+Length = Annotated[int, typer.Option(min=1, help="Length in tokens of the example (it stays dynamic).")]
+
+
+@contextmanager
+def _stage(text: str) -> Iterator[None]:
+    """A spinner on a terminal while something takes longer than a second."""
+    with out.status(text) if out.is_terminal else _nothing():
+        yield
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@app.command("compile")
+def compile_command(
+    model_dir: ModelDir,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make for the compiled model.")],
+    passes: Passes = None,
+    batch: Batch = 2,
+    length: Length = 16,
+    threads: Threads = None,
+) -> None:
+    """Compile a pretrained model to a folder that fxpress.load() reads, and print the report."""
+    from . import artifact, hf
+    from .driver import compile
+
+    chosen = _passes(passes)
+    artifact.check_new(output)
+    with _stage("loading the model"):
+        model = hf.load_model(model_dir)
+    with _stage("compiling"):
+        compiled = compile(model, chosen, hf.example_inputs(model, batch, length), backend="onnx", threads=threads)
+        compiled.save(output)
+    out.print(compiled.report)
+    out.print(f"saved to {output}")
+
+
+@app.command()
+def inspect(
+    model_dir: ModelDir,
+    passes: Passes = None,
+    explain: Annotated[
+        str | None, typer.Option(metavar="PASS", help="Print each refusal and near miss of this pass, with its reason.")
+    ] = None,
+    batch: Batch = 2,
+    length: Length = 16,
+) -> None:
+    """Print a model's graph after the passes (none with --passes ''), or why a pass did not rewrite."""
+    from ..ir.printer import print_program
+    from . import hf
+    from .driver import compile
+    from .pipeline import check_name
+
+    chosen = _passes(passes)
+    if explain is not None:
+        check_name(explain)
+    model = hf.load_model(model_dir)
+    with _stage("tracing"):
+        compiled = compile(model, chosen, hf.example_inputs(model, batch, length), backend="eager", verify=False)
+    if explain is None:
+        out.print(print_program(compiled.program), markup=False, highlight=False, soft_wrap=True, end="")
+        return
+    for item in compiled.report.passes:
+        if item.name.partition("(")[0] == explain:
+            rewrites = ", ".join(f"{count} {rule}" for rule, count in item.rewrites.items()) or "none"
+            out.print(f"{item.name}: rewrites: {rewrites}", markup=False, highlight=False, soft_wrap=True)
+            for refusal in item.refusals:
+                line = f"  {refusal['node']}: {refusal['rule']}: {refusal['reason']}"
+                out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def bench(
+    model_dir: ModelDir, passes: Passes = None, batch: Batch = 2, length: Length = 128, threads: Threads = 1
+) -> None:
+    """Measure a model's latency compiled and in eager PyTorch, in turn, and the error beside it."""
+    from . import hf
+    from .demo import race
+    from .driver import compile
+
+    chosen = _passes(passes)
+    model = hf.load_model(model_dir)
+    inputs = hf.example_inputs(model, batch, length)
+    with _stage("compiling"):
+        compiled = compile(model, chosen, inputs, backend="onnx", threads=threads)
+    with _stage("measuring"):
+        eager, ours = race([lambda: model(**inputs), lambda: compiled(**inputs)], threads)
+    out.print(compiled.report.summary(), highlight=False)
+    out.print(f"batch {batch}, length {length}: eager {eager:.2f} ms, fxpress {ours:.2f} ms ({eager / ours:.2f}x)")
+
+
+@app.command()
+def demo(
+    threads: Threads = 1,
+    model_dir: Annotated[Path | None, typer.Option(help="Another sentence encoder than all-MiniLM-L6-v2.")] = None,
+) -> None:
+    """Compile a pretrained sentence encoder, verify it, and compare size, speed and search results."""
+    from .demo import run
+
+    run(out, model_dir, threads)
+
+
+@app.command()
+def families(
+    names: Annotated[list[str] | None, typer.Argument(help="Families to try; left out: all.")] = None,
+    write_readme: Annotated[bool, typer.Option("--write-readme", help="Write the table into ./README.md.")] = False,
+) -> None:
+    """Compile a tiny model of each family and compare it with eager PyTorch at several sizes."""
+    from . import families as table
+
+    table.check_names(names or [])
+    results = []
+    for name in table.names(names or []):
+        with _stage(f"compiling {name}"):
+            results.append(table.try_named(name))
+    out.print(table.as_table(results))
+    if write_readme:
+        table.write_readme(Path("README.md"), results)
+    if not all(result.equal for result in results):
+        raise FxpressError(f"not equal: {', '.join(result.name for result in results if not result.equal)}")
+
+
+def _passes(given: str | None) -> object:
+    """The passes of an option, checked before any work is done."""
+    from .pipeline import parse_passes
+
+    return parse_passes([] if given is not None and not given.strip() else given)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    errors = Console(stderr=True)
+    try:
+        app(arguments, standalone_mode=True)
+    except FxpressError as error:
+        if debug:
+            raise
+        errors.print(f"fxpress: {one_line(error, 2000)}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, InputError | ArtifactError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # the last resort: one line, and how to see more
+        if debug:
+            raise
+        text = f"fxpress: {type(error).__name__}: {one_line(error)} (run again with --debug for the traceback)"
+        errors.print(text, markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
