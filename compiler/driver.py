@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import tempfile
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -61,8 +62,8 @@ class OnnxRunner:
             self.leaves = leaves_of(program)
             model = to_onnx(program, chosen)
         with clock("load"):
-            self._folder = TemporaryDirectory(prefix="fxpress-")
-            self.files = Path(self._folder.name)
+            self.files = Path(tempfile.mkdtemp(prefix="fxpress-"))
+            weakref.finalize(self, shutil.rmtree, self.files, True)
             save(model, self.files / artifact.MODEL)
             self.session = Session(self.files / artifact.MODEL, threads)
 
@@ -370,7 +371,7 @@ def write_onnx(files: Path, path: Path) -> None:
                 entry.value = weight_file.name
     weights = files / Path(artifact.MODEL).with_suffix(".safetensors")
     try:
-        with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             onnx.save(model, Path(folder) / "graph")
             if weights.exists():
                 shutil.copyfile(weights, Path(folder) / "weights")

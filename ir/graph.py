@@ -87,7 +87,8 @@ class Program:
             RewriteError: if the operator does not accept these arguments.
         """
         with self.graph.inserting_before(before):
-            node = self.graph.call_function(target, args, kwargs)
+            name = target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else None
+            node = self.graph.create_node("call_function", target, args, kwargs, name)
         source = like or before
         node.meta.update({key: source.meta[key] for key in ("stack_trace", "nn_module_stack") if key in source.meta})
         try:

@@ -1,0 +1,98 @@
+"""The command line: one line and an exit status for bad input, no traceback, and what each command prints."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`fxpress ARGUMENTS` in a process of its own, on a wide terminal's width."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cwd / "cache"), "COLUMNS": "200"}
+    code = "from fxpress.compiler.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code, *map(str, arguments)],
+        cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT, saved as transformers does."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("model")
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+BAD = {
+    "no such folder": (["compile", "nowhere", "-o", "out"], "'nowhere' is no directory"),
+    "a folder that is no model": (["compile", "empty", "-o", "out"], "is no model: it has no config.json"),
+    "an output that exists": (["compile", "empty", "-o", "empty"], "'empty' exists already"),
+    "an output without a parent": (["compile", "empty", "-o", "a/b"], "'a' is no directory"),
+    "an unknown pass": (["compile", "empty", "-o", "out", "--passes", "fuze"], "did you mean 'fuse'?"),
+    "an unknown option": (["compile", "empty", "-o", "out", "--passes", "fuse(x=1)"], "unknown option 'x'"),
+    "passes that cannot be read": (["compile", "empty", "-o", "out", "--passes", "fuse("], "cannot read the passes"),
+    "an unknown pass to explain": (["inspect", "empty", "--explain", "fuze"], "did you mean 'fuse'?"),
+    "an unknown family": (["families", "brt"], "did you mean 'bert'?"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_status_2(case: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    arguments, expected = BAD[case]
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["empty"]
+
+
+def test_damaged_weights_are_one_line_and_status_2(model_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "config.json").write_bytes((model_dir / "config.json").read_bytes())
+    (copy / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:1000])
+    done = run("compile", copy, "-o", tmp_path / "out", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_command_has_help(tmp_path: Path) -> None:
+    for command in ("compile", "inspect", "bench", "demo", "families"):
+        done = run(command, "--help", cwd=tmp_path)
+        assert done.returncode == 0
+        assert f"fxpress {command}" in done.stdout or "Usage" in done.stdout
+
+
+@pytest.mark.slow
+def test_compile_writes_an_artefact_that_loads(model_dir: Path, tmp_path: Path) -> None:
+    import numpy
+
+    import fxpress
+
+    done = run("compile", model_dir, "-o", "out", "--threads", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "equal to eager PyTorch" in done.stdout
+    ones = numpy.ones((3, 5), dtype=numpy.int64)
+    outputs = fxpress.load(tmp_path / "out", threads=1)(input_ids=ones, attention_mask=ones)
+    assert outputs.last_hidden_state.shape == (3, 5, 32)
+
+
+@pytest.mark.slow
+def test_inspect_prints_the_graph_and_explains_a_pass(model_dir: Path, tmp_path: Path) -> None:
+    graph = run("inspect", model_dir, cwd=tmp_path)
+    assert "fxpress.attention(" in graph.stdout
+    assert "aten.dropout" not in graph.stdout
+    plain = run("inspect", model_dir, "--passes", "", cwd=tmp_path)
+    assert "aten.scaled_dot_product_attention(" in plain.stdout
+    reasons = run("inspect", model_dir, "--explain", "fuse", cwd=tmp_path)
+    assert "the operands of add_2 broadcast" in reasons.stdout

@@ -1,0 +1,52 @@
+"""The examples in the documentation run, and the graphs that it shows are those that fxpress prints."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxpress
+from fxpress.ir.printer import print_program
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+class FeedForward(nn.Module):
+    """The block that the README shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(8, 16), nn.Linear(16, 8), nn.LayerNorm(8)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.dropout(self.down(nn.functional.gelu(self.up(x)))))
+
+
+@pytest.mark.slow
+def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "encoder" / "manifest.json").is_file()
+    assert (tmp_path / "encoder.onnx").is_file()
+
+
+@pytest.mark.parametrize(("passes", "place"), [([], 0), (None, 1)], ids=["before", "after"])
+def test_readme_graphs_are_what_fxpress_prints(passes: list[str] | None, place: int) -> None:
+    shown = re.findall(r"```\n(program.*?)```", README, re.DOTALL)[place]
+    compiled = fxpress.compile(
+        FeedForward().eval(), passes=passes, example_inputs=(torch.randn(2, 5, 8),), backend="eager"
+    )
+    assert print_program(compiled.program) == shown
+
+
+def test_files_that_the_documentation_names_exist() -> None:
+    for document in ("README.md", "CONTRIBUTING.md", "docs/design.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for path in re.findall(r"`((?:ir|passes|backends|compiler|tests|benchmarks)/[\w/]+\.(?:py|md))`", text):
+            assert (ROOT / path).is_file(), f"{document} names {path}"
