@@ -359,20 +359,15 @@ def onnx_files(path: Path) -> tuple[Path, Path]:
 
 def write_onnx(files: Path, path: Path) -> None:
     """Copy model.onnx and its weights to another name; both appear whole, the graph last."""
-    import onnx
+    from ..backends.onnx.files import write_renamed
 
     graph_file, weight_file = onnx_files(path)
     for file in (graph_file, weight_file):
         artifact.check_new(file)
-    model = onnx.load(files / artifact.MODEL, load_external_data=False)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = weight_file.name
     weights = files / Path(artifact.MODEL).with_suffix(".safetensors")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            onnx.save(model, Path(folder) / "graph")
+            write_renamed(files / artifact.MODEL, Path(folder) / "graph", weight_file.name)
             if weights.exists():
                 shutil.copyfile(weights, Path(folder) / "weights")
                 os.rename(Path(folder) / "weights", weight_file)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import operator
 import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,7 +144,7 @@ def _export(model: torch.nn.Module, args: Arguments, dynamic_shapes: Any) -> Exp
         with torch.no_grad(), _no_mask_inspection():
             return torch.export.export(model, *args, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
-        raise TraceError(f"cannot trace {type(model).__name__}{_user_line(error, model)}: {one_line(error)}") from error
+        raise TraceError(f"cannot trace {type(model).__name__}{_user_line(error)}: {one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -160,19 +162,26 @@ def _no_mask_inspection() -> Iterator[None]:
         layers._detect_is_causal_mask = usual
 
 
-def _user_line(error: BaseException, model: torch.nn.Module) -> str:
-    """` at file.py:12 in forward: code`: the deepest line of the failure that is neither torch's nor Python's."""
-    own = re.compile(r"[/\\](torch|fxpress|contextlib\.py|functools\.py|sympy|importlib)([/\\]|$)|^<")
-    here = traceback.extract_stack(limit=1)[0].filename.rsplit("compiler", 1)[0]
+def _user_line(error: BaseException) -> str:
+    """` at file.py:12 in forward: code`: the deepest line of the failure that is not torch's, Python's or fxpress's."""
+    package = Path(__file__).parents[1]
+    folders = [package / name for name in ("backends", "compiler", "ir", "passes")]
+    specs = [importlib.util.find_spec(name) for name in ("torch", "sympy", "contextlib")]
+    folders += [Path(str(spec.origin)).parent for spec in specs if spec is not None]
+
+    def foreign(file: Path) -> bool:
+        installed = "site-packages" in file.parts  # lies below Python's own folder, but is no part of it
+        return any(file.is_relative_to(folder) for folder in (folders[:-1] if installed else folders))
+
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not own.search(frame.filename) and not frame.filename.startswith(here + "compiler")
+        if not frame.filename.startswith("<") and not foreign(Path(frame.filename))
     ]
     if not frames:
         return ""
-    name = frames[-1].filename.replace("\\", "/").rsplit("/", 1)[-1]
-    return f" at {name}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}"
+    last = frames[-1]
+    return f" at {Path(last.filename).name}:{last.lineno} in {last.name}: {last.line}"
 
 
 # --- from ExportedProgram to Program ---------------------------------------------------------------------------

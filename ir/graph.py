@@ -6,6 +6,7 @@ import keyword
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -275,8 +276,7 @@ def source_of(node: fx.Node) -> str:
     if not own:
         return ""
     path, line, code = own[-1]
-    name = path.replace("\\", "/").rsplit("/", 1)[-1]
-    return f" ({name}:{line}{': ' + code.strip() if code.strip() else ''})"
+    return f" ({Path(path).name}:{line}{': ' + code.strip() if code.strip() else ''})"
 
 
 def module_path(node: fx.Node) -> str:
