@@ -29,7 +29,7 @@ from ..ir.signature import describe
 from . import artifact, hf, structure
 from .pipeline import parse_passes, run_passes
 from .report import Report
-from .trace import Arguments, admit_ones, bind_example, trace
+from .trace import Arguments, admit_ones, bind_example, plain_attention, trace
 
 BACKENDS = ("auto", "eager", "onnx")
 
@@ -291,7 +291,7 @@ def _run_model(module: torch.nn.Module, example: Arguments) -> Any:
     """The model's own result; also shows that model and example fit before any work is done."""
     hf.register_caches()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), plain_attention():
             return module(*pytree.tree_map(_cloned, example[0]), **pytree.tree_map(_cloned, example[1]))
     except Exception as error:
         raise InputError(f"the model itself fails on the example inputs: {one_line(error)}") from error

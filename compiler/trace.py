@@ -141,10 +141,21 @@ def _widened(args: Arguments) -> Iterator[Arguments]:
 
 def _export(model: torch.nn.Module, args: Arguments, dynamic_shapes: Any) -> ExportedProgram:
     try:
-        with torch.no_grad(), _no_mask_inspection():
+        with torch.no_grad(), _no_mask_inspection(), plain_attention():
             return torch.export.export(model, *args, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise TraceError(f"cannot trace {type(model).__name__}{_user_line(error)}: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keep nn.TransformerEncoder off its inference path, which gives zeros for padding where its own graph does not."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextlib.contextmanager
@@ -449,7 +460,7 @@ def _agrees_at(program: Program, model: torch.nn.Module, tensors: Sequence[Tenso
     given = {spec.path: tensor for spec, tensor in zip(program.signature.inputs, tensors, strict=True)}
     if any("." in path for path in given):
         return False  # nested inputs: not rebuilt from their leaves, so the bound stays
-    with torch.no_grad():
+    with torch.no_grad(), plain_attention():
         try:
             expected = pytree.tree_leaves(model(**given, **_constants(program)))
         except (RuntimeError, ValueError, IndexError):
