@@ -226,7 +226,7 @@ def _to_program(exported: ExportedProgram, positional: Sequence[str], args: Argu
     for path, node in zip(paths, placeholders, strict=True):
         value = node.meta.get("val")
         if isinstance(value, Tensor):
-            sizes = tuple(size if isinstance(size, int) else size_text(size, symbols) for size in value.shape)
+            sizes = tuple(_stated(size_text(size, symbols)) for size in value.shape)
             dtype = str(value.dtype).removeprefix("torch.")
             inputs.append(TensorInput(path, str(copies[node].target), dtype, sizes))
         else:
@@ -248,6 +248,11 @@ def _to_program(exported: ExportedProgram, positional: Sequence[str], args: Argu
     _fill_fake_values(program)
     program.clean()
     return program
+
+
+def _stated(size: str) -> int | str:
+    """A size as the signature has it; torch keeps an axis that it fixed as a symbolic number."""
+    return int(size) if size.isdigit() else size
 
 
 def _copy_weights(source: fx.GraphModule, module: torch.nn.Module, graph: fx.Graph, copies: dict[fx.Node, Any]) -> None:

@@ -35,11 +35,13 @@ class Canonicalize(Pass):
         while True:
             changed = _simplify(program, context, result)
             changed |= _share_equal_calls(program, context, result)
-            if not changed:
+            if changed:
+                continue
+            rules = apply_rules(program, RULES, context)
+            result.rewrites += rules.rewrites
+            result.refusals = rules.refusals
+            if not rules.changes:
                 break
-        rules = apply_rules(program, RULES, context)
-        result.rewrites += rules.rewrites
-        result.refusals += rules.refusals
         program.clean()
         return result
 
@@ -193,22 +195,25 @@ def _freeze(value: Any) -> Any:
 
 
 def _conv1d_condition(found: Match) -> Any:
-    source, weight = found["x"], found["weight"]
-    rows = found["rows"]
-    if not same_sizes(shape(found.root), (*shape(source)[:-1], shape(weight)[1])):
-        return Refusal("the result's shape is not the input's with another last axis")
-    if len(shape(rows)) != 2 or not same_sizes(shape(rows)[1:], shape(source)[-1:]):
-        return Refusal("the rows are not the input with its leading axes flattened")
+    weight = found["weight"]
+    if not same_sizes(shape(found.root)[-1:], shape(weight)[1:]):
+        return Refusal("the result's last axis is not that of the weight")
+    if not same_sizes(shape(found["bias"]), shape(weight)[1:]):
+        return Refusal(f"a bias of shape {list(shape(found['bias']))} is none of a linear layer")
     if len(weight.users) > 1:
         return Refusal(f"weight {weight.target} is read by {len(weight.users)} nodes; a transposed copy would untie it")
     return True
 
 
 def _conv1d_replace(program: Program, found: Match, _: Any) -> None:
+    """Give the rows the leading axes of the result before the matmul, not after it."""
     stored = program.tensor(found["weight"])
-    weight = program.add_weight(f"{found['weight'].target}_transposed", stored.detach().T.contiguous(),
-                                trainable=stored.requires_grad)  # fmt: skip
-    new = program.call(aten.linear.default, found["x"], weight, found["bias"], before=found.root)
+    weight = program.add_weight(
+        f"{found['weight'].target}_transposed", stored.detach().T.contiguous(), trainable=stored.requires_grad
+    )
+    sizes = [*found["sizes"][:-1], shape(weight)[1]]
+    rows = program.call(aten.reshape.default, found["rows"], sizes, before=found.root)
+    new = program.call(aten.linear.default, rows, weight, found["bias"], before=found.root)
     program.replace(found.root, new)
 
 
@@ -218,10 +223,12 @@ def _maybe_cast(inner: Any, name: str) -> p.OneOf:
 
 def _rms_norm_pattern() -> p.Call:
     wide = _maybe_cast(p.Any("x"), "wide")
-    power = p.Call(aten.pow.Tensor_Scalar, self=wide, exponent=p.Literal("exponent"))
+    power = p.Call(aten.pow.Tensor_Scalar, name="power", self=wide, exponent=p.Literal("exponent"))
     mean = p.Call(aten.mean.dim, self=power, dim=p.Literal("axes"), keepdim=True)
     spread = p.Call(aten.add.Tensor, self=mean, other=p.Literal("eps"))
-    scaled = p.Call(aten.mul.Tensor, commutative=True, self=wide, other=p.Call(aten.rsqrt.default, self=spread))
+    scaled = p.Call(
+        aten.mul.Tensor, name="scaled", commutative=True, self=wide, other=p.Call(aten.rsqrt.default, self=spread)
+    )
     return p.Call(aten.mul.Tensor, commutative=True, self=p.Weight("weight"), other=_maybe_cast(scaled, "narrow"))
 
 
@@ -233,7 +240,8 @@ def _rms_norm_condition(found: Match) -> Any:
     if not same_sizes(shape(found["weight"]), shape(source)[-1:]) or not same_sizes(shape(found.root), shape(source)):
         return Refusal(f"the weight's shape {list(shape(found['weight']))} is not that of the last axis")
     half = dtype(source) in (torch.float16, torch.bfloat16)
-    if half and (found.get("wide") is not torch.float32 or found.get("narrow") is not dtype(source)):
+    in_fp32 = dtype(found["power"]) is dtype(found["scaled"]) is torch.float32
+    if half and not (in_fp32 and found.get("narrow") is dtype(source)):
         return Refusal("half precision that is not normalised in fp32 and rounded before the weight")
     if dtype(found["weight"]) != dtype(source) or dtype(found.root) != dtype(source):
         return Refusal("input, weight and result differ in dtype")
@@ -274,12 +282,7 @@ RULES = (
         "conv1d",
         p.Call(
             aten.reshape.default,
-            self=p.Call(
-                aten.addmm.default,
-                self=p.Weight("bias"),
-                mat1=p.Call(aten.reshape.default, name="rows", shared=True, self=p.Any("x"), shape=p.Any("flat")),
-                mat2=p.Weight("weight"),
-            ),
+            self=p.Call(aten.addmm.default, self=p.Weight("bias"), mat1=p.Any("rows"), mat2=p.Weight("weight")),
             shape=p.Any("sizes"),
         ),
         _conv1d_condition,

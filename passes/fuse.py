@@ -142,9 +142,11 @@ def _linears_behind(value: Any) -> Iterator[fx.Node]:
 
 def _cannot_pack(linears: list[fx.Node]) -> str | None:
     for linear in linears:
-        for weight in linear.args[1:]:
+        for place, weight in enumerate(linear.args[1:]):
             if not isinstance(weight, fx.Node) or weight.op != "get_attr":
                 return f"an operand of {linear.name} is no weight"
+            if place == 1 and not same_sizes(shape(weight), shape(linear)[-1:]):
+                return f"bias {weight.target} of shape {list(shape(weight))} broadcasts"
             if len(weight.users) > 1:
                 return f"weight {weight.target} is tied: {len(weight.users)} nodes read it"
     if len({len(linear.args) for linear in linears}) > 1:

@@ -1,0 +1,247 @@
+"""Every lowering of every fxpress operator equals the operator's reference, at the example's sizes and at others."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from fxpress.backends.onnx.export import check, check_supported, save, to_onnx
+from fxpress.backends.onnx.lowerings import LOWERINGS, Lowering, supported
+from fxpress.backends.onnx.session import Session
+from fxpress.compiler.trace import bind_example, trace
+from fxpress.ir.equality import compare, run_float64
+from fxpress.ir.errors import LoweringError
+from fxpress.ir.graph import Program
+from fxpress.ir.ops.attention import attention
+from fxpress.ir.ops.linear import ACTIVATIONS, linear_act, split_linear
+from fxpress.ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
+
+Inputs = dict[str, Tensor]
+
+
+class Calls(nn.Module):
+    """A model of one call; `weights` are parameters, everything else is an input."""
+
+    def __init__(self, target: Any, weights: Inputs, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.target, self.options = target, options
+        for name, value in weights.items():
+            self.register_parameter(f"weight_{name}", nn.Parameter(value))
+        self.names = list(weights)
+
+    def forward(self, inputs: Inputs) -> Any:
+        weights = {name: getattr(self, f"weight_{name}") for name in self.names}
+        return self.target(**inputs, **weights, **self.options)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator, its inputs at a batch and length, its weights and other options."""
+
+    name: str
+    target: Any
+    inputs: Callable[[int, int], Inputs]
+    weights: Callable[[], Inputs] = dict
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def program(self) -> Program:
+        torch.manual_seed(0)
+        model = Calls(self.target, self.weights(), dict(self.options)).eval()
+        example, other = self.inputs(2, 6), self.inputs(3, 9)
+        varying = {
+            name: {axis: Dim.AUTO for axis, size in enumerate(other[name].shape) if size != tensor.shape[axis]}
+            for name, tensor in example.items()
+        }
+        return trace(model, bind_example(model, {"inputs": example}), {"inputs": varying})
+
+
+def heads(batch: int, length: int, keys: int | None = None, groups: int = 4, size: int = 8) -> Inputs:
+    torch.manual_seed(batch * 100 + length)
+    keys = keys or length
+    return {
+        "query": torch.randn(batch, 4, length, size),
+        "key": torch.randn(batch, groups, keys, size),
+        "value": torch.randn(batch, groups, keys, size),
+    }
+
+
+def key_mask(batch: int, keys: int, none: bool = False) -> Tensor:
+    mask = torch.ones(batch, keys, dtype=torch.bool)
+    mask[-1, keys - keys // 3 :] = False
+    mask[0] &= not none
+    return mask
+
+
+def bool_mask(batch: int, length: int, keys: int, none: bool = False) -> Tensor:
+    mask = torch.rand(batch, 1, length, keys) > 0.3
+    mask[..., 0] = True
+    if none:
+        mask[0, :, 1] = False
+    return mask
+
+
+def float_mask(batch: int, length: int, keys: int, none: bool = False) -> Tensor:
+    shut = ~bool_mask(batch, length, keys, none)
+    return torch.randn(batch, 1, length, keys).masked_fill(shut, -math.inf)
+
+
+def case(name: str, inputs: Callable[[int, int], Inputs], **options: Any) -> Case:
+    return Case(f"attention, {name}", attention, inputs, options=tuple(options.items()))
+
+
+ATTENTIONS = [
+    case("no mask", heads),
+    case("scale", heads, scale=0.7),
+    case("cross lengths", lambda b, n: heads(b, n, 2 * n + 1)),
+    case("wide values", lambda b, n: {**heads(b, n), "value": torch.randn(b, 4, n, 12)}),
+    case("causal, square", heads, causal=True),
+    case("causal, more keys", lambda b, n: heads(b, n, 2 * n + 1), causal=True),
+    case("causal, fewer keys", lambda b, n: heads(b, 2 * n + 1, n), causal=True),
+    case("grouped heads", lambda b, n: heads(b, n, groups=2)),
+    case("grouped heads, key mask", lambda b, n: {**heads(b, n, groups=2), "key_mask": key_mask(b, n)}),
+    case("key mask", lambda b, n: {**heads(b, n), "key_mask": key_mask(b, n)}),
+    case("key mask without keys", lambda b, n: {**heads(b, n), "key_mask": key_mask(b, n, none=True)}),
+    case("key mask, causal", lambda b, n: {**heads(b, n), "key_mask": key_mask(b, n)}, causal=True),
+    case("bool mask", lambda b, n: {**heads(b, n), "bias": bool_mask(b, n, n)}),
+    case("bool mask, empty rows", lambda b, n: {**heads(b, n), "bias": bool_mask(b, n, n, none=True)}),
+    case("bool mask, causal", lambda b, n: {**heads(b, n), "bias": bool_mask(b, n, n)}, causal=True),
+    case("bool mask of rank 2", lambda b, n: {**heads(b, n), "bias": bool_mask(1, n, n)[0, 0]}),
+    case("float mask", lambda b, n: {**heads(b, n), "bias": float_mask(b, n, n)}),
+    case("float mask, empty rows", lambda b, n: {**heads(b, n), "bias": float_mask(b, n, n, none=True)}),
+    case("float mask, causal", lambda b, n: {**heads(b, n), "bias": float_mask(b, n, n)}, causal=True),
+    case(
+        "float mask, key mask",
+        lambda b, n: {**heads(b, n), "bias": float_mask(b, n, n), "key_mask": key_mask(b, n)},
+        scale=0.3,
+    ),
+    case("bias a head, one row", lambda b, n: {**heads(b, n), "bias": torch.randn(1, 4, 1, n)}),
+]
+
+
+def rows(batch: int, length: int) -> Inputs:
+    torch.manual_seed(batch * 100 + length)
+    return {"input": torch.randn(batch, length, 16)}
+
+
+def two_rows(batch: int, length: int) -> Inputs:
+    return {**rows(batch, length), "residual": torch.randn(batch, length, 16)}
+
+
+def vectors(*names: str) -> Callable[[], Inputs]:
+    return lambda: {name: torch.randn(16) for name in names}
+
+
+def linear(out: int, bias: bool = True) -> Callable[[], Inputs]:
+    return lambda: {"weight": torch.randn(out, 16)} | ({"bias": torch.randn(out)} if bias else {})
+
+
+OTHERS = [
+    Case("rms_norm", rms_norm, rows, vectors("weight"), (("eps", 1e-5),)),
+    Case("rms_norm, large eps", rms_norm, rows, vectors("weight"), (("eps", 0.3),)),
+    Case("add_rms_norm", add_rms_norm, two_rows, vectors("weight"), (("eps", 1e-6),)),
+    Case("add_rms_norm, large eps", add_rms_norm, two_rows, vectors("weight"), (("eps", 0.3),)),
+    Case("add_layer_norm", add_layer_norm, two_rows, vectors("weight", "bias"), (("eps", 1e-5),)),
+    Case("add_layer_norm, large eps", add_layer_norm, two_rows, vectors("weight", "bias"), (("eps", 0.3),)),
+    *[
+        Case(f"linear_act, {name}", linear_act, rows, linear(24), (("activation", name),))
+        for name in sorted(ACTIVATIONS)
+    ],
+    Case("linear_act, no bias", linear_act, rows, linear(24, bias=False), (("bias", None), ("activation", "gelu"))),
+    Case("split_linear", split_linear, rows, linear(24), (("sizes", [12, 4, 8]),)),
+    Case("split_linear, no bias", split_linear, rows, linear(24, bias=False), (("bias", None), ("sizes", [20, 4]))),
+]
+CASES = [*ATTENTIONS, *OTHERS]
+FORCED = [
+    pytest.param(item, lowering, id=f"{item.name}-{lowering.name}")
+    for item in CASES
+    for lowering in LOWERINGS[item.target]
+]
+
+
+def forced_session(program: Program, lowering: Lowering, folder: Path) -> Session:
+    """The program with this lowering for each fxpress node."""
+    save(to_onnx(program, dict.fromkeys(program.calls(*LOWERINGS), lowering)), folder / "model.onnx")
+    return Session(folder / "model.onnx", threads=1)
+
+
+def test_every_operator_has_a_case() -> None:
+    assert {item.target for item in CASES} == set(LOWERINGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("item", "lowering"), FORCED)
+def test_equals_the_reference(item: Case, lowering: Lowering, tmp_path: Path) -> None:
+    program = item.program()
+    (node,) = program.calls(item.target)
+    if lowering.refuses(node) is not None:
+        pytest.skip(f"refused: {lowering.refuses(node)}")
+    session = forced_session(program, lowering, tmp_path)
+    for size in ((2, 6), (3, 9), (4, 2)):
+        tensors = program.signature.bind((item.inputs(*size),), {})
+        found = [torch.from_numpy(array) for array in session.run([tensor.numpy() for tensor in tensors])]
+        with torch.no_grad():
+            expected = program.run(tensors)
+        assert compare(found, expected, run_float64(program, tensors)).reasons == (), size
+
+
+def test_every_operator_has_a_lowering_that_takes_anything() -> None:
+    refused = [
+        item.name
+        for item in (ATTENTIONS[7], *OTHERS)
+        if not supported(next(iter(item.program().calls(item.target))))[0]
+    ]
+    assert refused == []
+
+
+def test_grouped_heads_are_refused_by_the_fused_kernel() -> None:
+    (node,) = ATTENTIONS[7].program().calls(attention)
+    assert supported(node)[1] == ["MultiHeadAttention: MultiHeadAttention has no grouped key heads"]
+
+
+def test_the_skip_kernels_refuse_other_ranks() -> None:
+    flat = Case("flat", add_rms_norm, lambda b, n: {k: v[0] for k, v in two_rows(b, n).items()}, vectors("weight"),
+                (("eps", 1e-6),))  # fmt: skip
+    (node,) = flat.program().calls(add_rms_norm)
+    assert supported(node)[1] == ["SkipSimplifiedLayerNormalization: the kernel takes [batch, length, size] only"]
+
+
+# --- check -----------------------------------------------------------------------------------------------------
+
+
+class Unsupported(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        a = torch.digamma(x)
+        b = torch.mode(x).values
+        return a + b
+
+
+def traced(model: nn.Module, *example: Tensor) -> Program:
+    return trace(model.eval(), bind_example(model, example))
+
+
+def test_check_lists_every_unsupported_node_with_its_line() -> None:
+    problems = check(traced(Unsupported(), torch.rand(3, 3)))
+    assert len(problems) == 2
+    for problem, operator in zip(problems, ("aten.digamma", "aten.mode"), strict=True):
+        assert operator in problem and "test_lowerings.py:" in problem
+
+
+def test_unsupported_nodes_are_one_error_of_one_line() -> None:
+    with pytest.raises(LoweringError, match="2 unsupported: ") as caught:
+        check_supported(traced(Unsupported(), torch.rand(3, 3)))
+    assert "\n" not in str(caught.value)
+
+
+def test_bfloat16_is_refused_with_what_to_do() -> None:
+    with pytest.raises(LoweringError, match=r"no bfloat16 kernels on CPU; use model\.float\(\)"):
+        check_supported(traced(nn.Linear(2, 2).bfloat16(), torch.rand(2, 2).bfloat16()))
+
+
+def test_a_supported_program_has_no_problems() -> None:
+    assert check(ATTENTIONS[0].program()) == []

@@ -1,0 +1,340 @@
+"""From a model and an example to a functional program, or to an error that names the user's line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from fxpress.compiler.trace import admit_ones, bind_example, trace
+from fxpress.ir.equality import compare, run_float64
+from fxpress.ir.errors import FxpressError, InputError, TraceError
+from fxpress.ir.graph import Program
+from fxpress.ir.verify import verify
+
+
+def traced(model: nn.Module, *example: Any, **named: Any) -> Program:
+    model.eval()
+    program = trace(model, bind_example(model, named or example))
+    verify(program)
+    return program
+
+
+def assert_equals(program: Program, model: nn.Module, *tensors: Tensor) -> None:
+    with torch.no_grad():
+        eager = model(*(tensor.clone() for tensor in tensors))
+        found = program.run(tensors)
+    assert compare(found, [eager], run_float64(program, tensors)).reasons == ()
+
+
+# --- models that cannot be traced ------------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+class Reads(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float(x.max().numpy())
+
+
+def test_a_branch_on_data_names_the_line_of_the_user() -> None:
+    with pytest.raises(
+        TraceError, match=r"cannot trace Branches at test_trace\.py:\d+ in forward: if x\.sum"
+    ) as caught:
+        traced(Branches(), torch.rand(2, 3))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_value_read_from_data_names_the_line_of_the_user() -> None:
+    with pytest.raises(TraceError, match=r"cannot trace Reads at test_trace\.py:\d+ in forward"):
+        traced(Reads(), torch.rand(2, 3))
+
+
+# --- changes in place ------------------------------------------------------------------------------------------
+
+
+class AddsInPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y += x
+        y.mul_(3)
+        return y + 1
+
+
+class ReadsBeforeAndAfter(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        before = y.sum(-1, keepdim=True)
+        y.sub_(before)
+        return y + before
+
+
+class ChangesIntegers(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.new_ones(x.shape, dtype=torch.float16)
+        y.add_(x)
+        return y
+
+
+class FillsMask(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clone()
+        y.masked_fill_(x > 0.5, -1.0)
+        return y
+
+
+@pytest.mark.parametrize("kind", [AddsInPlace, ReadsBeforeAndAfter, ChangesIntegers, FillsMask])
+def test_changes_of_a_fresh_tensor_become_functional(kind: type[nn.Module]) -> None:
+    model = kind()
+    program = traced(model, torch.rand(3, 4))
+    assert not any(
+        getattr(node.target, "_schema", None) and node.target._schema.is_mutable for node in program.graph.nodes
+    )
+    assert_equals(program, model, torch.rand(3, 4))
+    assert_equals(program, model, torch.rand(5, 2))
+
+
+class ChangesInput(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x += 1
+        return x * 2
+
+
+class ChangesBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        return x + self.count
+
+
+class ChangesView(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, 0].zero_()
+        return y
+
+
+class ChangesViewed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        view = y.t()
+        y.add_(1)
+        return view + 0
+
+
+@pytest.mark.parametrize("kind", [ChangesInput, ChangesBuffer, ChangesView, ChangesViewed])
+def test_changes_that_others_could_see_are_refused_with_the_line(kind: type[nn.Module]) -> None:
+    with pytest.raises(TraceError, match=r"in place \(test_trace\.py:\d+: .*write it without aten") as caught:
+        traced(kind(), torch.rand(3, 4))
+    assert "\n" not in str(caught.value)
+
+
+# --- names -----------------------------------------------------------------------------------------------------
+
+EVIL = 'x"), __import__("pathlib").Path("{}").touch() or getattr(self, "weight'
+
+
+class Named(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.register_parameter(name, nn.Parameter(torch.ones(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self._parameters[self.name]
+
+
+def test_a_name_that_is_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    name = EVIL.format(str(tmp_path / "made").replace(".", "_"))
+    model = nn.Module()
+    with pytest.raises((InputError, KeyError)):
+        model = Named(name.replace(".", ""))
+        traced(model, torch.rand(2, 3))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ['a"', "a'b", "a(b", "a)b", "a\\b", "a\nb"])
+def test_a_name_that_could_leave_its_quotes_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=r"of a weight or module cannot be used in a graph; rename it"):
+        traced(Named(name), torch.rand(2, 3))
+
+
+@pytest.mark.parametrize("name", ["a-b", "a b", "1", "ä", "a[0]", "a;b", "#"])
+def test_another_name_becomes_an_identifier(name: str) -> None:
+    model = Named(name)
+    program = traced(model, torch.rand(2, 3))
+    (weight,) = [str(node.target) for node in program.graph.nodes if node.op == "get_attr"]
+    assert weight.isidentifier() and weight.isascii()
+    assert_equals(program, model, torch.rand(4, 3))
+
+
+class Keyed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"a-b": nn.Linear(3, 3), "a_b": nn.Linear(3, 3), "a b": nn.Linear(3, 3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts.values():
+            x = part(x)
+        return x
+
+
+def test_names_that_become_the_same_identifier_stay_apart() -> None:
+    model = Keyed()
+    program = traced(model, torch.rand(2, 3))
+    assert len(list(program.module.parameters())) == 6
+    assert_equals(program, model, torch.rand(4, 3))
+
+
+class TakesAnything(nn.Module):
+    def forward(self, **named: Tensor) -> Tensor:
+        return sum(named.values())  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["x): import os #", "a b", "a-b", "1"])
+def test_an_input_name_that_is_no_identifier_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match="is no identifier; rename it"):
+        traced(TakesAnything(), **{name: torch.rand(2)})
+
+
+class TakesKeyword(nn.Module):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return sum(batch.values())  # type: ignore[return-value]
+
+
+def test_keys_of_a_nested_input_never_reach_code(tmp_path: Path) -> None:
+    keys = ["a-b", "class", EVIL.format(tmp_path / "made")]
+    model = TakesKeyword()
+    program = traced(model, {key: torch.rand(2, 3) for key in keys})
+    assert all(tensor.name.isidentifier() for tensor in program.signature.inputs)
+    assert EVIL[:8] not in program.module.code and list(tmp_path.iterdir()) == []
+    given = {key: torch.rand(4, 3) for key in keys}
+    assert torch.allclose(program(given), model(given))
+
+
+# --- examples --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("example", [3, "text", {1, 2}, torch.rand(2)])
+def test_an_example_of_another_kind(example: Any) -> None:
+    with pytest.raises(InputError, match="example_inputs must be a dict of named or a tuple of positional inputs"):
+        bind_example(tiny.encoder(), example)
+
+
+@pytest.mark.parametrize("example", [{"idds": torch.ones(2, 3)}, {}, (1, 2, 3), ()])
+def test_an_example_that_does_not_fit_forward(example: Any) -> None:
+    with pytest.raises(InputError, match=r"the example inputs do not fit Encoder\.forward"):
+        bind_example(tiny.encoder(), example)
+
+
+def test_an_example_without_a_tensor() -> None:
+    with pytest.raises(InputError, match="hold no tensor"):
+        bind_example(tiny.encoder(), {"ids": [[1, 2]]})
+
+
+def test_positional_examples_are_named() -> None:
+    given = tiny.inputs()
+    args, kwargs = bind_example(tiny.encoder(), tuple(given.values()))
+    assert args == () and list(kwargs) == ["ids", "mask"]
+
+
+# --- the program -----------------------------------------------------------------------------------------------
+
+
+def test_batch_and_length_are_dynamic() -> None:
+    program = traced(tiny.encoder(), **tiny.inputs())
+    assert [tensor.shape for tensor in program.signature.inputs] == [("d0", "d1"), ("d0", "d1")]
+
+
+def test_ranges_reach_one_where_the_graph_is_right_there() -> None:
+    model = tiny.encoder()
+    program = traced(model, **tiny.inputs())
+    assert {low for low, _ in program.signature.ranges.values()} == {2}
+    widened = admit_ones(program, model, list(tiny.inputs().values()))
+    assert {low for low, _ in widened.signature.ranges.values()} == {1}
+    assert {low for low, _ in program.signature.ranges.values()} == {2}
+
+
+class WrongAtOne(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if x.shape[0] != 1 else x - 1
+
+
+def test_ranges_stay_where_the_graph_is_wrong_at_one() -> None:
+    model = WrongAtOne().eval()
+    x = torch.rand(4, 3)
+    program = admit_ones(traced(model, x), model, [x])
+    assert program.signature.ranges[str(program.signature.inputs[0].shape[0])][0] == 2
+    with pytest.raises(InputError, match="axis 0 of input 'x' is 1, the traced program is valid for at least 2"):
+        program(torch.rand(1, 3))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embed(ids))
+
+
+class Equal(Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = nn.Parameter(self.embed.weight.detach().clone())
+
+
+@pytest.mark.parametrize(("kind", "count"), [(Tied, 1), (Equal, 2)])
+def test_weights_are_tied_by_identity(kind: type[nn.Module], count: int) -> None:
+    assert len(list(traced(kind(), torch.ones(2, 3, dtype=torch.long)).module.parameters())) == count
+
+
+class Halves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        whole = torch.rand(8)
+        self.register_buffer("a", whole[:4])
+        self.register_buffer("b", whole[:4])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.a + self.b
+
+
+def test_weights_that_share_memory_are_not_tied() -> None:
+    program = traced(Halves(), torch.rand(2, 4))
+    assert len(list(program.module.buffers())) == 2
+
+
+def test_a_model_under_no_grad_is_traced_whole() -> None:
+    class Partly(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                y = x * 2
+            with torch.enable_grad():
+                return y + 1
+
+    model = Partly()
+    program = traced(model, torch.rand(2, 3))
+    assert_equals(program, model, torch.rand(4, 3))
+
+
+def test_dropout_in_evaluation_mode_is_nothing() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.9))
+    program = traced(model, torch.rand(2, 3))
+    assert_equals(program, model, torch.rand(4, 3))
+
+
+def test_errors_are_fxpress_errors() -> None:
+    assert issubclass(TraceError, FxpressError) and issubclass(InputError, ValueError)

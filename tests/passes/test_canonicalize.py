@@ -1,0 +1,255 @@
+"""Canonicalize: every simplification and rule with its golden graph, and every refusal with its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from build import assert_equal, before_after, check, inputs, normal, program, reasons, rewritten
+from torch import Tensor
+
+from fxpress.ir.graph import Program
+from fxpress.ir.rewrite import Context
+from fxpress.passes import Canonicalize
+
+aten = torch.ops.aten
+X = (2, 5, 8)
+
+
+def reshapes(m: Any, x: Tensor) -> Tensor:
+    batch, length = x.shape[:2]
+    return x.view(batch, length, 2, 4).reshape(batch, length, 8).view(-1, 4)
+
+
+def masks(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    a, b = x > 0, y > 0
+    return a.__and__(b), a.__or__(b), torch.max(x, y), torch.min(x, y)
+
+
+def conv1d(m: Any, x: Tensor) -> Tensor:
+    return torch.addmm(m.b, x.view(-1, x.size(-1)), m.w).view(*x.shape[:-1], m.w.shape[1])
+
+
+def rms(m: Any, x: Tensor) -> Tensor:
+    return m.w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+
+def rms_swapped(m: Any, x: Tensor) -> Tensor:
+    return (torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * x) * m.w
+
+
+def rms_half(m: Any, x: Tensor) -> Tensor:
+    wide = x.to(torch.float32)
+    return m.w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+def rms_half_t5(m: Any, x: Tensor) -> Tensor:
+    spread = torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + 1e-5)
+    return m.w * (x * spread).to(x.dtype)
+
+
+def gelu(m: Any, x: Tensor, cubic: float = 0.044715, power: float = 3.0) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + cubic * torch.pow(x, power))))
+
+
+SIMPLE: dict[str, Callable[..., Any]] = {
+    "dropout": lambda m, x: F.dropout(x, 0.1, False).exp(),
+    "dropout_p_0": lambda m, x: F.dropout(x, 0.0, True).exp(),
+    "casts": lambda m, x: x.to(torch.float32).type_as(x).contiguous().clone().exp(),
+    "cast_that_stays": lambda m, x: x.to(torch.float64).exp(),
+    "expand": lambda m, x: x.expand(-1, -1, 8).exp(),
+    "full_slice": lambda m, x: x[:, :].exp(),
+    "cut_slice": lambda m, x: x[:, 1:].exp(),
+    "reshape_chain": reshapes,
+    "double_transpose": lambda m, x: x.transpose(1, 2).transpose(-1, -2).exp(),
+    "two_different_transposes": lambda m, x: x.transpose(1, 2).transpose(0, 1),
+    "permute": lambda m, x: x.permute(0, 2, 1).exp(),
+    "permute_to_nothing": lambda m, x: x.permute(0, 1, 2).exp(),
+    "permute_of_three": lambda m, x: x.permute(2, 0, 1),
+    "equal_calls": lambda m, x: x.exp() * x.exp() + x.relu(),
+}
+W, B = normal(8, 6), normal(6, seed=1)
+CASES: dict[str, Callable[[], Program]] = {
+    **{name: (lambda function=function: program(function, normal(*X))) for name, function in SIMPLE.items()},
+    "masks_and_extremes": lambda: program(masks, normal(*X), normal(*X, seed=1)),
+    "conv1d": lambda: program(conv1d, normal(*X), w=W, b=B),
+    "rms_norm": lambda: program(rms, normal(*X), w=normal(8)),
+    "rms_norm_swapped": lambda: program(rms_swapped, normal(*X), w=normal(8)),
+    "rms_norm_half": lambda: program(rms_half, normal(*X, dtype=torch.float16), w=normal(8).half()),
+    "rms_norm_half_t5": lambda: program(rms_half_t5, normal(*X, dtype=torch.bfloat16), w=normal(8).bfloat16()),
+    "gelu_tanh": lambda: program(gelu, normal(*X)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rule(case: str, golden: Callable[[str], None]) -> None:
+    before = CASES[case]()
+    after, result = check(before, Canonicalize())
+    golden(before_after(before, after, result))
+
+
+# --- refusals --------------------------------------------------------------------------------------------------
+
+
+def conv1d_tied(m: Any, x: Tensor) -> Tensor:
+    return conv1d(m, x) + m.w.sum()
+
+
+def conv1d_other_shape(m: Any, x: Tensor) -> Tensor:
+    return torch.addmm(m.b, x.view(-1, 8), m.w).view(x.shape[0], x.shape[1], 2, 3)
+
+
+def rms_over(axes: list[int]) -> Callable[..., Tensor]:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.w * (x * torch.rsqrt(x.pow(2).mean(axes, keepdim=True) + 1e-5))
+
+    return forward
+
+
+def cubic_mean(m: Any, x: Tensor) -> Tensor:
+    return m.w * (x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-5))
+
+
+def rms_narrow(m: Any, x: Tensor) -> Tensor:
+    wide = x.to(torch.float32)
+    return m.w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(torch.float64)
+
+
+NOT_SQUARES = "the mean is not that of squares over the last axis"
+REFUSALS: dict[str, tuple[Callable[[], Program], str, str]] = {
+    "conv1d_tied": (
+        lambda: program(conv1d_tied, normal(*X), w=W, b=B),
+        "conv1d",
+        "weight w is read by 2 nodes; a transposed copy would untie it",
+    ),
+    "conv1d_shape": (
+        lambda: program(conv1d_other_shape, normal(*X), w=W, b=B),
+        "conv1d",
+        "the result's last axis is not that of the weight",
+    ),
+    "conv1d_bias": (
+        lambda: program(
+            lambda m, x: torch.addmm(m.b, x.view(-1, 4), m.w).view(2, 3, 6),
+            normal(2, 3, 4),
+            dynamic=None,
+            w=normal(4, 6),
+            b=normal(6, 6),
+        ),
+        "conv1d",
+        "a bias of shape [6, 6] is none of a linear layer",
+    ),
+    "rms_half_mean": (
+        lambda: program(
+            lambda m, x: m.w * (x.float() * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)).half(),
+            normal(*X).half(),
+            w=normal(8).half(),
+        ),
+        "rms_norm",
+        "half precision that is not normalised in fp32",
+    ),
+    "rms_axis": (lambda: program(rms_over([1]), normal(*X), w=normal(8)), "rms_norm", NOT_SQUARES),
+    "rms_axes": (lambda: program(rms_over([1, 2]), normal(*X), w=normal(8)), "rms_norm", NOT_SQUARES),
+    "rms_power": (lambda: program(cubic_mean, normal(*X), w=normal(8)), "rms_norm", NOT_SQUARES),
+    "rms_weight_shape": (
+        lambda: program(rms, normal(*X), w=normal(1)),
+        "rms_norm",
+        "the weight's shape [1] is not that of the last axis",
+    ),
+    "rms_in_half": (
+        lambda: program(rms, normal(*X).half(), w=normal(8).half()),
+        "rms_norm",
+        "half precision that is not normalised in fp32 and rounded before the weight",
+    ),
+    "rms_dtypes": (
+        lambda: program(rms, normal(*X), w=normal(8).double()),
+        "rms_norm",
+        "input, weight and result differ in dtype",
+    ),
+    "rms_narrowed": (
+        lambda: program(rms_narrow, normal(*X).double(), w=normal(8).double()),
+        "rms_norm",
+        "a cast that changes the precision of the computation",
+    ),
+    "gelu_constant": (
+        lambda: program(lambda m, x: gelu(m, x, cubic=0.0447), normal(*X)),
+        "gelu_tanh",
+        "the constant 0.0447 stands where tanh-GELU has 0.044715",
+    ),
+    "gelu_power": (
+        lambda: program(lambda m, x: gelu(m, x, power=2.0), normal(*X)),
+        "gelu_tanh",
+        "the constant 2.0 stands where tanh-GELU has 3.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusal(case: str) -> None:
+    build, rule, reason = REFUSALS[case]
+    _, result = rewritten(build(), Canonicalize())
+    assert result.rewrites[rule] == 0
+    assert any(reason in found for found in reasons(result, rule)), result.refusals
+
+
+# --- what must survive -----------------------------------------------------------------------------------------
+
+
+def test_training_dropout_stays() -> None:
+    after, _ = rewritten(program(lambda m, x: F.dropout(x, 0.1, True), normal(*X)), Canonicalize())
+    assert len(after.calls(aten.dropout.default)) == 1
+
+
+def test_random_calls_are_not_shared() -> None:
+    before = program(lambda m, x: torch.rand_like(x) - torch.rand_like(x), normal(*X))
+    after, _ = rewritten(before, Canonicalize())
+    assert len(after.calls(aten.rand_like.default)) == 2
+
+
+def test_calls_with_other_options_are_not_shared() -> None:
+    before = program(lambda m, x: x.softmax(1) + x.softmax(2) + x.mul(1) + x.mul(1.0), normal(*X))
+    _after, result = check(before, Canonicalize())
+    assert result.changes == 0
+
+
+def test_returned_input_stays_a_program() -> None:
+    after, _ = check(program(lambda m, x: x.expand(-1, -1, 8), normal(*X)), Canonicalize())
+    assert not [node for node in after.graph.nodes if node.op == "call_function"]
+
+
+def test_a_reshape_that_is_read_twice_stays_for_the_other_reader() -> None:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        flat = x.view(-1, 8)
+        return flat.exp(), flat.view(-1, 4)
+
+    after, _ = check(program(forward, normal(*X)), Canonicalize())
+    assert [node.args[0].op for node in after.calls(aten.reshape.default)] == ["placeholder"] * 2
+
+
+def test_tied_weights_stay_one_node() -> None:
+    tied = normal(8, 8)
+    before = program(lambda m, x: F.linear(F.linear(x, m.a).exp(), m.b), normal(*X), a=tied, b=tied)
+    after, _ = check(before, Canonicalize())
+    assert len([node for node in after.graph.nodes if node.op == "get_attr"]) == 1
+
+
+def test_eps_survives() -> None:
+    after, _ = rewritten(CASES["rms_norm"](), Canonicalize())
+    assert after.calls(torch.ops.fxpress.rms_norm.default)[0].args[2] == 1e-5
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2, 3])
+def test_budget_stops(budget: int) -> None:
+    before = program(lambda m, x: rms(m, F.dropout(x, 0.1, False)) + x[:].float(), normal(*X), w=normal(8))
+    after, result = rewritten(before, Canonicalize(), Context(max_rewrites=budget))
+    assert result.changes == budget
+    assert_equal(before, after, inputs(before))
+
+
+def test_budget_stops_before_equal_calls() -> None:
+    before = program(SIMPLE["equal_calls"], normal(*X))
+    _, result = rewritten(before, Canonicalize(), Context(max_rewrites=0))
+    assert result.changes == 0

@@ -1,0 +1,359 @@
+"""Fuse: every rule with its golden graph, every refusal with its reason, and what must survive a rewrite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from build import before_after, check, normal, program, reasons, rewritten
+from torch import Tensor, nn
+
+from fxpress.ir.graph import Program
+from fxpress.ir.ops.attention import attention
+from fxpress.ir.ops.linear import linear_act, split_linear
+from fxpress.ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
+from fxpress.ir.rewrite import Context
+from fxpress.passes import Canonicalize, Fuse
+
+sdpa = F.scaled_dot_product_attention
+HEADS = (2, 4, 5, 8)
+X = (2, 5, 8)
+
+
+def heads(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    return normal(*shape, seed=1), normal(*shape, seed=2), normal(*shape, seed=3)
+
+
+def rms_normed(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return rms_norm(x + y, m.w, 1e-6)
+
+
+def normed(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.layer_norm(x + y, (8,), m.w, m.b, 1e-12)
+
+
+def split_heads(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], x.shape[1], 2, -1).transpose(1, 2)
+
+
+def projected(m: Any, x: Tensor) -> Tensor:
+    q, k, v = (F.linear(x, getattr(m, n), getattr(m, n + "b", None)) for n in "qkv")
+    return sdpa(split_heads(q), split_heads(k), split_heads(v))
+
+
+def gqa(m: Any, x: Tensor) -> Tensor:
+    q, k, v = (F.linear(x, w).reshape(x.shape[0], x.shape[1], -1, 4).transpose(1, 2) for w in (m.q, m.k, m.v))
+    return sdpa(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def cross(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return sdpa(*(split_heads(F.linear(t, w)) for t, w in ((x, m.q), (y, m.k), (y, m.v))))
+
+
+def rotated(m: Any, x: Tensor) -> Tensor:
+    q, k = (split_heads(F.linear(x, w)) for w in (m.q, m.k))
+    q, k = (t * 0.5 + torch.cat([-t[..., 2:], t[..., :2]], -1) * 0.3 for t in (q, k))
+    return sdpa(q, k, split_heads(F.linear(x, m.v)))
+
+
+def weights(names: str, *shape: int) -> dict[str, Tensor]:
+    return {name: normal(*shape, seed=index) for index, name in enumerate(names)}
+
+
+def attends(**options: Any) -> Program:
+    return program(lambda m, q, k, v: sdpa(q, k, v, **options), *heads(*HEADS), dynamic=None)
+
+
+def masked(mask: Tensor) -> Program:
+    def forward(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return sdpa(q, k, v, attn_mask=mask)
+
+    return program(forward, *heads(*HEADS), mask, dynamic=None)
+
+
+def activated(name: str) -> Program:
+    acts: dict[str, Callable[[Tensor], Tensor]] = {
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "relu": torch.relu,
+        "silu": F.silu,
+        "tanh": torch.tanh,
+    }
+    return program(lambda m, x: acts[name](F.linear(x, m.w, m.b)), normal(*X), w=normal(6, 8), b=normal(6))
+
+
+NORM = {"w": normal(8), "b": normal(8, seed=4)}
+PROJECTIONS = weights("qkv", 8, 8)
+CASES: dict[str, tuple[Callable[[], Program], Any]] = {
+    "attention": (attends, attention),
+    "attention_causal_scale": (lambda: attends(is_causal=True, scale=0.3), attention),
+    "attention_float_mask": (lambda: masked(normal(2, 1, 5, 5)), attention),
+    "attention_bool_mask": (lambda: masked(normal(2, 1, 5, 5) > -1), attention),
+    "attention_grouped": (lambda: program(gqa, normal(*X), q=normal(16, 8), k=normal(8, 8), v=normal(8, 8)), attention),
+    "pack_projections": (lambda: program(projected, normal(*X), **PROJECTIONS), split_linear),
+    "pack_projections_bias": (
+        lambda: program(
+            projected, normal(*X), **PROJECTIONS, **{n + "b": normal(8, seed=i) for i, n in enumerate("qkv")}
+        ),
+        split_linear,
+    ),
+    "pack_projections_rotary": (lambda: program(rotated, normal(*X), **PROJECTIONS), split_linear),
+    "pack_projections_cross": (
+        lambda: program(cross, normal(*X), normal(2, 7, 8), **PROJECTIONS),
+        split_linear,
+    ),
+    "add_layer_norm": (lambda: program(normed, normal(*X), normal(*X, seed=1), **NORM), add_layer_norm),
+    "add_rms_norm": (lambda: program(rms_normed, normal(*X), normal(*X, seed=1), w=normal(8)), add_rms_norm),
+    **{
+        f"linear_{name}": (lambda name=name: activated(name), linear_act)
+        for name in ("gelu", "gelu_tanh", "relu", "silu", "tanh")
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rule(case: str, golden: Callable[[str], None]) -> None:
+    build, target = CASES[case]
+    before = build()
+    after, result = check(before, Fuse())
+    assert after.calls(target)
+    golden(before_after(before, after, result))
+
+
+# --- refusals --------------------------------------------------------------------------------------------------
+
+
+def bad_norm(function: Callable[..., Tensor], *examples: Tensor, **given: Tensor) -> Program:
+    return program(function, *examples, **(given or NORM))
+
+
+def read_twice(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = F.linear(x, m.w)
+    return F.relu(y), y.exp()
+
+
+def returned(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = F.linear(x, m.w)
+    return F.relu(y), y
+
+
+def packed(function: Callable[..., Tensor], **given: Tensor) -> Program:
+    return program(function, normal(*X), **(given or PROJECTIONS))
+
+
+def tied_weight(m: Any, x: Tensor) -> Tensor:
+    q, k = F.linear(x, m.q), F.linear(x, m.k)
+    return sdpa(split_heads(q), split_heads(k), split_heads(x)) + F.linear(x.exp(), m.q).sum()
+
+
+def computed_weight(m: Any, x: Tensor) -> Tensor:
+    q, k = F.linear(x, m.q * 2), F.linear(x, m.k)
+    return sdpa(split_heads(q), split_heads(k), split_heads(x))
+
+
+def three(shape_q: tuple[int, ...], shape_k: tuple[int, ...], shape_v: tuple[int, ...]) -> Program:
+    shapes = (normal(*shape_q), normal(*shape_k), normal(*shape_v))
+    return program(lambda m, q, k, v: sdpa(q, k, v), *shapes, dynamic=None)
+
+
+REFUSALS: dict[str, tuple[Callable[[], Program], str, str]] = {
+    "dropout": (lambda: attends(dropout_p=0.25), "attention", "dropout 0.25 on the attention weights"),
+    "rank_3": (
+        lambda: three((4, 5, 8), (4, 5, 8), (4, 5, 8)),
+        "attention",
+        "query, key and value must be [batch, heads, length, size]",
+    ),
+    "broadcast_batch": (
+        lambda: three((2, 4, 5, 8), (1, 4, 5, 8), (1, 4, 5, 8)),
+        "attention",
+        "query, key and value broadcast against each other",
+    ),
+    "broadcast_heads": (
+        lambda: three((2, 4, 5, 8), (2, 1, 5, 8), (2, 1, 5, 8)),
+        "attention",
+        "query, key and value broadcast against each other",
+    ),
+    "broadcast_value": (
+        lambda: three((2, 4, 5, 8), (2, 4, 5, 8), (2, 1, 5, 8)),
+        "attention",
+        "query, key and value broadcast against each other",
+    ),
+    "dynamic_heads": (lambda: program(lambda m, x: sdpa(x, x, x), normal(*HEADS)), "attention", "do not divide"),
+    "mask_dtype": (
+        lambda: program(
+            lambda m, q, mask: sdpa(q, q, q, attn_mask=mask), normal(*HEADS).half(), normal(5, 5), dynamic=None
+        ),
+        "attention",
+        "a mask of dtype torch.float32",
+    ),
+    "packed_tied": (lambda: packed(tied_weight), "pack_projections", "weight q is tied: 2 nodes read it"),
+    "packed_mixed_bias": (
+        lambda: packed(projected, **PROJECTIONS, qb=normal(8)),
+        "pack_projections",
+        "some of the linears have a bias, some have none",
+    ),
+    "packed_no_weight": (lambda: packed(computed_weight), "pack_projections", "an operand of linear is no weight"),
+    "residual_broadcasts": (
+        lambda: bad_norm(normed, normal(*X), normal(8)),
+        "add_layer_norm",
+        "the operands of add broadcast",
+    ),
+    "rms_residual_broadcasts": (
+        lambda: bad_norm(rms_normed, normal(*X), normal(8), w=normal(8)),
+        "add_rms_norm",
+        "the operands of add broadcast",
+    ),
+    "number_added": (
+        lambda: bad_norm(lambda m, x: F.layer_norm(x + 1.5, (8,), m.w, m.b), normal(*X)),
+        "add_layer_norm",
+        "a number is added, no residual",
+    ),
+    "dtypes_differ": (
+        lambda: bad_norm(normed, normal(*X), normal(*X).half()),
+        "add_layer_norm",
+        "the operands of add differ in dtype",
+    ),
+    "two_axes": (
+        lambda: program(
+            lambda m, x, y: F.layer_norm(x + y, (5, 8), m.w, m.b),
+            normal(*X),
+            normal(*X),
+            w=normal(5, 8),
+            b=normal(5, 8),
+        ),
+        "add_layer_norm",
+        "the norm is over 2 axes",
+    ),
+    "no_norm_weight": (
+        lambda: program(lambda m, x, y: F.layer_norm(x + y, (8,)), normal(*X), normal(*X)),
+        "add_layer_norm",
+        "weight must be a weight, found None",
+    ),
+    "alpha": (
+        lambda: bad_norm(
+            lambda m, x, y: F.layer_norm(torch.add(x, y, alpha=2), (8,), m.w, m.b), normal(*X), normal(*X)
+        ),
+        "add_layer_norm",
+        "add has alpha=2, expected 1",
+    ),
+    "no_linear": (
+        lambda: program(lambda m, x: F.relu(x.exp()), normal(*X)),
+        "linear_relu",
+        "expected aten.linear.default, found exp (aten.exp.default)",
+    ),
+    "read_twice": (
+        lambda: program(read_twice, normal(*X), w=normal(8, 8)),
+        "linear_relu",
+        "linear is also read by exp",
+    ),
+    "returned": (
+        lambda: program(returned, normal(*X), w=normal(8, 8)),
+        "linear_relu",
+        "linear is returned by the model",
+    ),
+    "gelu_approximate": (
+        lambda: activated("gelu_tanh"),
+        "linear_gelu",
+        "gelu has approximate='tanh', expected 'none'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusal(case: str) -> None:
+    build, rule, reason = REFUSALS[case]
+    _, result = rewritten(build(), Fuse())
+    assert result.rewrites[rule] == 0
+    assert any(reason in found for found in reasons(result, rule)), result.refusals
+
+
+# --- what must survive -----------------------------------------------------------------------------------------
+
+
+def test_sum_read_twice_is_kept_and_fused() -> None:
+    def forward(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + y
+        return F.layer_norm(total, (8,), m.w, m.b), total
+
+    after, _ = check(program(forward, normal(*X), normal(*X), **NORM), Fuse())
+    assert len(after.calls(add_layer_norm)) == 1
+    assert not after.calls(torch.ops.aten.add.Tensor)
+
+
+def test_a_sum_of_two_norms_is_fused_once() -> None:
+    def forward(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        total = x + y
+        return F.layer_norm(total, (8,), m.w, m.b) + F.layer_norm(total, (8,), m.b, m.w)
+
+    after, _ = check(program(forward, normal(*X), normal(*X), **NORM), Fuse())
+    assert len(after.calls(add_layer_norm)) == 1
+
+
+def test_returned_linear_stays() -> None:
+    after, _ = check(program(returned, normal(*X), w=normal(8, 8)), Fuse())
+    assert len(after.calls(torch.ops.aten.linear.default)) == 1
+
+
+def test_tied_weights_stay_one_node() -> None:
+    tied = normal(8, 8)
+    before = program(lambda m, x: F.relu(F.linear(F.relu(F.linear(x, m.a)), m.b)), normal(*X), a=tied, b=tied)
+    after, result = check(before, Fuse())
+    assert result.rewrites["linear_relu"] == 2
+    assert len([node for node in after.graph.nodes if node.op == "get_attr"]) == 1
+
+
+def test_scale_survives() -> None:
+    after, _ = rewritten(attends(scale=0.37), Fuse())
+    assert after.calls(attention)[0].kwargs["scale"] == 0.37
+
+
+@pytest.mark.parametrize("function, target", [(normed, add_layer_norm), (rms_normed, add_rms_norm)])
+def test_eps_survives(function: Callable[..., Tensor], target: Any) -> None:
+    after, _ = rewritten(program(function, normal(*X), normal(*X), **NORM), Fuse())
+    assert after.calls(target)[0].args[-1] == (1e-12 if function is normed else 1e-6)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o, self.up, self.down = (nn.Linear(8, 8) for _ in range(6))
+        self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = sdpa(*(split_heads(project(x)) for project in (self.q, self.k, self.v)))
+        x = self.first(x + self.o(mixed.transpose(1, 2).flatten(2)))
+        return self.second(x + self.down(F.gelu(self.up(x))))
+
+
+def test_all_of_12_layers_are_rewritten() -> None:
+    torch.manual_seed(0)
+    _, result = check(program(nn.Sequential(*(Layer() for _ in range(12))), normal(*X)), Fuse())
+    expected = {"attention": 12, "pack_projections": 12, "add_layer_norm": 24, "linear_gelu": 12}
+    assert dict(result.rewrites) == expected
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2, 4])
+def test_budget_stops(budget: int) -> None:
+    torch.manual_seed(0)
+    _, result = rewritten(program(Layer(), normal(*X)), Fuse(), Context(max_rewrites=budget))
+    assert result.changes == budget
+
+
+def test_trainable_weights_stay_trainable_when_packed() -> None:
+    after, _ = rewritten(CASES["pack_projections"][0](), Fuse())
+    assert [name for name, _ in after.module.named_parameters()] == ["q_packed"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_equal(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    before = program(Layer().to(dtype), normal(*X, dtype=dtype))
+    _, result = check(before, Fuse())
+    assert result.changes == 5
+
+
+def test_pass_is_printed_by_its_name() -> None:
+    assert [str(Fuse()), str(Canonicalize())] == ["fuse", "canonicalize"]
