@@ -48,7 +48,7 @@ class Memory:
             if not isinstance(found, dict):
                 raise ValueError("not a table")
             return found
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             self._warn(error)
             return {}
 

@@ -28,7 +28,7 @@ from ..ir.signature import Signature
 from .report import Report
 
 FORMAT, VERSION = "fxpress-artifact", 1
-MANIFEST, MODEL = "manifest.json", "model.onnx"
+MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
 
 
 class Outputs(dict[str, Any]):
@@ -50,10 +50,15 @@ class LoadedModel:
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int | None) -> None:
         self.signature = Signature.from_dict(manifest["signature"])
-        self.report = Report.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+        self.report = Report.from_dict(json.loads((folder / REPORT).read_text(encoding="utf-8")))
         self._leaves: list[tuple[int | None, Any]] = [(item["index"], item["constant"]) for item in manifest["outputs"]]
         self._structure: str | None = manifest["structure"]
         self._session = Session(folder / MODEL, threads)
+        places = [index for index, _ in self._leaves if index is not None]
+        if len(self._leaves) != len(self.signature.outputs) or any(
+            not 0 <= index < len(self._session.outputs) for index in places
+        ):
+            raise ArtifactError(f"{str(folder)!r} names outputs that its model does not have")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model.
@@ -104,7 +109,12 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> LoadedMode
     for name, entry in manifest["files"].items():
         _check_file(folder, name, entry)
     check_weight_files(folder / MODEL, set(manifest["files"]))
-    return LoadedModel(folder, manifest, threads)
+    try:
+        return LoadedModel(folder, manifest, threads)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise ArtifactError(f"{str(folder)!r} has a {MANIFEST} or {REPORT} of another form: {error!r}") from error
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -115,7 +125,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{str(folder)!r} is no fxpress artefact: it has no {MANIFEST}")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{str(file)!r} is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ArtifactError(f"{str(file)!r} is no manifest of an fxpress artefact")
@@ -124,8 +134,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     if manifest.get("sha256") != _digest_of(body):
         raise ArtifactError(f"{str(file)!r} is altered: its own SHA-256 does not fit; compile and save again")
-    if MODEL not in manifest["files"]:
-        raise ArtifactError(f"{str(file)!r} names no {MODEL}")
+    files = manifest.get("files")
+    if not (
+        isinstance(files, dict)
+        and {MODEL, REPORT} <= files.keys()
+        and all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values())
+    ):
+        raise ArtifactError(f"{str(file)!r} does not list {MODEL} and {REPORT} with sizes and digests")
     return manifest
 
 
@@ -172,7 +187,7 @@ def write(
         for file in sorted(files.iterdir()):
             shutil.copyfile(file, temporary / file.name)
         (temporary / "program.txt").write_text(program, encoding="utf-8")
-        (temporary / "report.json").write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+        (temporary / REPORT).write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
         body = {
             "format": FORMAT,
             "version": VERSION,
@@ -225,8 +240,14 @@ def check_new(path: Path) -> None:
     Raises:
         InputError: says which.
     """
-    if path.exists() or path.is_symlink():
+    try:
+        exists = path.exists() or path.is_symlink()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(path)[:80]!r} is no path that can be written: {error}") from error
+    if exists:
         raise InputError(f"{str(path)!r} exists already; give a new path, or remove it first")
+    if len(os.fsencode(path.name)) > 200:
+        raise InputError(f"the name {path.name[:40] + '...'!r} is too long; give one of 200 bytes at most")
     parent = path.parent
     if not parent.is_dir():
         raise InputError(f"cannot write {str(path)!r}: {str(parent)!r} is no directory")

@@ -109,7 +109,7 @@ class Compiled:
         if self._made is None:
             self._make((args, kwargs))
         made = self._product
-        tensors = made.program.signature.bind(args, kwargs)
+        tensors = [torch.as_tensor(value) for value in made.program.signature.bind(args, kwargs)]
         return pytree.tree_unflatten(made.runner.run(tensors), made.program.out_spec)
 
     def verify(self, inputs: Any) -> Comparison:

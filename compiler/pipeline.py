@@ -56,9 +56,10 @@ def parse_passes(given: Any) -> list[Pass]:
 def _parse_text(text: str) -> list[Pass]:
     try:
         tree = ast.parse(f"[{text}]", mode="eval").body
-    except (SyntaxError, ValueError) as error:
-        raise InputError(f"cannot read the passes {text!r}; write them as 'name(option=value), name'") from error
-    assert isinstance(tree, ast.List)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise InputError(f"cannot read the passes {text[:80]!r}; write them as 'name(option=value), name'") from error
+    if not isinstance(tree, ast.List):
+        raise InputError(f"cannot read the passes {text[:80]!r}; write them as 'name(option=value), name'")
     return [_parse_one(item, text) for item in tree.elts]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import keyword
 import operator
 import re
 import traceback
@@ -53,7 +54,7 @@ def trace(model: torch.nn.Module | ExportedProgram, args: Arguments, dynamic_sha
     failure: TraceError | None = None
     for example in _widened(args):
         try:
-            return _to_program(_export(model, example, _every_axis(example)), positional, example)
+            return _to_program(_export(model, example, _every_axis(model, example)), positional, example)
         except TraceError as error:
             failure = failure or error
     raise failure or TraceError("the model has no inputs")
@@ -104,6 +105,11 @@ def check_names(model: torch.nn.Module, args: Arguments) -> None:
     for name in [*(name for name, _ in tensors), *(name for name, _ in model.named_modules())]:
         if re.search(r"""["'\\()]""", name) or not (name == "" or name.isprintable()):
             raise InputError(f"the name {name!r} of a weight or module cannot be used in a graph; rename it")
+        taken = [
+            part for part in name.split(".") if keyword.iskeyword(part) or (part and hasattr(fx.GraphModule, part))
+        ]
+        if taken and (name.split(".")[0] in taken or keyword.iskeyword(taken[0])):
+            raise InputError(f"the name {name!r} of a weight or module has a meaning of its own in a graph; rename it")
     for name in args[1]:
         if not name.isidentifier():
             raise InputError(f"the input name {name!r} is no identifier; rename it")
@@ -112,12 +118,12 @@ def check_names(model: torch.nn.Module, args: Arguments) -> None:
 # --- dynamic axes ----------------------------------------------------------------------------------------------
 
 
-def _every_axis(args: Arguments) -> Any:
+def _every_axis(model: torch.nn.Module, args: Arguments) -> Any:
     """torch.export's dynamic_shapes with every axis of every tensor left to it."""
     spec = pytree.tree_map(
         lambda leaf: dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else None, args
     )
-    return {**dict(enumerate(spec[0])), **spec[1]} if not spec[0] else (*spec[0], *spec[1].values())
+    return dict(inspect.signature(model.forward).bind(*spec[0], **spec[1]).arguments)
 
 
 def _widened(args: Arguments) -> Iterator[Arguments]:

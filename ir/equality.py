@@ -99,6 +99,7 @@ def _error(name: str, found: Tensor, usual: Tensor, truth: Tensor) -> Error | st
     for kind, where in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
         if not torch.equal(where(found), where(usual)):
             return f"{name} has {kind} in other places than eager"
+    found, usual, truth = found.detach(), usual.detach(), truth.detach()
     finite = torch.isfinite(usual) & torch.isfinite(truth)
     value, reference, exact = (tensor.double()[finite] for tensor in (found, usual, truth))
     if exact.numel() == 0:

@@ -51,7 +51,7 @@ def choose(
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in LOWERINGS:
             kinds.setdefault(_kind(program, node, threads), []).append(node)
-    measured = memory.read()
+    measured = {key: value for key, value in memory.read().items() if key in kinds and _is_whole(value, kinds[key][0])}
     wanted = {key: nodes[0] for key, nodes in kinds.items() if key not in measured and len(supported(nodes[0])[0]) > 1}
     if wanted:
         fresh = dict(zip(wanted, _measure(program, list(wanted.values()), threads), strict=True))
@@ -68,6 +68,13 @@ def choose(
         shown = times if len(candidates) > 1 else {}
         choices.append(Choice(target_name(nodes[0]), sizes, best.name, shown, len(nodes)))
     return chosen, choices
+
+
+def _is_whole(entry: Any, node: fx.Node) -> bool:
+    """Whether something remembered is a time for every candidate of a node."""
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(item.name), int | float) and entry[item.name] > 0 for item in supported(node)[0]
+    )
 
 
 def _best(candidates: Sequence[Lowering], times: Mapping[str, float]) -> Lowering:

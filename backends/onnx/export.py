@@ -117,11 +117,28 @@ def to_onnx(program: Program, choices: Choices) -> onnx_ir.Model:
                 output_names=names,
             )
     except Exception as error:
-        raise LoweringError(f"torch.onnx failed: {one_line(error)}") from error
+        raise LoweringError(_why_not(exported, error)) from error
     assert result is not None
     fold_constants(result.model)
     _name_sizes(program, result.model)
     return result.model
+
+
+def _why_not(exported: ExportedProgram, error: BaseException) -> str:
+    """Why torch's exporter failed: the operators without translation that are left when all others are decomposed."""
+    known = _exportable()
+    try:
+        left = exported.run_decompositions().graph.nodes
+    except Exception:  # noqa: BLE001  # the error at hand is the one to report
+        left = []
+    missing = {str(node.target) for node in left if node.op == "call_function" and not known(node.target)}
+    if missing:
+        return (
+            f"the ONNX backend cannot take this program: torch.onnx has no translation of {', '.join(sorted(missing))}"
+        )
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"torch.onnx failed: {one_line(error)}"
 
 
 def _name_sizes(program: Program, model: onnx_ir.Model) -> None:
@@ -239,12 +256,14 @@ def hint(size: Any) -> int:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Without the exporter's notes on libraries that are not installed and its deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

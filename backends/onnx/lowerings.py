@@ -148,8 +148,16 @@ def _attention_onnx(
     return (result if some is None else result * some.transpose(1, 2)).transpose(1, 2)
 
 
+def _refuses_onnx(node: fx.Node) -> str | None:
+    given = arguments(node)
+    heads = (shape(given["query"])[1], shape(given["key"])[1])
+    return None if all(isinstance(count, int) for count in heads) else "the number of heads is dynamic"
+
+
 def _refuses_fused(node: fx.Node) -> str | None:
     given = arguments(node)
+    if _refuses_onnx(node):
+        return _refuses_onnx(node)
     if shape(given["query"])[1] != shape(given["key"])[1]:
         return "MultiHeadAttention has no grouped key heads"
     if given["query"].meta["val"].dtype != torch.float32:
@@ -266,7 +274,7 @@ def _separate_linears(input: Tensor, weight: Tensor, bias: Tensor | None, sizes:
 
 LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     attention: (
-        Lowering("Attention", _attention_onnx),
+        Lowering("Attention", _attention_onnx, _refuses_onnx),
         Lowering("MultiHeadAttention", _attention_fused, _refuses_fused),
         Lowering("MatMul+Softmax", _attention_unfused),
     ),

@@ -196,7 +196,34 @@ def test_a_model_that_is_not_listed(folder: Path) -> None:
     manifest = manifest_of(folder)
     del manifest["files"]["model.onnx"]
     sign(folder, manifest)
-    assert "names no model.onnx" in refusal(folder)
+    assert "does not list model.onnx" in refusal(folder)
+
+
+@pytest.mark.parametrize("part", ["files", "signature", "outputs", "structure"])
+def test_a_signed_manifest_without_a_part(folder: Path, part: str) -> None:
+    manifest = manifest_of(folder)
+    del manifest[part]
+    sign(folder, manifest)
+    assert "manifest.json" in refusal(folder)
+
+
+def test_a_signed_manifest_with_an_output_that_the_model_has_not(folder: Path) -> None:
+    manifest = manifest_of(folder)
+    manifest["outputs"][0]["index"] = 9
+    sign(folder, manifest)
+    assert "outputs that its model does not have" in refusal(folder)
+
+
+def test_a_signed_report_of_another_form(folder: Path) -> None:
+    (folder / "report.json").write_text("{}")
+    sign(folder, manifest_of(folder))
+    assert "report.json" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "n" * 300], ids=["nul", "long"])
+def test_a_name_that_no_file_can_have(compiled: Compiled, tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError):
+        compiled.save(tmp_path / name)
 
 
 @pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "unlisted.bin"])

@@ -17,7 +17,7 @@ from torch.export import Dim
 from fxpress import compile, export_onnx
 from fxpress.compiler.driver import Compiled
 from fxpress.compiler.trace import bind_example, trace
-from fxpress.ir.errors import InputError, TraceError
+from fxpress.ir.errors import InputError, LoweringError, TraceError
 from fxpress.ir.printer import print_program
 
 
@@ -386,3 +386,31 @@ def test_to_onnx_wants_the_suffix(case: Case, tmp_path: Path) -> None:
 def test_export_onnx_refuses_a_bad_path_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no directory"):
         export_onnx(nn.Linear(1, 1), tmp_path / "missing" / "model.onnx", passes="never parsed(")
+
+
+def test_numpy_inputs_of_a_compiled_model() -> None:
+    compiled = compile(nn.Linear(4, 3).eval(), example_inputs=(torch.randn(2, 4),), backend="eager")
+    x = numpy.ones((5, 4), dtype=numpy.float32)
+    assert torch.equal(compiled(x), compiled(torch.from_numpy(x)))
+
+
+def test_a_returned_parameter_is_compared_without_a_warning() -> None:
+    class Returning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * self.weight, self.weight
+
+    compiled = compile(Returning().eval(), example_inputs=(torch.randn(2, 3),), backend="eager")
+    assert compiled.report.equal
+
+
+def test_an_operator_whose_parts_cannot_be_translated_is_named() -> None:
+    class Cholesky(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.cholesky(x @ x.mT + torch.eye(4))
+
+    with pytest.raises(LoweringError, match=r"no translation of .*cholesky"):
+        compile(Cholesky().eval(), example_inputs=(torch.randn(2, 4, 4),), backend="onnx")

@@ -216,3 +216,9 @@ def test_the_default_passes_are_measured() -> None:
     for item in compiled_with(Fuse()).report.passes:
         assert item.changes == sum(item.rewrites.values())
         assert item.sqnr_db is not None and item.sqnr_db > 100
+
+
+@pytest.mark.parametrize("text", ["fuse]+[fuse", "-" * 5000 + "1", "fuse("], ids=["expression", "deep", "open"])
+def test_text_that_is_no_list_of_passes(text: str) -> None:
+    with pytest.raises(InputError, match="cannot read the passes"):
+        parse_passes(text)

@@ -338,3 +338,35 @@ def test_dropout_in_evaluation_mode_is_nothing() -> None:
 
 def test_errors_are_fxpress_errors() -> None:
     assert issubclass(TraceError, FxpressError) and issubclass(InputError, ValueError)
+
+
+@pytest.mark.parametrize("name", ["class", "graph"])
+def test_a_name_that_means_something_in_a_graph_is_refused(name: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_parameter(name, nn.Parameter(torch.ones(3)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * getattr(self, name)
+
+    with pytest.raises(InputError, match="has a meaning of its own"):
+        trace(Named().eval(), ((), {"x": torch.randn(2, 3)}))
+
+
+def test_tensors_in_a_parameter_of_named_arguments() -> None:
+    class Open(nn.Module):
+        def forward(self, x: Tensor, **named: Tensor) -> Tensor:
+            return x + named["shift"]
+
+    program = trace(Open().eval(), ((), {"x": torch.randn(2, 3), "shift": torch.randn(2, 3)}))
+    x = torch.randn(5, 4)
+    assert torch.equal(program(x=x, shift=x), x + x)
+
+
+def test_an_axis_that_the_trace_fixes_is_a_number_in_the_signature() -> None:
+    model = nn.Sequential(nn.Linear(8, 4)).eval()
+    program = trace(model, bind_example(model, (torch.randn(2, 5, 8),)))
+    assert program.signature.inputs[0].shape[-1] == 8
+    with pytest.raises(InputError, match="must be 8, found 7"):
+        program(torch.randn(2, 5, 7))

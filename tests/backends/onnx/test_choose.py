@@ -152,3 +152,13 @@ def test_operators_of_several_results_are_measured(tmp_path: Path) -> None:
     program = trace(model, bind_example(model, (torch.rand(2, 6, 8), torch.rand(2, 6, 8))))
     (choice,) = choose(program, memory=Memory("onnx", tmp_path))[1]
     assert len(choice.milliseconds) == 2
+
+
+@pytest.mark.parametrize("entry", [3, None, [], {}, {NAMES[0]: "fast"}, {NAMES[0]: 0.0}], ids=repr)
+def test_an_entry_that_is_no_measurement_is_measured_again(
+    program: Program, measured: dict[str, Any], tmp_path: Path, entry: Any
+) -> None:
+    memory = Memory("onnx", tmp_path)
+    memory.write(dict.fromkeys(measured, entry))
+    _, choices = choose(program, memory=memory)
+    assert all(time > 0 for item in attentions(choices) for time in item.milliseconds.values())
