@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from fxpress.backends.memory import Memory
 from fxpress.backends.onnx import choose as module
@@ -35,7 +36,8 @@ class Two(nn.Module):
 @pytest.fixture(scope="module")
 def program() -> Program:
     model = Two().eval()
-    return trace(model, bind_example(model, (torch.rand(2, 4, 6, 8),)))
+    batch_and_length = {"x": {0: Dim.AUTO, 2: Dim.AUTO}}
+    return trace(model, bind_example(model, (torch.rand(2, 4, 6, 8),)), batch_and_length)
 
 
 @pytest.fixture(scope="module")
