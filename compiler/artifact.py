@@ -240,6 +240,8 @@ def check_new(path: Path) -> None:
     Raises:
         InputError: says which.
     """
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r} is no path that can be written: it holds a NUL character")
     try:
         exists = path.exists() or path.is_symlink()
     except (OSError, ValueError) as error:

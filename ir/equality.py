@@ -113,8 +113,9 @@ def _error(name: str, found: Tensor, usual: Tensor, truth: Tensor) -> Error | st
 
 def sqnr_db(value: Tensor, truth: Tensor) -> float:
     """Signal to quantization-noise ratio in dB: 10 log10(sum truth^2 / sum (value - truth)^2)."""
-    noise = float((value.double() - truth.double()).square().sum())
-    signal = float(truth.double().square().sum())
+    value, truth = value.detach().double(), truth.detach().double()
+    noise = float((value - truth).square().sum())
+    signal = float(truth.square().sum())
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
@@ -122,7 +123,7 @@ def sqnr_db(value: Tensor, truth: Tensor) -> float:
 
 def cosine(value: Tensor, truth: Tensor) -> float:
     """Cosine of the angle between two tensors taken as vectors; 1 for two zero vectors."""
-    a, b = value.double().flatten(), truth.double().flatten()
+    a, b = value.detach().double().flatten(), truth.detach().double().flatten()
     length = float(a.norm() * b.norm())
     return float(a @ b) / length if length else float(torch.equal(a, b))
 

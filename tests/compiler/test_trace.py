@@ -354,16 +354,6 @@ def test_a_name_that_means_something_in_a_graph_is_refused(name: str) -> None:
         trace(Named().eval(), ((), {"x": torch.randn(2, 3)}))
 
 
-def test_tensors_in_a_parameter_of_named_arguments() -> None:
-    class Open(nn.Module):
-        def forward(self, x: Tensor, **named: Tensor) -> Tensor:
-            return x + named["shift"]
-
-    program = trace(Open().eval(), ((), {"x": torch.randn(2, 3), "shift": torch.randn(2, 3)}))
-    x = torch.randn(5, 4)
-    assert torch.equal(program(x=x, shift=x), x + x)
-
-
 def test_an_axis_that_the_trace_fixes_is_a_number_in_the_signature() -> None:
     model = nn.Sequential(nn.Linear(8, 4)).eval()
     program = trace(model, bind_example(model, (torch.randn(2, 5, 8),)))
