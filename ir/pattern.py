@@ -140,13 +140,19 @@ class _State:
         return _State({**self.captures, name: value}, self.nodes, self.shared)
 
 
-def match(pattern: Call | OneOf, root: fx.Node) -> Match | Refusal | None:
+Finder = Callable[[fx.Node], "Match | Refusal | None"]
+"""A pattern as a function, for what is easier to follow through the graph than to draw; answers as `match` does."""
+
+
+def match(pattern: Call | OneOf | Finder, root: fx.Node) -> Match | Refusal | None:
     """Match a pattern at a node.
 
     Returns:
         the Match; a Refusal when the root fitted but something below did not (a near miss, with the reason);
         None when the root itself is another operation.
     """
+    if not isinstance(pattern, Call | OneOf):
+        return pattern(root)
     trace = _Trace()
     for state in _matches(pattern, root, _State(), trace):
         leak = _leak(state, root)
@@ -251,6 +257,6 @@ class Rule:
     """
 
     name: str
-    pattern: Call | OneOf
+    pattern: Call | OneOf | Finder
     condition: Callable[[Match], Object]
     replace: Callable[[Program, Match, Object], None]

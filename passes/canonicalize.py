@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir import pattern as p
-from ..ir.graph import Program, arguments, dtype, same_sizes, same_value, shape
-from ..ir.ops.norm import rms_norm
-from ..ir.pattern import Match, Refusal, Rule
+from ..ir.graph import Program, arguments, same_sizes, same_value, shape
 from ..ir.rewrite import Context, Edit, Pass, PassResult, apply_rules, each_call
+from ..ir.spellings import activation, linear, norm
 
 aten = torch.ops.aten
 
@@ -191,103 +189,5 @@ def _freeze(value: Any) -> Any:
     return value if isinstance(value, fx.Node) else (type(value), repr(value))
 
 
-# --- rules: several calls -> one -------------------------------------------------------------------------------
-
-
-def _conv1d_condition(found: Match) -> Any:
-    weight = found["weight"]
-    if not same_sizes(shape(found.root)[-1:], shape(weight)[1:]):
-        return Refusal("the result's last axis is not that of the weight")
-    if not same_sizes(shape(found["bias"]), shape(weight)[1:]):
-        return Refusal(f"a bias of shape {list(shape(found['bias']))} is none of a linear layer")
-    if len(weight.users) > 1:
-        return Refusal(f"weight {weight.target} is read by {len(weight.users)} nodes; a transposed copy would untie it")
-    return True
-
-
-def _conv1d_replace(program: Program, found: Match, _: Any) -> None:
-    """Give the rows the leading axes of the result before the matmul, not after it."""
-    stored = program.tensor(found["weight"])
-    weight = program.add_weight(
-        f"{found['weight'].target}_transposed", stored.detach().T.contiguous(), trainable=stored.requires_grad
-    )
-    sizes = [*found["sizes"][:-1], shape(weight)[1]]
-    rows = program.call(aten.reshape.default, found["rows"], sizes, before=found.root)
-    new = program.call(aten.linear.default, rows, weight, found["bias"], before=found.root)
-    program.replace(found.root, new)
-
-
-def _maybe_cast(inner: Any, name: str) -> p.OneOf:
-    return p.optional(lambda value: p.Call(aten._to_copy.default, self=value, dtype=p.Literal(name)), inner)
-
-
-def _rms_norm_pattern() -> p.Call:
-    wide = _maybe_cast(p.Any("x"), "wide")
-    power = p.Call(aten.pow.Tensor_Scalar, name="power", self=wide, exponent=p.Literal("exponent"))
-    mean = p.Call(aten.mean.dim, self=power, dim=p.Literal("axes"), keepdim=True)
-    spread = p.Call(aten.add.Tensor, self=mean, other=p.Literal("eps"))
-    scaled = p.Call(
-        aten.mul.Tensor, name="scaled", commutative=True, self=wide, other=p.Call(aten.rsqrt.default, self=spread)
-    )
-    return p.Call(aten.mul.Tensor, commutative=True, self=p.Weight("weight"), other=_maybe_cast(scaled, "narrow"))
-
-
-def _rms_norm_condition(found: Match) -> Any:
-    source = found["x"]
-    rank = len(shape(source))
-    if found["exponent"] != 2 or [axis % rank for axis in found["axes"]] != [rank - 1]:
-        return Refusal("the mean is not that of squares over the last axis")
-    if not same_sizes(shape(found["weight"]), shape(source)[-1:]) or not same_sizes(shape(found.root), shape(source)):
-        return Refusal(f"the weight's shape {list(shape(found['weight']))} is not that of the last axis")
-    half = dtype(source) in (torch.float16, torch.bfloat16)
-    in_fp32 = dtype(found["power"]) is dtype(found["scaled"]) is torch.float32
-    if half and not (in_fp32 and found.get("narrow") is dtype(source)):
-        return Refusal("half precision that is not normalised in fp32 and rounded before the weight")
-    if dtype(found["weight"]) != dtype(source) or dtype(found.root) != dtype(source):
-        return Refusal("input, weight and result differ in dtype")
-    if not half and (found.get("wide") or found.get("narrow")):
-        return Refusal("a cast that changes the precision of the computation")
-    return float(found["eps"])
-
-
-def _rms_norm_replace(program: Program, found: Match, eps: Any) -> None:
-    program.replace(found.root, program.call(rms_norm, found["x"], found["weight"], eps, before=found.root))
-
-
-def _gelu_tanh_pattern() -> p.Call:
-    x = p.Any("x")
-    cube = p.Call(aten.pow.Tensor_Scalar, self=x, exponent=p.Literal("three"))
-    inner = p.Call(aten.add.Tensor, commutative=True, self=x,
-                   other=p.Call(aten.mul.Tensor, self=cube, other=p.Literal("cubic")))  # fmt: skip
-    tanh = p.Call(aten.tanh.default, self=p.Call(aten.mul.Tensor, self=inner, other=p.Literal("slope")))
-    half = p.Call(aten.mul.Tensor, self=x, other=p.Literal("half"))
-    one_plus = p.Call(aten.add.Tensor, self=tanh, other=p.Literal("one"))
-    return p.Call(aten.mul.Tensor, commutative=True, self=half, other=one_plus)
-
-
-def _gelu_tanh_condition(found: Match) -> Any:
-    expected = {"three": 3.0, "cubic": 0.044715, "slope": (2 / torch.pi) ** 0.5, "half": 0.5, "one": 1.0}
-    for name, value in expected.items():
-        if abs(float(found[name]) - value) > 1e-7 * value:
-            return Refusal(f"the constant {found[name]} stands where tanh-GELU has {value}")
-    return True
-
-
-def _gelu_tanh_replace(program: Program, found: Match, _: Any) -> None:
-    program.replace(found.root, program.call(aten.gelu.default, found["x"], approximate="tanh", before=found.root))
-
-
-RULES = (
-    Rule(
-        "conv1d",
-        p.Call(
-            aten.reshape.default,
-            self=p.Call(aten.addmm.default, self=p.Weight("bias"), mat1=p.Any("rows"), mat2=p.Weight("weight")),
-            shape=p.Any("sizes"),
-        ),
-        _conv1d_condition,
-        _conv1d_replace,
-    ),
-    Rule("rms_norm", _rms_norm_pattern(), _rms_norm_condition, _rms_norm_replace),
-    Rule("gelu_tanh", _gelu_tanh_pattern(), _gelu_tanh_condition, _gelu_tanh_replace),
-)
+# Several calls -> one operator.
+RULES = (*linear.RULES, *norm.RULES, *activation.RULES)

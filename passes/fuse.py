@@ -69,15 +69,14 @@ def _attention_condition(found: Match) -> Any:
 
 
 def _attention_replace(program: Program, found: Match, _: Any) -> None:
+    options = {"bias": found["mask"], "right": 0 if found["is_causal"] else None, "scale": found["scale"]}
     new = program.call(
         attention,
         found["query"],
         found["key"],
         found["value"],
-        bias=found["mask"],
-        causal=found["is_causal"],
-        scale=found["scale"],
         before=found.root,
+        **{name: value for name, value in options.items() if value is not None},
     )
     program.replace(found.root, new)
 

@@ -19,7 +19,8 @@ from ...ir.graph import Program, arguments, describe_value
 from ...ir.printer import target_name
 from ..memory import Memory, processor
 from .export import OPSET, fold_constants, hint, quietly
-from .lowerings import LOWERINGS, PROBES, Lowering, supported
+from .lowerings.lowering import Lowering
+from .lowerings.table import LOWERINGS, PROBES, supported
 from .session import Session
 
 _KEEP = 0.97  # another candidate must be at least this much faster than the first of the table

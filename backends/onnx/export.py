@@ -20,7 +20,8 @@ from torch.export import Dim, ExportedProgram
 from ...ir.errors import LoweringError, one_line
 from ...ir.graph import Program, identifier, source_of
 from ...ir.printer import target_name
-from .lowerings import LOWERINGS, Lowering, supported
+from .lowerings.lowering import Lowering
+from .lowerings.table import LOWERINGS, supported
 
 OPSET = 23
 Choices = Mapping[fx.Node, Lowering]

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from .table import operator
 
+EMPTY = ("zeros", "nan", "mean")  # what a row without any allowed key gives
+
 
 @operator(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? bias=None, Tensor? key_mask=None, bool causal=False, "
-    "float? scale=None) -> Tensor",
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? bias=None, Tensor? key_mask=None, "
+    "SymInt? left=None, SymInt? right=None, float? scale=None, float softcap=0.0, Tensor? sinks=None, "
+    "str empty='zeros') -> Tensor",
     meaning="softmax(query key^T * scale + bias, over allowed keys) value, heads second",
 )
 def attention(
@@ -21,18 +24,29 @@ def attention(
     value: Tensor,
     bias: Tensor | None = None,
     key_mask: Tensor | None = None,
-    causal: bool = False,
+    left: int | None = None,
+    right: int | None = None,
     scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    empty: str = "zeros",
 ) -> Tensor:
     """Scaled dot-product attention (Vaswani et al., 2017) with grouped key/value heads (Ainslie et al., 2023).
 
     Shapes: query [B, H, N, D]; key [B, G, M, D]; value [B, G, M, E], where G divides H (head h reads group
     h // (H / G)); result [B, H, N, E]. `bias` broadcasts to [B, H, N, M]: boolean (True: may attend) or added to the
-    scaled scores. `key_mask` [B, M], boolean, True: may be attended. `causal`: query i sees keys j <= i (aligned at
-    the top left, as torch's `is_causal`). `scale` defaults to D ** -0.5.
+    scaled scores. `key_mask` [B, M], boolean, True: may be attended.
 
-    A row with no key allowed (all masked, or bias -inf throughout) gives zeros, as torch's own operator does. Half
-    precision is computed in fp32 and rounded once at the end.
+    The band: query i sees the keys i - left <= j <= i + right, each side unlimited where it is None. right=0 is causal
+    attention (aligned at the top left, as torch's `is_causal`), right=M - N the same aligned at the bottom right,
+    left=W - 1 and right=0 a causal window of W keys (Mistral).
+
+    `scale` defaults to D ** -0.5. `softcap` c > 0 turns the scaled scores s into c * tanh(s / c) before any mask
+    (Gemma 2). `sinks` [H] adds one more score to each row of a head, whose probability is dropped (gpt-oss).
+
+    A row with no key allowed (or bias -inf throughout) gives zeros, as torch's own operator does; with `empty` "nan"
+    NaN, as a softmax over -inf does; "mean" the mean of all values, as a softmax over equal, finite numbers does.
+    Half precision is computed in fp32 and rounded once at the end.
     """
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):
@@ -41,14 +55,33 @@ def attention(
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
-    if causal:
-        row = torch.arange(query.shape[2], device=query.device)[:, None]
-        column = torch.arange(key.shape[2], device=query.device)[None, :]
-        scores = scores.masked_fill(column > row, -math.inf)
-    empty = (scores == -math.inf).all(-1, keepdim=True)
-    weights = torch.softmax(scores, -1).masked_fill(empty, 0.0)
+    if left is not None or right is not None:
+        scores = scores.masked_fill(~band(query.shape[2], key.shape[2], left, right, query.device), -math.inf)
+    if sinks is not None:
+        extra = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        weights = torch.softmax(torch.cat([scores, extra], -1), -1)[..., :-1]
+    elif empty == "mean":
+        weights = torch.softmax(scores.clamp(min=torch.finfo(scores.dtype).min), -1)
+    else:
+        nothing = (scores == -math.inf).all(-1, keepdim=True)
+        weights = torch.softmax(scores, -1)
+        weights = weights.masked_fill(nothing, 0.0) if empty == "zeros" else weights
     return (weights @ value).to(dtype)
+
+
+def band(rows: int, columns: int, left: int | None, right: int | None, device: torch.device | None = None) -> Tensor:
+    """Which keys the band lets each query see: boolean [rows, columns]."""
+    row = torch.arange(rows, device=device)[:, None]
+    column = torch.arange(columns, device=device)[None, :]
+    allowed = torch.ones(rows, columns, dtype=torch.bool, device=device)
+    if left is not None:
+        allowed = allowed & (column >= row - left)
+    if right is not None:
+        allowed = allowed & (column <= row + right)
+    return allowed

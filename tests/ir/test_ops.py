@@ -36,7 +36,7 @@ def test_attention_with_a_mask(mask: Tensor | None) -> None:
 
 
 def test_attention_causal() -> None:
-    close(attention(Q, K, V, causal=True), sdpa(Q, K, V, is_causal=True))
+    close(attention(Q, K, V, right=0), sdpa(Q, K, V, is_causal=True))
 
 
 def test_attention_scale() -> None:
@@ -56,7 +56,7 @@ def test_attention_of_all_masks_together() -> None:
     bias = normal(5, 7, seed=4)
     lower = torch.ones(5, 7, dtype=torch.bool).tril()
     mask = bias.masked_fill(~(lower & key_mask[:, None, None, :]), -math.inf)
-    close(attention(Q, K, V, bias=bias, key_mask=key_mask, causal=True), sdpa(Q, K, V, attn_mask=mask))
+    close(attention(Q, K, V, bias=bias, key_mask=key_mask, right=0), sdpa(Q, K, V, attn_mask=mask))
 
 
 @pytest.mark.parametrize("mask", [BOOL, torch.zeros(BOOL.shape).masked_fill(~BOOL, -math.inf)])

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from fxpress.backends.onnx.export import check, check_supported, save, to_onnx
-from fxpress.backends.onnx.lowerings import LOWERINGS, Lowering, supported
+from fxpress.backends.onnx.lowerings.lowering import Lowering
+from fxpress.backends.onnx.lowerings.table import LOWERINGS, supported
 from fxpress.backends.onnx.session import Session
 from fxpress.compiler.trace import bind_example, trace
 from fxpress.ir.equality import compare, run_float64
@@ -100,21 +101,21 @@ ATTENTIONS = [
     case("scale", heads, scale=0.7),
     case("cross lengths", lambda b, n: heads(b, n, 2 * n + 1)),
     case("wide values", lambda b, n: {**heads(b, n), "value": torch.randn(b, 4, n, 12)}),
-    case("causal, square", heads, causal=True),
-    case("causal, more keys", lambda b, n: heads(b, n, 2 * n + 1), causal=True),
-    case("causal, fewer keys", lambda b, n: heads(b, 2 * n + 1, n), causal=True),
+    case("causal, square", heads, right=0),
+    case("causal, more keys", lambda b, n: heads(b, n, 2 * n + 1), right=0),
+    case("causal, fewer keys", lambda b, n: heads(b, 2 * n + 1, n), right=0),
     case("grouped heads", lambda b, n: heads(b, n, groups=2)),
     case("grouped heads, key mask", lambda b, n: {**heads(b, n, groups=2), "key_mask": key_mask(b, n)}),
     case("key mask", lambda b, n: {**heads(b, n), "key_mask": key_mask(b, n)}),
     case("key mask without keys", lambda b, n: {**heads(b, n), "key_mask": key_mask(b, n, none=True)}),
-    case("key mask, causal", lambda b, n: {**heads(b, n), "key_mask": key_mask(b, n)}, causal=True),
+    case("key mask, causal", lambda b, n: {**heads(b, n), "key_mask": key_mask(b, n)}, right=0),
     case("bool mask", lambda b, n: {**heads(b, n), "bias": bool_mask(b, n, n)}),
     case("bool mask, empty rows", lambda b, n: {**heads(b, n), "bias": bool_mask(b, n, n, none=True)}),
-    case("bool mask, causal", lambda b, n: {**heads(b, n), "bias": bool_mask(b, n, n)}, causal=True),
+    case("bool mask, causal", lambda b, n: {**heads(b, n), "bias": bool_mask(b, n, n)}, right=0),
     case("bool mask of rank 2", lambda b, n: {**heads(b, n), "bias": bool_mask(1, n, n)[0, 0]}),
     case("float mask", lambda b, n: {**heads(b, n), "bias": float_mask(b, n, n)}),
     case("float mask, empty rows", lambda b, n: {**heads(b, n), "bias": float_mask(b, n, n, none=True)}),
-    case("float mask, causal", lambda b, n: {**heads(b, n), "bias": float_mask(b, n, n)}, causal=True),
+    case("float mask, causal", lambda b, n: {**heads(b, n), "bias": float_mask(b, n, n)}, right=0),
     case(
         "float mask, key mask",
         lambda b, n: {**heads(b, n), "bias": float_mask(b, n, n), "key_mask": key_mask(b, n)},

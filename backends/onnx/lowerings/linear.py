@@ -1,0 +1,55 @@
+"""Linear layers with what follows them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.onnx.ops import symbolic
+
+from ....ir.graph import arguments
+from ....ir.ops.linear import ACTIVATIONS
+from .lowering import Lowering
+
+
+def _linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](F.linear(input, weight, bias))
+
+
+_BIAS_ACTIVATIONS = {"gelu": "BiasGelu", "gelu_tanh": "FastGelu"}
+
+
+def _linear_bias_act(input: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """MatMul, then bias and activation in one pass over the result."""
+    product = input @ weight.t()
+    return symbolic(f"com.microsoft::{_BIAS_ACTIVATIONS[activation]}", (product, bias),
+                    dtype=product.dtype, shape=product.shape, version=1)  # fmt: skip
+
+
+def _refuses_bias_act(node: fx.Node) -> str | None:
+    given = arguments(node)
+    if given["activation"] not in _BIAS_ACTIVATIONS:
+        return f"no kernel joins a bias and {given['activation']}"
+    return "there is no bias" if given["bias"] is None else None
+
+
+def _split_linear(input: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> list[Tensor]:
+    return list(F.linear(input, weight, bias).split(sizes, -1))
+
+
+def _separate_linears(input: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> list[Tensor]:
+    """A matmul for each part: no pass over the joint result to cut it."""
+    results, start = [], 0
+    for size in sizes:  # slices, not a split: those of constants are computed once, at export
+        part = slice(start, start := start + size)
+        results.append(F.linear(input, weight[part], None if bias is None else bias[part]))
+    return results
+
+
+LINEAR_ACT = (
+    Lowering("Linear+Activation", _linear_act),
+    Lowering("MatMul+BiasActivation", _linear_bias_act, _refuses_bias_act),
+)
+SPLIT_LINEAR = (
+    Lowering("separate MatMuls", _separate_linears),
+    Lowering("MatMul+Split", _split_linear),
+)

@@ -1,0 +1,40 @@
+"""What a lowering is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+
+def always(node: fx.Node) -> str | None:
+    """The `refuses` of a lowering that takes every node."""
+    return None
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """One way to lower an operator.
+
+    `function` has the operator's own signature. It is run while torch's exporter traces the program, so it is written
+    in torch operations and `symbolic` nodes (ONNX operators by name). `refuses(node)` is the reason why it cannot take
+    a node, or None.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    refuses: Callable[[fx.Node], str | None] = always
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How an operator is measured in the surroundings it has in models.
+
+    `prepare(name, tensor)` gives the argument as it comes from its producer; `wrap(function)` undoes that before the
+    operator and does what its reader does after it.
+    """
+
+    prepare: Callable[[str, Tensor], Tensor]
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]

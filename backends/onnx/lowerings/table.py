@@ -1,0 +1,36 @@
+"""The lowerings of each fxpress operator, in order of preference; operators that are not here are torch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from ....ir.ops import attention, linear, norm
+from . import attention as attentions
+from . import linear as linears
+from . import norm as norms
+from .lowering import Lowering, Probe
+
+LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
+    attention.attention: attentions.ATTENTION,
+    norm.add_layer_norm: norms.ADD_LAYER_NORM,
+    norm.rms_norm: norms.RMS_NORM,
+    norm.add_rms_norm: norms.ADD_RMS_NORM,
+    linear.linear_act: linears.LINEAR_ACT,
+    linear.split_linear: linears.SPLIT_LINEAR,
+}
+
+PROBES: dict[Any, Probe] = {attention.attention: attentions.PROBE}
+
+
+def supported(node: fx.Node) -> tuple[list[Lowering], list[str]]:
+    """The candidates that take a node, and the reasons of those that do not."""
+    candidates, reasons = [], []
+    for lowering in LOWERINGS.get(node.target, ()):
+        reason = lowering.refuses(node)
+        if reason is None:
+            candidates.append(lowering)
+        else:
+            reasons.append(f"{lowering.name}: {reason}")
+    return candidates, reasons
