@@ -147,7 +147,7 @@ def _widened(args: Arguments) -> Iterator[Arguments]:
 
 def _export(model: torch.nn.Module, args: Arguments, dynamic_shapes: Any) -> ExportedProgram:
     try:
-        with torch.no_grad(), _no_mask_inspection(), plain_attention():
+        with torch.no_grad(), _no_mask_inspection(), plain_attention(), hf.traceable_experts():
             return torch.export.export(model, *args, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise TraceError(f"cannot trace {type(model).__name__}{_user_line(error)}: {one_line(error)}") from error
@@ -467,7 +467,7 @@ def _cut(program: Program, tensors: Sequence[Tensor], names: set[str]) -> list[T
 
 
 def _agrees_at(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> bool:
-    """Whether graph and model agree on an input; False too where the graph, but not the model, fails."""
+    """Whether graph and model agree on an input; False too where one of them fails."""
     given = {spec.path: tensor for spec, tensor in zip(program.signature.inputs, tensors, strict=True)}
     if any("." in path for path in given):
         return False  # nested inputs: not rebuilt from their leaves, so the bound stays
@@ -475,7 +475,7 @@ def _agrees_at(program: Program, model: torch.nn.Module, tensors: Sequence[Tenso
         try:
             expected = pytree.tree_leaves(model(**given, **_constants(program)))
         except (RuntimeError, ValueError, IndexError):
-            return True  # the model itself takes no such size
+            return False  # nothing to compare with: the bound stays
         try:
             found = program.run(tensors)
         except (RuntimeError, ValueError, IndexError):
