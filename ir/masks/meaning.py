@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,9 +187,10 @@ def _split(value: Expression) -> tuple[Expression, Expression | None, float | No
                 if isinstance(inner, Refusal):
                     return inner
                 if inner[2] not in (None, other.value):
-                    return Refusal(f"hidden keys get {inner[2]} in one place and {other.value} in another")
+                    return Refusal(f"hidden keys get {inner[2]} or {other.value}")
                 return e.both(visible, inner[0]), inner[1], other.value
-        return e.TRUE, value, None
+        numbers = sorted({leaf for leaf in _leaves(value) if leaf <= -1e4})
+        return Refusal(f"hidden keys get {' or '.join(map(str, numbers))}") if numbers else (e.TRUE, value, None)
     if isinstance(value, e.Apply) and value.target in (aten.add.Tensor, aten.add.Scalar):
         parts = [_split(item) for item in value.operands[:2]]
         first, second = parts
@@ -203,6 +204,15 @@ def _split(value: Expression) -> tuple[Expression, Expression | None, float | No
             bias = e.Apply(value.target, tuple(biases), value.options)
         return e.both(first[0], second[0]), bias, first[2] if first[2] is not None else second[2]
     return e.TRUE, value, None
+
+
+def _leaves(value: Expression) -> Iterator[float]:
+    """The numbers that a choice is made between."""
+    if isinstance(value, e.Choice):
+        yield from _leaves(value.yes)
+        yield from _leaves(value.no)
+    elif isinstance(value, Constant):
+        yield value.value
 
 
 # --- from a mask tensor to arguments of the operator -----------------------------------------------------------
