@@ -114,7 +114,7 @@ def _flatten(program: Program, node: fx.Node) -> fx.Node | None:
 
 
 def _sizes_after(program: Program, node: fx.Node, source: fx.Node) -> list[Any]:
-    """The sizes of `node`, to which `source` is reshaped: numbers, sizes of `source`, -1 for the one that is neither."""
+    """The sizes of `node`, a reshaped `source`: numbers, sizes of `source`, -1 for what is neither."""
     sizes: list[Any] = []
     for size in shape(node):
         kept = [axis for axis, old in enumerate(shape(source)) if same_sizes([old], [size])]
@@ -129,15 +129,13 @@ def _sizes_after(program: Program, node: fx.Node, source: fx.Node) -> list[Any]:
 
 def _order(node: Any) -> list[int] | None:
     """The order in which a transposition or permutation reads the axes of its input; None for other calls."""
-    if not isinstance(node, fx.Node) or node.op != "call_function":
+    if not isinstance(node, fx.Node) or node.target not in (aten.transpose.int, aten.permute.default):
         return None
-    rank = len(shape(node))
-    order = list(range(rank))
+    given, rank = arguments(node), len(shape(node))
     if node.target is aten.permute.default:
-        return [axis % rank for axis in node.args[1]]  # type: ignore[union-attr, operator]
-    if node.target is not aten.transpose.int:
-        return None
-    first, second = (axis % rank for axis in node.args[1:])  # type: ignore[operator]
+        return [axis % rank for axis in given["dims"]]
+    order = list(range(rank))
+    first, second = given["dim0"] % rank, given["dim1"] % rank
     order[first], order[second] = second, first
     return order
 
@@ -241,9 +239,9 @@ def _einsum(program: Program, node: fx.Node) -> fx.Node | None:
         return None
     left, right = names
     summed = [name for name in left if name in right and name not in result]
-    batch = [name for name in result if name in left and name in right]
-    rows = [name for name in result if name in left and name not in right]
-    columns = [name for name in result if name in right and name not in left]
+    batch = [name for name in left if name in result and name in right]
+    rows = [name for name in left if name in result and name not in right]
+    columns = [name for name in right if name in result and name not in left]
     if len(summed) != 1 or len(columns) != 1 or not rows or len(left + right) != len(result) + len(batch) + 2:
         return None
     first = _in_order(program, operands[0], left, [*batch, *rows, *summed], node)
@@ -261,7 +259,9 @@ def _shared_sizes(names: Sequence[str], operands: Sequence[fx.Node]) -> list[tup
     return [(first[name], second[name]) for name in names[0] if name in second]
 
 
-def _in_order(program: Program, tensor: fx.Node, names: Sequence[str], wanted: Sequence[str], before: fx.Node) -> Any:
+def _in_order(
+    program: Program, tensor: fx.Node, names: Sequence[str], wanted: Sequence[str], before: fx.Node
+) -> fx.Node:
     order = [list(names).index(name) for name in wanted]
     if order == sorted(order):
         return tensor

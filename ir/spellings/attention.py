@@ -90,7 +90,7 @@ def _plan(reading: Reading, root: fx.Node) -> _Plan | Refusal:
         return groups
     if reading.sinks is not None and not same_sizes(shape(reading.sinks), [heads]):
         return Refusal(f"sinks {list(shape(reading.sinks))} for {heads} heads")
-    sizes = [*shape(root), batch, *(size for term in reading.terms for size in term.at[:-2])]
+    sizes = [*shape(root), *lead, *(size for term in reading.terms for size in term.at[:-2])]
     unknown = [size for size in sizes if not isinstance(size, int) and _owner(size, root, reading) is None]
     if unknown:
         return Refusal(f"the size {unknown[0]} is that of no input")
@@ -145,7 +145,7 @@ def _heads(reading: Reading) -> Any:
         before = shape(node.args[0])
         if len(before) == 4 and same_sizes(before[2:], shape(node)[1:]) and isinstance(before[1], int):
             return before[1]
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return 1
 
 
@@ -268,7 +268,7 @@ class _Emit:
         return bias
 
     def placed(self, term: Term) -> fx.Node:
-        """A term's tensor, to be added or True where a key is allowed, so that it broadcasts to [batch, heads, N, M]."""
+        """A term's tensor, added or True where a key is allowed; it broadcasts to [batch, heads, N, M]."""
         mask = term.tensor
         if term.fill is not None and not term.keeps:
             mask = self.inverse(mask)
@@ -319,7 +319,7 @@ def _changed(program: Program, root: fx.Node, **changes: Any) -> None:
     program.replace(root, program.call(attention, **given, before=root))
 
 
-def _repeated(node: Any, axis: int) -> fx.Node | None:
+def _repeated(node: Any, axis: int) -> Any:
     """What is repeated along an axis, each element several times in a row, to give a value; None if nothing is."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
@@ -333,22 +333,11 @@ def _repeated(node: Any, axis: int) -> fx.Node | None:
         return source if same_sizes(shape(source)[axis : axis + 1], [1]) and same_sizes(kept, wanted) else None
     if node.target is not aten.reshape.default or _repeated(source, axis + 1) is None:
         return None
-    single = source.args[0]
-    merged = same_sizes(
-        shape(node), (*shape(source)[:axis], *_merged(shape(source)[axis : axis + 2]), *shape(source)[axis + 2 :])
-    )
-    return (
-        single.args[0]
-        if merged
-        and single.target is aten.unsqueeze.default
-        and len(shape(single.args[0])) == 4
-        and single.args[1] % 5 == axis + 1
-        else None
-    )
-
-
-def _merged(sizes: Any) -> list[Any]:
-    return [sizes[0] * sizes[1]]
+    assert source is not None
+    sizes, single = shape(source), source.args[0]
+    merged = (*sizes[:axis], sizes[axis] * sizes[axis + 1], *sizes[axis + 2 :])
+    added = single.target is aten.unsqueeze.default and single.args[1] % len(sizes) == axis + 1
+    return single.args[0] if added and same_sizes(shape(node), merged) else None
 
 
 def _find_repeated(root: fx.Node) -> Match | Refusal | None:
@@ -372,7 +361,7 @@ def _find_repeated(root: fx.Node) -> Match | Refusal | None:
 def _replace_repeated(program: Program, found: Match, _: Any) -> None:
     changes = {}
     for name in ("key", "value"):
-        source, swapped = found[name]  # type: ignore[misc]
+        source, swapped = found[name]
         changes[name] = program.call(aten.transpose.int, source, 1, 2, before=found.root) if swapped else source
     _changed(program, found.root, **changes)
 
@@ -404,7 +393,7 @@ def _find_scaled(root: fx.Node) -> Match | Refusal | None:
 
 def _replace_scaled(program: Program, found: Match, _: Any) -> None:
     _changed(program, found.root, scale=found["scale"])
-    program.replace(found["scaled"], found["source"])  # type: ignore[arg-type]
+    program.replace(found["scaled"], found["source"])
 
 
 SCALED = Rule("attention_scale", _find_scaled, lambda _: True, _replace_scaled)

@@ -380,7 +380,7 @@ def _is_row_maximum(value: Any, scores: Any) -> bool:
     if not isinstance(value, fx.Node) or value.op != "call_function":
         return False
     if value.target is operator.getitem and value.args[1] == 0:
-        value = value.args[0]  # type: ignore[assignment]
+        value = value.args[0]
     if value.target not in (aten.max.dim, aten.amax.default):
         return False
     given = arguments(value)

@@ -237,7 +237,9 @@ def bounded_from_below_as_in_opt(m, x, pad, y):
 
 def mask_subtracted_as_in_xlnet(m, x, pad, y):
     q, k, v = (t.transpose(1, 2).transpose(0, 1) for t in qkv(m, x))
-    scores = torch.einsum("ibnd,jbnd->bnij", q, k) * 0.5 - 1e30 * torch.einsum("bj->bj", 1.0 - pad.float())[:, None, None]
+    scores = (
+        torch.einsum("ibnd,jbnd->bnij", q, k) * 0.5 - 1e30 * torch.einsum("bj->bj", 1.0 - pad.float())[:, None, None]
+    )
     return torch.einsum("bnij,jbnd->ibnd", scores.softmax(3), v)
 
 
