@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Fuse attention, the linears that feed it, residual additions with norms, linears with activations.
+    """Fuse the linears that feed an attention, residual additions with norms, linears with activations.
 
     before:  %add = aten.add.Tensor(%x, %residual);  %y = aten.layer_norm(%add, [64], @weight, @bias, 1e-12)
     after:   %y, %add = fxpress.add_layer_norm(%x, %residual, @weight, @bias, 1e-12)
@@ -37,66 +37,13 @@ class Fuse(Pass):
 
     def apply(self, program: Program, context: Context) -> PassResult:
         """Rewrite the program in place."""
-        result = apply_rules(program, (ATTENTION,), context)
+        result = PassResult()
         _pack_projections(program, context, result)
         rest = apply_rules(program, (ADD_LAYER_NORM, ADD_RMS_NORM, *LINEAR_ACT), context)
         result.rewrites += rest.rewrites
         result.refusals += rest.refusals
         program.clean()
         return result
-
-
-# --- attention -------------------------------------------------------------------------------------------------
-
-
-def _attention_condition(found: Match) -> Any:
-    query, key, value = found["query"], found["key"], found["value"]
-    if found["dropout_p"] != 0:
-        return Refusal(f"dropout {found['dropout_p']} on the attention weights")
-    if any(len(shape(item)) != 4 for item in (query, key, value)):
-        return Refusal("query, key and value must be [batch, heads, length, size]")
-    if not (same_sizes(shape(query)[:1], shape(key)[:1]) and same_sizes(shape(key)[:3], shape(value)[:3])):
-        return Refusal("query, key and value broadcast against each other")
-    heads, groups = shape(query)[1], shape(key)[1]
-    if not (isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0):
-        return Refusal(f"{groups} key heads do not divide {heads} query heads")
-    if heads != groups and not found["enable_gqa"]:
-        return Refusal("query, key and value broadcast against each other")
-    mask = found["mask"]
-    if mask is not None and dtype(mask) not in (torch.bool, dtype(query)):
-        return Refusal(f"a mask of dtype {dtype(mask)}")
-    return True
-
-
-def _attention_replace(program: Program, found: Match, _: Any) -> None:
-    options = {"bias": found["mask"], "right": 0 if found["is_causal"] else None, "scale": found["scale"]}
-    new = program.call(
-        attention,
-        found["query"],
-        found["key"],
-        found["value"],
-        before=found.root,
-        **{name: value for name, value in options.items() if value is not None},
-    )
-    program.replace(found.root, new)
-
-
-ATTENTION = Rule(
-    "attention",
-    p.Call(
-        aten.scaled_dot_product_attention.default,
-        query=p.Any("query"),
-        key=p.Any("key"),
-        value=p.Any("value"),
-        attn_mask=p.Any("mask"),
-        dropout_p=p.Literal("dropout_p"),
-        is_causal=p.Literal("is_causal"),
-        scale=p.Literal("scale"),
-        enable_gqa=p.Literal("enable_gqa"),
-    ),
-    _attention_condition,
-    _attention_replace,
-)
 
 
 # --- linears that read the same input for one attention --------------------------------------------------------
