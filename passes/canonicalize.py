@@ -10,7 +10,7 @@ from torch import fx
 
 from ..ir.graph import Program, arguments, same_sizes, same_value, shape
 from ..ir.rewrite import Context, Edit, Pass, PassResult, apply_rules, each_call
-from ..ir.spellings import activation, linear, norm
+from ..ir.spellings import activation, linear, norm, rotary
 
 aten = torch.ops.aten
 
@@ -190,4 +190,4 @@ def _freeze(value: Any) -> Any:
 
 
 # Several calls -> one operator.
-RULES = (*linear.RULES, *norm.RULES, *activation.RULES)
+RULES = (*linear.RULES, *norm.RULES, *activation.RULES, *rotary.RULES)
