@@ -56,7 +56,7 @@ def _polynomial(value: Any, x: fx.Node, t: fx.Node | None, nodes: set[fx.Node]) 
         return {(0, 1): 1.0}
     if isinstance(value, int | float) and not isinstance(value, bool):
         return {(0, 0): float(value)}
-    if not isinstance(value, fx.Node) or value.op != "call_function" or value.kwargs or dtype(value) != dtype(x):
+    if not isinstance(value, fx.Node) or value.op != "call_function" or value.kwargs or not _is_like(value, x):
         return None
     nodes.add(value)
     target, parts = value.target, [_polynomial(item, x, t, nodes) for item in value.args]
@@ -83,6 +83,12 @@ def _polynomial(value: Any, x: fx.Node, t: fx.Node | None, nodes: set[fx.Node]) 
             result = _product(result, first)
         return result
     return None
+
+
+def _is_like(value: fx.Node, x: fx.Node) -> bool:
+    """Whether both are tensors of one dtype."""
+    tensors = isinstance(value.meta["val"], torch.Tensor) and isinstance(x.meta["val"], torch.Tensor)
+    return tensors and dtype(value) == dtype(x)
 
 
 def _product(first: Polynomial, second: Polynomial) -> Polynomial:

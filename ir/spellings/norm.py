@@ -93,7 +93,7 @@ def _rms_norm_replace(program: Program, found: Match, wide: Any) -> None:
 def _layer_norm_replace(program: Program, found: Match, wide: Any) -> None:
     source = _widened(program, found["x"], wide, found.root)
     sizes, eps = [shape(source)[-1]], float(found["eps"])
-    new = program.call(aten.layer_norm.default, source, sizes, None, None, eps, before=found.root)
+    new = program.call(aten.layer_norm.default, source, sizes, found.get("weight"), None, eps, before=found.root)
     program.replace(found.root, new)
 
 
@@ -111,7 +111,7 @@ def _centred_condition(found: Match) -> Any:
 _OF_CENTRED = p.Call(
     rms_norm,
     input=p.Call(aten.sub.Tensor, shared=True, self=p.Any("x"), other=_mean(p.Any("x"), "mean_axes"), anchor=True),
-    weight=None,
+    weight=p.Any("weight"),
     eps=p.Literal("eps"),
 )
 

@@ -177,31 +177,30 @@ def _doubled(program: Program, angle: Any, interleaved: bool, before: fx.Node) -
 
 
 def _complex(node: fx.Node) -> Match | Refusal | None:
-    """view_as_real(view_as_complex(x in pairs) * angles), flattened: interleaved rotation (Llama's first release)."""
+    """view_as_real(view_as_complex(pairs) * angles), flattened: interleaved rotation (Llama's first release)."""
     if not _is_call(node, aten.flatten.using_ints, aten.reshape.default):
         return None
     real: Any = node.args[0]
     if not _is_call(real, aten.view_as_real.default):
         return None
-    product: Any = real.args[0]
-    for paired, angles in _factors(product):
-        if not _is_call(paired, aten.view_as_complex.default) or not _is_call(paired.args[0], aten.reshape.default):
+    for paired, angles in _factors(real.args[0]):
+        if not _is_call(paired, aten.view_as_complex.default):
             continue
-        x = paired.args[0].args[0]
-        if not same_sizes((*shape(x)[:-1], shape(x)[-1] // 2, 2), shape(paired.args[0])):
-            continue
-        if not same_sizes(shape(node), shape(x)) or shape(x)[-1] % 2:
-            return Refusal("the input broadcasts")
-        if not isinstance(angles, fx.Node) or not same_sizes(shape(angles)[-1:], shape(product)[-1:]):
+        if not isinstance(angles, fx.Node) or not same_sizes(shape(angles)[-1:], shape(paired)[-1:]):
             return Refusal("the angles are not half as wide as the input")
-        nodes = frozenset((node, real, product, paired, paired.args[0]))
-        return _match(node, x, angles, angles, True, nodes, frozenset((paired.args[0],)))
+        if not same_sizes(shape(node), (*shape(paired)[:-1], 2 * shape(paired)[-1])):
+            return Refusal("the pairs are not joined along the last axis, or the input broadcasts")
+        nodes = frozenset((node, real, real.args[0], paired))
+        return _match(node, paired.args[0], angles, angles, True, nodes, frozenset())
     return None
 
 
 def _complex_replace(program: Program, found: Match, _: Any) -> None:
+    pairs: Any = found["x"]
+    flat = program.call(aten.flatten.using_ints, pairs, -2, before=found.root)
     cos, sin = _parts(program, found["cos"], found.root)
-    _pairwise_replace(program, Match(found.root, {**found.captures, "cos": cos, "sin": sin}, found.nodes), None)
+    captures = {"x": flat, "cos": cos, "sin": sin, "interleaved": True}
+    _pairwise_replace(program, Match(found.root, captures, found.nodes), None)
 
 
 def _parts(program: Program, angles: Any, before: fx.Node) -> tuple[fx.Node, fx.Node]:
