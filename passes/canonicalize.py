@@ -13,7 +13,7 @@ from torch import fx
 from ..ir.graph import Program, arguments, dtype, same_sizes, same_value, shape
 from ..ir.masks.meaning import read_masks
 from ..ir.rewrite import Context, Edit, Pass, PassResult, apply_rules, each_call
-from ..ir.spellings import activation, attention, linear, norm
+from ..ir.spellings import activation, attention, linear, norm, rotary
 
 aten = torch.ops.aten
 
@@ -351,4 +351,4 @@ def _freeze(value: Any) -> Any:
 
 
 # Several calls -> one operator.
-RULES = (*linear.RULES, *norm.RULES, *activation.RULES, *attention.RULES)
+RULES = (*linear.RULES, *norm.RULES, *activation.RULES, *rotary.RULES, *attention.RULES)
