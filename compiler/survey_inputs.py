@@ -45,14 +45,21 @@ def _boxes(_: Any, batch: int, length: int) -> Tensor:
     return torch.cat([corner, corner + 5], -1)
 
 
-def _side(config: Any) -> int:
-    found = find(config, "image_size", 64)
-    return int(found if isinstance(found, int) else found[0])
-
-
 def _image(config: Any, batch: int, _: int) -> Tensor:
-    side = _side(config)
-    return _random(batch, int(find(config, "num_channels", 3)), side, side)
+    side = find(config, "image_size", 64)
+    height, width = (side, side) if isinstance(side, int) else side
+    return _random(batch, int(find(config, "num_channels", 3)), int(height), int(width))
+
+
+def _patches(config: Any, batch: int, _: int) -> Tensor:
+    """The patches of images of 4 x 4 patches, one after the other, flat."""
+    frames, side = find(config, "temporal_patch_size", 1), find(config, "patch_size", 16)
+    return _random(16 * batch, int(frames * find(config, "in_channels", 3) * side * side))
+
+
+def _grids(_: Any, batch: int, __: int) -> Tensor:
+    """Frames, rows and columns of the patches of each image."""
+    return torch.tensor([[1, 4, 4]] * batch)
 
 
 def _video(config: Any, batch: int, length: int) -> Tensor:
@@ -81,6 +88,10 @@ def _mel(config: Any, batch: int, length: int) -> Tensor:
 
 def _mel_of_length(config: Any, batch: int, length: int) -> Tensor:
     return _random(batch, length, _bins(config))
+
+
+def _mel_of_fixed_length(config: Any, batch: int, _: int) -> Tensor:
+    return _random(batch, int(find(config, "max_length", 64)), _bins(config))
 
 
 def _wave(_: Any, batch: int, length: int) -> Tensor:
@@ -113,12 +124,13 @@ MAKERS: dict[str, tuple[Maker, ...]] = {
     "input_ids": (_ids,),
     "attention_mask": (_mask, _wave_mask, _mel_mask),
     "decoder_input_ids": (_decoder_ids,),
-    "pixel_values": (_image, _video, _channels_first_video),
+    "pixel_values": (_image, _video, _channels_first_video, _patches),
     "pixel_values_videos": (_video, _channels_first_video),
     "input_features": (_fixed_mel, _mel, _mel_of_length),
-    "input_values": (_wave, _wave_with_channel, _mel_of_length),
+    "input_values": (_wave, _wave_with_channel, _mel_of_length, _mel_of_fixed_length),
     "inputs_embeds": (_states,),
-    "hidden_states": (_states,),
+    "hidden_states": (_states, _patches),
+    "grid_thw": (_grids,),
     "encoder_hidden_states": (_states,),
     "query_embeds": (_states,),
     "past_values": (_series,),

@@ -123,8 +123,73 @@ STAGES: dict[str, int] = {
 }
 _TOKEN = ("_token_id", "_token_index", "_token")
 
-# What the rules above get wrong, by family.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+_ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
+_SECTIONS = {"rope_parameters": {**_ROTARY, "mrope_section": [2, 1, 1]}}
+_RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1],
+           "out_features": ["stage4"]}  # fmt: skip
+_SERIES = {"prediction_length": 4, "context_length": 8}
+_SHIFTED_WINDOWS = {"embed_dim": 48, "window_size": 2}
+_NO_TIMM = {"use_timm_backbone": False, "backbone_config": _RESNET}
+
+# What the rules above get wrong, by the configuration's `model_type`; nested configurations too.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    # fields that depend on one another
+    "bit": {"num_groups": 8},
+    "donut-swin": _SHIFTED_WINDOWS,
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granite_speech5_encoder": {"context_size": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lilt": {"hidden_size": 48},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "maskformer-swin": _SHIFTED_WINDOWS,
+    "mimi": {"upsample_groups": 32},
+    "mobilevit": {"hidden_sizes": [16, 32, 48]},
+    "pocket_tts_audio_tokenizer": {"upsample_groups": 32},
+    "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "lsh"],
+                 "attention_head_size": 8, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 2},
+    "swin": _SHIFTED_WINDOWS,
+    "swin2sr": _SHIFTED_WINDOWS,
+    "swinv2": _SHIFTED_WINDOWS,
+    # no default where the model needs one
+    "autoformer": _SERIES,
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "esm": {"vocab_size": _VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "hunyuan_vl_text": {"head_dim": 8},
+    "informer": _SERIES,
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "time_series_transformer": _SERIES,
+    "xmod": {"default_language": "en_XX"},
+    # sections of the rotary angles, which models otherwise take to be those of heads of 128
+    "glm4v_moe_text": {"rope_parameters": {**_ROTARY, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
+    "glm4v_text": _SECTIONS,
+    "glm_image_text": _SECTIONS,
+    "glm_ocr_text": _SECTIONS,
+    "paddleocr_vl_text": _SECTIONS,
+    "qwen2_5_omni_talker": _SECTIONS,
+    "qwen2_5_omni_text": _SECTIONS,
+    "qwen2_5_vl_text": _SECTIONS,
+    "qwen2_vl_text": _SECTIONS,
+    # widths scaled by a factor
+    "align_vision_model": {"width_coefficient": 0.25, "depth_coefficient": 0.25},
+    "blt": {"encoder_hash_byte_group_vocab": _VOCABULARY},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.25},
+    # a backbone that needs no timm
+    "conditional_detr": _NO_TIMM,
+    "dab-detr": _NO_TIMM,
+    "deformable_detr": _NO_TIMM,
+    "detr": _NO_TIMM,
+    "table-transformer": _NO_TIMM,
+    # sizes of their own
+    "audio-spectrogram-transformer": {"max_length": 64},
+    "chameleon": {"vocabulary_map": {"<image>": 95, "IMGIMGA": 10}},
+    "emu3": {"vocabulary_map": {"<image>": 95}},
+}  # fmt: skip
 
 _MAPPINGS = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_SPEECH_SEQ_2_SEQ", "MODEL_FOR_CAUSAL_LM", "MODEL")
 
@@ -154,16 +219,16 @@ def tiny_config(family: str) -> Any:
     """
     kind = hf.import_transformers().CONFIG_MAPPING[family]
     try:
-        return _shrunk(kind(), OVERRIDES.get(family, {}))
+        return _shrunk(kind())
     except Exception as error:
         raise InputError(f"{kind.__name__}: {one_line(error)}") from error
 
 
-def _shrunk(default: Any, overrides: dict[str, Any]) -> Any:
+def _shrunk(default: Any) -> Any:
     """A configuration of the same class with every size made small."""
     from transformers import PreTrainedConfig
 
-    chosen: dict[str, Any] = {}
+    chosen, overrides = dict[str, Any](), OVERRIDES.get(default.model_type, {})
     layers = vars(default).get("num_hidden_layers")
     tokens = itertools.count(_VOCABULARY - 1, -1)
     for field in dataclasses.fields(default):
@@ -171,7 +236,7 @@ def _shrunk(default: Any, overrides: dict[str, Any]) -> Any:
         if name in overrides or not field.init:
             continue
         if isinstance(value, PreTrainedConfig):
-            chosen[name] = _shrunk(value, {})
+            chosen[name] = _shrunk(value)
         elif isinstance(value, list | tuple) and "layer" in name and len(value) == layers and len(value) > 2:
             chosen[name] = type(value)(_two_kinds(value))
         elif isinstance(value, list | tuple) and value and name in STAGES and isinstance(value[0], int | float):
