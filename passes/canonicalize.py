@@ -29,7 +29,10 @@ class Canonicalize(Pass):
     shape, chains of transpositions and of reshapes, equal computations. Respelled: view, flatten and unflatten as
     reshape, einsum and bmm as matmul, chunk and split as slice, unbind as select, addmm on flattened rows (Hugging
     Face's Conv1D) as linear; attention, RMSNorm and tanh-GELU written out as one operator.
+    Masks of attention become its arguments (`masks`), as far as they can be read.
     """
+
+    masks: bool = True
 
     def apply(self, program: Program, context: Context) -> PassResult:
         """Rewrite the program in place."""
@@ -43,7 +46,7 @@ class Canonicalize(Pass):
             rules = apply_rules(program, RULES, context)
             result.rewrites += rules.rewrites
             result.refusals = rules.refusals
-            if not rules.changes and not read_masks(program, context, result):
+            if not rules.changes and not (self.masks and read_masks(program, context, result)):
                 program.clean()
                 return result
 
