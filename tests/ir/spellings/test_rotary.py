@@ -9,6 +9,7 @@ import pytest
 import torch
 from build import before_after, check, normal, program, reasons
 from torch import Tensor
+from torch.export import Dim
 
 from fxpress.ir.graph import Program
 from fxpress.ir.ops.rotary import rotary
@@ -119,8 +120,13 @@ SPELLINGS = {
 
 
 def made(function: Callable[..., Any], batch: int = 2, dtype: torch.dtype = torch.float32) -> Program:
+    """A program of x [batch, 4, length, 8] and angles [batch, length, 4]."""
+    rows = {0: Dim.AUTO} if batch > 1 else {}
     return program(
-        function, normal(*X, dtype=dtype), normal(batch, 5, 4, dtype=dtype, seed=1), w=normal(8, dtype=dtype)
+        function,
+        normal(*X, dtype=dtype),
+        normal(batch, 5, 4, dtype=dtype, seed=1),
+        dynamic=({0: Dim.AUTO, 2: Dim.AUTO}, {**rows, 1: Dim.AUTO}),
     )
 
 
