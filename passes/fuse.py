@@ -275,9 +275,11 @@ def _gated(node: fx.Node) -> Match | Refusal | None:
     """activation(gate) * up, where gate and up are two linears or the halves of one."""
     if node.target is not aten.mul.Tensor:
         return None
-    for activated, value in (node.args[:2], node.args[1::-1]):
+    first: Any = node.args[0]
+    second: Any = node.args[1]
+    for activated, value in ((first, second), (second, first)):
         name = _activation_name(activated)
-        gate, up = (piece(activated.args[0]), piece(value)) if name else (None, None)  # type: ignore[union-attr]
+        gate, up = (piece(activated.args[0]), piece(value)) if name else (None, None)
         if gate is None or up is None or {gate.source.target, up.source.target} != {aten.linear.default}:
             continue
         reason = _not_gated(gate, up)
@@ -306,7 +308,7 @@ def _not_gated(gate: Piece, up: Piece) -> str | None:
 
 
 def _gated_replace(program: Program, found: Match, _: Any) -> None:
-    pieces: tuple[Piece, Piece] = (found["gate"], found["up"])  # type: ignore[assignment]
+    pieces: Any = (found["gate"], found["up"])
     weights = [_rows(program, item, "weight") for item in pieces] + [_rows(program, item, "bias") for item in pieces]
     source = arguments(pieces[0].source)["input"]
     program.replace(found.root, program.call(gated_linear, source, *weights, found["activation"], before=found.root))

@@ -92,7 +92,9 @@ def _whole(node: fx.Node) -> Match | Refusal | None:
     """x * cos + turn(x) * sin, cos and sin as wide as x."""
     if not _is_call(node, aten.add.Tensor) or node.kwargs:
         return None
-    for straight, crossed in (node.args[:2], node.args[1::-1]):
+    first: Any = node.args[0]
+    second: Any = node.args[1]
+    for straight, crossed in ((first, second), (second, first)):
         for turned, sin in _factors(crossed):
             found = _turned(turned)
             if found is None:
@@ -156,7 +158,7 @@ def _pairwise_condition(found: Match) -> Any:
 
 
 def _replace(program: Program, found: Match, _: Any) -> None:
-    options = {"interleaved": True} if found["interleaved"] else {}
+    options: dict[str, Any] = {"interleaved": True} if found["interleaved"] else {}
     new = program.call(rotary, found["x"], found["cos"], found["sin"], before=found.root, **options)
     program.replace(found.root, new)
 
