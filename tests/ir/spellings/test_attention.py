@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from build import assert_equal, normal, program, reasons, rewritten
 from torch import Tensor
 
+from fxpress.compiler.trace import trace
 from fxpress.ir.graph import Program, arguments
 from fxpress.ir.ops.attention import attention
 from fxpress.passes import Canonicalize
@@ -377,7 +378,8 @@ FOUND = (
     alibi_scaled_with_the_scores_as_in_falcon, softcap_as_in_gemma2, softcap_of_tanh_times_c,
     masked_fill_with_minus_infinity, masked_fill_with_the_lowest_number_as_in_mpt,
     masked_fill_with_minus_1e9_where_the_mask_is_zero, masked_fill_then_scaled, masked_fill_then_bias,
-    masked_fill_with_minus_infinity_then_bias, where_as_in_gpt2, where_of_the_masked_first, two_boolean_masks, mask_expanded_as_the_scores_as_in_xlm,
+    masked_fill_with_minus_infinity_then_bias, where_as_in_gpt2, where_of_the_masked_first, two_boolean_masks,
+    mask_expanded_as_the_scores_as_in_xlm,
     bounded_from_below_as_in_opt, mask_subtracted_as_in_xlnet, sinks_as_in_gpt_oss, sinks_first,
     flattened_heads_by_bmm, flattened_heads_masked_in_4d_as_in_old_bart, heads_third_by_einsum, grouped_by_einsum,
     grouped_by_view, multi_query, multi_query_expanded, cross_attention, single_head, packed_by_chunk,
@@ -674,3 +676,59 @@ def test_a_trained_scale_stays_trained() -> None:
     after, _ = rewritten(traced(scaled), Canonicalize())
     assert len(after.calls(attention)) == 1
     assert "sinks" in dict(after.module.named_parameters())
+
+
+# --- Hugging Face's eager attention ----------------------------------------------------------------------------
+
+SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+         "intermediate_size": 48, "max_position_embeddings": 64}  # fmt: skip
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+GPT = {"vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
+FACES: dict[str, tuple[dict[str, Any], int]] = {  # configuration, and the number of attentions
+    "Bert": (SMALL, 1),
+    "GPT2": (GPT, 1),
+    "T5": ({"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}, 3),
+    "OPT": ({**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}, 1),
+    "Bloom": ({"vocab_size": 99, "hidden_size": 32, "n_layer": 1, "n_head": 4}, 1),
+    "Falcon": ({**SMALL, "alibi": True, "multi_query": False}, 1),
+    "Gemma2": ({**GROUPED, "head_dim": 8, "sliding_window": 4}, 1),
+    "Llama": (GROUPED, 1),
+    "Mistral": ({**GROUPED, "sliding_window": 4}, 1),
+    "Phi": (SMALL, 1),
+    "GPTNeoX": (SMALL, 1),
+    "GptOss": ({**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}, 1),
+    "Mpt": ({"vocab_size": 99, "d_model": 32, "n_layers": 1, "n_heads": 4, "max_seq_len": 64}, 1),
+    "GPTJ": ({**GPT, "rotary_dim": 4}, 1),
+    "XGLM": ({"vocab_size": 99, "d_model": 32, "ffn_dim": 48, "num_layers": 1, "attention_heads": 4}, 1),
+    "XLNet": ({"vocab_size": 99, "d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48}, 1),
+    "XLM": ({"vocab_size": 99, "emb_dim": 32, "n_layers": 1, "n_heads": 4}, 1),
+    "GPTBigCode": (GPT, 1),
+    "DebertaV2": ({**SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, 1),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FACES)
+def test_eager_attention_of_hugging_face(name: str) -> None:
+    import transformers
+
+    options, count = FACES[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**options)
+    config.use_cache = False
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    model.set_attn_implementation("eager")
+    before = trace(model, ((), token_ids(name, 2, 12)))
+    after, result = rewritten(before, Canonicalize())
+    assert len(after.calls(attention)) == count, reasons(result, "attention")
+    for batch, length in ((2, 12), (3, 17)):
+        assert_equal(before, after, before.signature.bind((), token_ids(name, batch, length)))
+
+
+def token_ids(name: str, batch: int, length: int) -> dict[str, Tensor]:
+    """Token ids and a mask that pads the last third of the last row."""
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[-1, length - length // 3 :] = 0
+    ids = torch.randint(3, 90, (batch, length), generator=torch.Generator().manual_seed(length))
+    decoder = {"decoder_input_ids": ids[:, : length // 2]} if name == "T5" else {}
+    return {"input_ids": ids, "attention_mask": mask, **decoder}
