@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.graph import Program, arguments, dtype, same_sizes, same_value, shape
+from ..ir.graph import Program, arguments, describe_value, dtype, same_sizes, same_value, shape
 from ..ir.masks.meaning import read_masks
 from ..ir.rewrite import Context, Edit, Pass, PassResult, apply_rules, each_call
 from ..ir.spellings import activation, attention, linear, norm, rotary
@@ -102,7 +102,13 @@ def _reshape(program: Program, node: fx.Node) -> fx.Node | None:
         source = source.args[0]
     stated: Any = node.args[1]
     same_call = node.target is aten.reshape.default and source is node.args[0] and sizes == list(stated)
-    return None if same_call else program.call(aten.reshape.default, source, sizes, before=node)
+    if same_call:
+        return None
+    new = program.call(aten.reshape.default, source, sizes, before=node)
+    if describe_value(new.meta["val"]) == describe_value(node.meta["val"]) or same_sizes(shape(new), shape(node)):
+        return new
+    program.graph.erase_node(new)  # -1 stands for a size whose equality torch cannot prove
+    return None
 
 
 def _known_sizes(node: fx.Node) -> list[Any]:

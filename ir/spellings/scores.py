@@ -217,9 +217,18 @@ class _Reader:
     def _add_term(self, node: fx.Node, tensor: Any, factor: float) -> None:
         if not isinstance(tensor, fx.Node):
             raise Mismatch(f"{node.name} adds {tensor!r} to the scores, expected a tensor")
+        tensor = self._unexpanded(tensor)
         self._add(Term(tensor, shape(node), factor), node)
         if not dtype(tensor).is_floating_point:
             raise Mismatch(f"{node.name} adds a {dtype(tensor)} tensor".replace("torch.", ""))
+
+    def _unexpanded(self, mask: Any) -> Any:
+        """A mask before it is expanded to the scores' shape: it broadcasts, and must not read the scores' sizes."""
+        while isinstance(mask, fx.Node) and mask.target in (aten.expand.default, aten.expand_as.default):
+            if mask.target is aten.expand_as.default:
+                self.nodes.add(mask)
+            mask = mask.args[0]
+        return mask
 
     def _add(self, term: Term, node: fx.Node) -> None:
         if self.capped:
@@ -279,7 +288,8 @@ class _Reader:
         alpha = number(given["alpha"])
         if alpha is None or (swapped and alpha != 1):
             raise Mismatch(f"{node.name} has alpha={spell(given['alpha'])}, expected 1")
-        self._add_term(node, tensor, self.factor * alpha)
+        if number(tensor) != 0:
+            self._add_term(node, tensor, self.factor * alpha)
         return self._same_shape(node, scores)
 
     def _sub(self, node: fx.Node, given: dict[str, Any]) -> Any:
@@ -317,7 +327,7 @@ class _Reader:
             raise Mismatch(f"{node.name} fills masked scores with {spell(value)}, expected a number")
         if not fill * self.factor <= MASKED:
             raise Mismatch(f"{node.name} fills masked scores with {fill * self.factor:g}, expected at most {MASKED:g}")
-        self._add(Term(mask, shape(node), fill=fill * self.factor, keeps=keeps), node)
+        self._add(Term(self._unexpanded(mask), shape(node), fill=fill * self.factor, keeps=keeps), node)
 
     def _clamped(self, node: fx.Node, given: dict[str, Any]) -> Any:
         """Scores that are at least the smallest number: a row of -inf becomes one of equal scores."""
