@@ -85,7 +85,7 @@ def wanted(target: Target) -> str:
 def missed(target: Target, ours: Row, best: Row, share: float, over_onnx: float) -> list[str]:
     """What is not reached."""
     failures = {
-        "slower than a peer": ours.ms > best.ms,
+        "not faster than every peer": ours.ms >= best.ms,
         "over ONNX Runtime": over_onnx < target.over_onnx,
         "share of floor": share < target.floor_share,
     }
@@ -143,12 +143,12 @@ def verdict(rows: list[Row]) -> str:
     ours = row_of(rows, OURS)
     peers = [row for row in rows if row.measured and row.name != OURS]
     if ours is None or not peers:
-        return "fxpress not slower than every peer: not measured"
+        return "fxpress faster than every peer: not measured"
     best = min(peers, key=lambda row: row.ms)
-    answer = "yes" if ours.ms <= best.ms else "no"
+    answer = "yes" if ours.ms < best.ms else "no"
     near = abs(ours.ms - best.ms) <= max(ours.spread, best.spread)
     note = ", a difference within the spread" if near else ""
-    return f"fxpress not slower than every peer: **{answer}** (best peer: {best.name}, {best.ms / ours.ms:.2f}x{note})"
+    return f"fxpress faster than every peer: **{answer}** (best peer: {best.name}, {best.ms / ours.ms:.2f}x{note})"
 
 
 def memory_table(results: Results) -> list[str]:
