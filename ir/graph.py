@@ -101,6 +101,23 @@ class Program:
             raise RewriteError(f"cannot insert {name}: {error}") from error
         return node
 
+    def call_again(self, node: fx.Node, **changes: Any) -> fx.Node:
+        """Insert the call of a node once more before it, with some arguments changed and none at its default.
+
+        Raises:
+            RewriteError: if the operator does not accept the changed arguments.
+        """
+        assert isinstance(node.target, torch._ops.OpOverload)
+        given = {**arguments(node), **changes}
+        schema = node.target._schema.arguments
+        args = [given[argument.name] for argument in schema if not argument.has_default_value()]
+        options = {
+            argument.name: given[argument.name]
+            for argument in schema
+            if argument.has_default_value() and not _is_default(given[argument.name], argument.default_value)
+        }
+        return self.call(node.target, *args, before=node, **options)
+
     def add_weight(self, name: str, tensor: Tensor, *, trainable: bool | None = None) -> fx.Node:
         """Store a new weight under a name like `name` and return the node that reads it, at the top of the graph.
 
@@ -223,6 +240,10 @@ def fake_result(program: Program, node: fx.Node) -> Any:
     assert callable(node.target)
     with program.fake_mode, torch.no_grad():
         return node.target(*args, **kwargs)
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return value is default or (not isinstance(value, fx.Node) and type(value) is type(default) and value == default)
 
 
 def _fake_inputs(node: fx.Node) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..ir.graph import Program, arguments, same_sizes, same_value, shape
+from ..ir.masks.meaning import read_masks
 from ..ir.rewrite import Context, Edit, Pass, PassResult, apply_rules, each_call
 from ..ir.spellings import activation, linear, norm
 
@@ -38,7 +39,7 @@ class Canonicalize(Pass):
             rules = apply_rules(program, RULES, context)
             result.rewrites += rules.rewrites
             result.refusals = rules.refusals
-            if not rules.changes:
+            if not rules.changes and not read_masks(program, context, result):
                 break
         program.clean()
         return result
