@@ -45,6 +45,7 @@ class Canonicalize(Pass):
             program.clean()  # what nothing reads is no reader of what a rule would replace
             rules = apply_rules(program, RULES, context)
             result.rewrites += rules.rewrites
+            result.matches += rules.matches
             result.refusals = rules.refusals
             if not rules.changes and not (self.masks and read_masks(program, context, result)):
                 program.clean()

@@ -17,7 +17,7 @@ from ..ir.ops.linear import gated_linear, linear_act, split_linear
 from ..ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from ..ir.ops.rotary import rotary
 from ..ir.pattern import Match, Refusal, Rule
-from ..ir.rewrite import Context, Pass, PassResult, apply_rules
+from ..ir.rewrite import Applied, Context, Pass, PassResult, apply_rules
 from ..ir.spellings.activation import QUICK_GELU, find
 from ..ir.spellings.pieces import Piece, piece
 
@@ -48,7 +48,8 @@ class Fuse(Pass):
         for rules in ((GATED_LINEAR,), (ADD_LAYER_NORM, ADD_RMS_NORM, *LINEAR_ACT)):
             rest = apply_rules(program, rules, context)
             result.rewrites += rest.rewrites
-            result.refusals += rest.refusals
+            result.matches += rest.matches
+        result.refusals += rest.refusals
         program.clean()
         return result
 
@@ -76,8 +77,10 @@ def _pack_projections(program: Program, context: Context, result: PassResult) ->
             if reason:
                 result.refusals.append(Refusal(reason, "pack_projections", linears[0].name))
             elif context.take():
+                names = ", ".join(linear.name for linear in linears)
                 _pack(program, source, linears)
                 result.rewrites["pack_projections"] += 1
+                result.matches.append(Applied("pack_projections", linears[0].name, f"{names} read {source.name}"))
 
 
 def _linears_behind(value: Any) -> Iterator[fx.Node]:
