@@ -326,7 +326,7 @@ def _simplify(program: Program, context: Context, result: PassResult) -> bool:
             continue
         if not context.take():
             return False
-        result.rewrites[str(node.target).removeprefix("aten.").partition(".")[0]] += 1
+        result.rewrites[node.target.__name__.partition(".")[0]] += 1  # type: ignore[union-attr]
         program.replace(node, new)
         changed = True
     return changed

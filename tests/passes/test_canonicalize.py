@@ -52,7 +52,7 @@ SIMPLE: dict[str, Callable[..., Any]] = {
     "permute": lambda m, x: x.permute(0, 2, 1).exp(),
     "permute_to_nothing": lambda m, x: x.permute(0, 1, 2).exp(),
     "permute_of_transpose": lambda m, x: x.transpose(1, 2).permute(1, 0, 2).exp(),
-    "transpose_under_other_names": lambda m, x: x.mT @ x[0].t(),
+    "transpose_under_other_names": lambda m, x: (x.mT, x[0].t()),
     "flatten": lambda m, x: x.flatten(0, 1).exp(),
     "unflatten": lambda m, x: x.unflatten(-1, (2, 4)).exp(),
     "chunk": lambda m, x: x.chunk(2, -1)[1].exp(),
