@@ -282,7 +282,8 @@ def test_what_is_known_of_the_angles_decides_for_each_node(tmp_path: Path) -> No
             other = torch.cat((angles, angles + 1), -1).unsqueeze(1)
             return rotary(rotary(x, wide.cos(), wide.sin()), other.cos(), other.sin())
 
-    program = traced(Rotations(), torch.rand(2, 4, 6, 8), torch.rand(2, 6, 4))
+    model = Rotations().eval()
+    program = trace(model, bind_example(model, (torch.rand(2, 4, 6, 8), torch.rand(2, 6, 4))), None)
     chosen, _ = choose(program, memory=Memory("onnx", tmp_path))
     assert all(chosen[node] in supported(node)[0] for node in program.calls(rotary))
     first, second = program.calls(rotary)
