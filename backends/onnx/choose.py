@@ -97,7 +97,7 @@ def _tensors(node: fx.Node) -> list[Tensor]:
 
 
 def _kind(program: Program, node: fx.Node, threads: int | None) -> str:
-    """Operator, sizes, options, machine and versions: what a measurement depends on."""
+    """Operator, sizes, options, candidates, machine and versions: what a measurement and the choice depend on."""
     given = {}
     for name, value in arguments(node).items():
         if isinstance(value, fx.Node):
@@ -108,7 +108,8 @@ def _kind(program: Program, node: fx.Node, threads: int | None) -> str:
             given[name] = repr(value)
     options = ", ".join(f"{name}={value}" for name, value in given.items())
     where = f"{processor()}; onnxruntime {onnxruntime.__version__}; threads {threads}"
-    return f"{target_name(node)}({options}) on {where}"
+    candidates = ", ".join(item.name for item in supported(node)[0])
+    return f"{target_name(node)}({options}) as {candidates} on {where}"
 
 
 class _Probes(torch.nn.Module):

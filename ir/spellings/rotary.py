@@ -130,8 +130,9 @@ def _condition(found: Match) -> Any:
     x, cos, sin = found["x"], found["cos"], found["sin"]
     if not (isinstance(cos, fx.Node) and isinstance(sin, fx.Node)):
         return Refusal("cos or sin is a number")
-    if not dtype(x) == dtype(cos) == dtype(sin) == dtype(found.root):
-        return Refusal("input, cos and sin differ in dtype")
+    wide = dtype(found.root)  # x may be narrower: what multiplies it widens it, as in OLMo 2
+    if not dtype(cos) == dtype(sin) == wide == torch.promote_types(dtype(x), wide):
+        return Refusal("the angles are narrower than the result, or cos and sin differ in dtype")
     if not same_sizes(shape(found.root), shape(x)):
         return Refusal("the input broadcasts")
     return True
@@ -159,7 +160,10 @@ def _pairwise_condition(found: Match) -> Any:
 
 def _replace(program: Program, found: Match, _: Any) -> None:
     options: dict[str, Any] = {"interleaved": True} if found["interleaved"] else {}
-    new = program.call(rotary, found["x"], found["cos"], found["sin"], before=found.root, **options)
+    x: Any = found["x"]
+    if dtype(x) != dtype(found.root):
+        x = program.call(aten._to_copy.default, x, dtype=dtype(found.root), before=found.root)
+    new = program.call(rotary, x, found["cos"], found["sin"], before=found.root, **options)
     program.replace(found.root, new)
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from fxpress.backends.memory import Memory
+from fxpress.backends.onnx.choose import choose
 from fxpress.backends.onnx.export import check, check_supported, save, to_onnx
 from fxpress.backends.onnx.lowerings.table import LOWERINGS, supported
 from fxpress.backends.onnx.session import Session
@@ -314,6 +316,23 @@ def test_the_skip_kernels_refuse_other_ranks() -> None:
                 (("eps", 1e-6),))  # fmt: skip
     (node,) = flat.program().calls(add_rms_norm)
     assert supported(node)[1] == ["SkipSimplifiedLayerNormalization: the kernel takes [batch, length, size] only"]
+
+
+def test_what_is_known_of_the_angles_decides_for_each_node(tmp_path: Path) -> None:
+    """Two rotations of one size: the kernel is a candidate only where the angles are known to come in pairs."""
+
+    class Rotations(nn.Module):
+        def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+            wide = torch.cat((angles, angles), -1).unsqueeze(1)
+            other = torch.cat((angles, angles + 1), -1).unsqueeze(1)
+            return rotary(rotary(x, wide.cos(), wide.sin()), other.cos(), other.sin())
+
+    model = Rotations().eval()
+    program = trace(model, bind_example(model, (torch.rand(2, 4, 6, 8), torch.rand(2, 6, 4))), None)
+    chosen, _ = choose(program, memory=Memory("onnx", tmp_path))
+    assert all(chosen[node] in supported(node)[0] for node in program.calls(rotary))
+    first, second = program.calls(rotary)
+    assert [len(supported(node)[0]) for node in (first, second)] == [2, 1]
 
 
 # --- check -----------------------------------------------------------------------------------------------------

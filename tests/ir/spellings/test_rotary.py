@@ -155,6 +155,15 @@ def test_half_precision_is_bit_for_bit_the_same(function: Callable[..., Tensor],
 
 
 @pytest.mark.parametrize("function", [hugging_face, every_two, pairwise])
+def test_wide_angles_widen_half_precision(function: Callable[..., Tensor]) -> None:
+    before = made(lambda m, x, angles: function(m, x.half(), angles).half())
+    after, _ = check(before, Canonicalize())
+    assert len(after.calls(rotary)) == 1
+    given = [normal(2, 4, 9, 8), normal(2, 9, 4, seed=1)]
+    assert torch.equal(after.run(given)[0], before.run(given)[0])
+
+
+@pytest.mark.parametrize("function", [hugging_face, every_two, pairwise])
 def test_angles_for_the_whole_batch_broadcast(function: Callable[..., Tensor]) -> None:
     after, _ = check(made(function, batch=1), Canonicalize())
     assert len(after.calls(rotary)) == 1
@@ -196,9 +205,9 @@ def turn_read_twice(m: Any, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
     return x * cos + turned * sin, turned
 
 
-def wide_cos(m: Any, x: Tensor, angles: Tensor) -> Tensor:
+def narrow_cos(m: Any, x: Tensor, angles: Tensor) -> Tensor:
     cos, sin = halves(angles)
-    return x * cos.double() + rotate_half(x) * sin.double()
+    return x * cos.half() + rotate_half(x) * sin.half()
 
 
 def one_angle(m: Any, x: Tensor, angles: Tensor) -> Tensor:
@@ -222,7 +231,7 @@ def number(m: Any, x: Tensor, angles: Tensor) -> Tensor:
 REFUSALS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "other_tensor": (with_sum(rotate_half, torch.exp), "rotary", "is no product with x"),
     "read_twice": (turn_read_twice, "rotary", "cat_1 is returned by the model"),
-    "dtypes": (wide_cos, "rotary", "input, cos and sin differ in dtype"),
+    "dtypes": (narrow_cos, "rotary", "the angles are narrower than the result"),
     "narrow": (one_angle, "rotary", "cos and sin are not as wide as the input"),
     "broadcasts": (broadcasts, "rotary", "the input broadcasts"),
     "number": (number, "rotary", "cos or sin is a number"),
