@@ -8,12 +8,13 @@ A pattern is a tree written from the result towards the inputs, with arguments b
 
 An argument that the pattern does not mention must have its schema's default, so that no option of an operator is
 ever ignored. A node inside the match that something else reads is refused unless it is marked `shared`.
+A mismatch is a near miss, and reported, once the node marked `anchor` has matched, or the root where none is marked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any as Object
 
 import torch
@@ -51,6 +52,7 @@ class Call:
         name: capture the node itself under this name.
         commutative: the first two arguments given may be swapped.
         shared: the node may be read from outside the match (it then stays, unless the rule replaces it).
+        anchor: the operation that tells this pattern from any other: a mismatch before it is no near miss.
         arguments: patterns or literals by schema name.
     """
 
@@ -62,10 +64,12 @@ class Call:
         name: str | None = None,
         commutative: bool = False,
         shared: bool = False,
+        anchor: bool = False,
         **arguments: Object,
     ) -> None:
         self.targets: tuple[Object, ...] = targets if isinstance(targets, tuple) else (targets,)
-        self.name, self.commutative, self.shared, self.arguments = name, commutative, shared, arguments
+        self.name, self.commutative, self.shared, self.anchor = name, commutative, shared, anchor
+        self.arguments = arguments
 
     def variants(self) -> Iterator[dict[str, Object]]:
         """The arguments, and the same with the first two swapped where they commute."""
@@ -112,23 +116,12 @@ class Refusal:
     node: str = ""
 
 
-@dataclass
-class _Trace:
-    """The mismatch that was reached after the most matched nodes: the nearest miss."""
-
-    depth: int = -1
-    reason: str = ""
-
-    def note(self, depth: int, reason: str) -> None:
-        if depth > self.depth:
-            self.depth, self.reason = depth, reason
-
-
 @dataclass(frozen=True)
 class _State:
     captures: Mapping[str, Object] = field(default_factory=dict)
     nodes: frozenset[fx.Node] = frozenset()
     shared: frozenset[fx.Node] = frozenset()
+    anchored: bool = False
 
     def capture(self, name: str, value: Object) -> _State | None:
         if name in self.captures:
@@ -137,42 +130,87 @@ class _State:
                 not isinstance(known, fx.Node) and type(known) is type(value) and bool(known == value)
             )
             return self if same else None
-        return _State({**self.captures, name: value}, self.nodes, self.shared)
+        return replace(self, captures={**self.captures, name: value})
+
+
+@dataclass
+class _Trace:
+    """The nearest miss: the mismatch past the anchor, or that reached after the most matched nodes."""
+
+    reached: tuple[bool, int] = (False, 0)
+    reason: str = ""
+
+    def note(self, state: _State, reason: str) -> None:
+        reached = (state.anchored, len(state.nodes))
+        if reached > self.reached:
+            self.reached, self.reason = reached, reason
 
 
 Finder = Callable[[fx.Node], "Match | Refusal | None"]
 """A pattern as a function, for what is easier to follow through the graph than to draw; answers as `match` does."""
+Pattern = Call | OneOf | Finder
 
 
-def match(pattern: Call | OneOf | Finder, root: fx.Node) -> Match | Refusal | None:
+def match(pattern: Pattern, root: fx.Node) -> Match | Refusal | None:
     """Match a pattern at a node.
 
     Returns:
-        the Match; a Refusal when the root fitted but something below did not (a near miss, with the reason);
-        None when the root itself is another operation.
+        the Match; a Refusal when the root and the anchor fitted but something else did not (a near miss, with the
+        reason); None when this is another operation.
+    """
+    found = search(pattern, lambda _: True, root)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def search(
+    pattern: Pattern, condition: Callable[[Match], Object], root: fx.Node
+) -> tuple[Match, Object] | Refusal | None:
+    """The first way to match a pattern that the condition does not refuse, with the condition's result.
+
+    Returns:
+        as `match`; the reason is the condition's own where the pattern matched.
     """
     if not isinstance(pattern, Call | OneOf):
-        return pattern(root)
+        found = pattern(root)
+        if not isinstance(found, Match):
+            return found
+        outcome = condition(found)
+        return outcome if isinstance(outcome, Refusal) else (found, outcome)
     trace = _Trace()
+    refused: Refusal | None = None
     for state in _matches(pattern, root, _State(), trace):
-        leak = _leak(state, root)
-        if leak is None:
-            return Match(root, state.captures, state.nodes)
-        trace.note(len(state.nodes), leak)
-    return Refusal(trace.reason) if trace.depth > 0 else None
+        leaked = leak(state.nodes, root, state.shared)
+        if leaked is not None:
+            trace.note(state, leaked)
+            continue
+        matched = Match(root, state.captures, state.nodes)
+        outcome = condition(matched)
+        if not isinstance(outcome, Refusal):
+            return matched, outcome
+        refused = refused or outcome
+    if refused is not None:
+        return refused
+    anchored, depth = trace.reached
+    return Refusal(trace.reason) if depth > 0 and (anchored or not _has_anchor(pattern)) else None
 
 
-def _leak(state: _State, root: fx.Node) -> str | None:
-    for node in state.nodes - {root} - state.shared:
+def _has_anchor(pattern: Object) -> bool:
+    if isinstance(pattern, OneOf):
+        return any(map(_has_anchor, pattern.patterns))
+    return isinstance(pattern, Call) and (pattern.anchor or any(map(_has_anchor, pattern.arguments.values())))
+
+
+def leak(nodes: frozenset[fx.Node], root: fx.Node, shared: frozenset[fx.Node] = frozenset()) -> str | None:
+    """Why matched nodes cannot go: something outside of the match reads one; None where nothing does."""
+    for node in nodes - {root} - shared:
         for user in node.users:
-            if user not in state.nodes:
+            if user not in nodes:
                 reader = "returned by the model" if user.op == "output" else f"also read by {user.name}"
                 return f"{node.name} is {reader}{source_of(node)}"
     return None
 
 
 def _matches(pattern: Object, value: Object, state: _State, trace: _Trace) -> Iterator[_State]:
-    depth = len(state.nodes)
     if isinstance(pattern, OneOf):
         for alternative in pattern.patterns:
             yield from _matches(alternative, value, state, trace)
@@ -181,40 +219,42 @@ def _matches(pattern: Object, value: Object, state: _State, trace: _Trace) -> It
     elif isinstance(pattern, Any | Weight | Literal):
         is_weight = isinstance(value, fx.Node) and value.op == "get_attr"
         if isinstance(pattern, Weight) and not is_weight:
-            trace.note(depth, f"{pattern.name} must be a weight, found {_spell(value)}")
+            trace.note(state, f"{pattern.name} must be a weight, found {_spell(value)}")
         elif isinstance(pattern, Literal) and isinstance(value, fx.Node):
-            trace.note(depth, f"{pattern.name} must be a literal, found {_spell(value)}")
+            trace.note(state, f"{pattern.name} must be a literal, found {_spell(value)}")
         elif (captured := state.capture(pattern.name, value)) is not None:
             yield captured
         else:
-            trace.note(depth, f"{pattern.name} must be {_spell(state.captures[pattern.name])}, found {_spell(value)}")
+            trace.note(state, f"{pattern.name} must be {_spell(state.captures[pattern.name])}, found {_spell(value)}")
     elif isinstance(value, fx.Node) or type(value) is not type(pattern) or value != pattern:
-        trace.note(depth, f"expected {pattern!r}, found {_spell(value)}")
+        trace.note(state, f"expected {pattern!r}, found {_spell(value)}")
     else:
         yield state
 
 
 def _matches_call(pattern: Call, value: Object, state: _State, trace: _Trace) -> Iterator[_State]:
-    depth = len(state.nodes)
     wanted = " or ".join(_target_name(target) for target in pattern.targets)
     if not isinstance(value, fx.Node) or value.op != "call_function" or value.target not in pattern.targets:
-        trace.note(depth, f"expected {wanted}, found {_spell(value)}")
+        trace.note(state, f"expected {wanted}, found {_spell(value)}")
         return
     given = arguments(value)
-    nodes = state.nodes | {value}
-    shared = state.shared | {value} if pattern.shared else state.shared
-    entered: _State | None = _State(state.captures, nodes, shared)
-    if pattern.name is not None:
-        entered = entered.capture(pattern.name, value) if entered else None
+    entered: _State | None = replace(
+        state,
+        nodes=state.nodes | {value},
+        shared=state.shared | {value} if pattern.shared else state.shared,
+        anchored=state.anchored or pattern.anchor,
+    )
+    if pattern.name is not None and entered is not None:
+        entered = entered.capture(pattern.name, value)
     if entered is None:
-        trace.note(depth, f"{pattern.name} must be one node, found another: {_spell(value)}")
+        trace.note(state, f"{pattern.name} must be one node, found another: {_spell(value)}")
         return
     default = _defaults(value)
     for name, found in given.items():
         if name not in pattern.arguments and not (
             found is default.get(name) or (not isinstance(found, fx.Node) and found == default.get(name))
         ):
-            trace.note(len(nodes), f"{value.name} has {name}={_spell(found)}, expected {default.get(name)!r}")
+            trace.note(entered, f"{value.name} has {name}={_spell(found)}, expected {default.get(name)!r}")
             return
     for variant in pattern.variants():
         yield from _matches_arguments(list(variant.items()), given, entered, trace)
@@ -253,10 +293,10 @@ class Rule:
     """match -> condition -> replace.
 
     `condition(match)` gives what `replace` needs, or a Refusal; `replace(program, match, result)` edits the program.
-    Nothing is kept on the rule between the two.
+    Nothing is kept on the rule between the two. Where a pattern matches in several ways, a refused one is not the last.
     """
 
     name: str
-    pattern: Call | OneOf | Finder
+    pattern: Pattern
     condition: Callable[[Match], Object]
     replace: Callable[[Program, Match, Object], None]

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor, fx
 
 from .graph import Program
-from .pattern import Refusal, Rule, match
+from .pattern import Match, Refusal, Rule, search
 
 
 @dataclass
@@ -79,24 +79,33 @@ def apply_rules(program: Program, rules: Sequence[Rule], context: Context) -> Pa
     """Try every rule at every node, from the inputs on, until the graph's end; near misses become refusals."""
     result = PassResult()
     for node in list(program.graph.nodes):
+        refusals: list[Refusal] = []
         for rule in rules:
             if node.op != "call_function" or node._erased:
                 break
-            found = match(rule.pattern, node)
+            found = search(rule.pattern, rule.condition, node)
             if isinstance(found, Refusal):
-                result.refusals.append(Refusal(found.reason, rule.name, node.name))
-            if found is None or isinstance(found, Refusal):
-                continue
-            outcome = rule.condition(found)
-            if isinstance(outcome, Refusal):
-                result.refusals.append(Refusal(outcome.reason, rule.name, node.name))
-            elif context.take():
-                rule.replace(program, found, outcome)
+                refusals.append(Refusal(found.reason, rule.name, node.name))
+            elif found is not None:
+                if not context.take():
+                    return result
+                rule.replace(program, *found)
+                _erase_unread(program, found[0])
                 result.rewrites[rule.name] += 1
+                refusals.clear()  # that another rule did not fit here is of no interest
                 break
-            else:
-                return result
+        result.refusals += refusals
     return result
+
+
+def _erase_unread(program: Program, found: Match) -> None:
+    """Erase the calls of a rewritten match that nothing reads any more, so that no rule meets their remains."""
+    waiting = list(found.nodes)
+    while waiting:
+        node = waiting.pop()
+        if not node._erased and not node.users:
+            waiting += [used for used in node.all_input_nodes if used in found.nodes]
+            program.graph.erase_node(node)
 
 
 def each_call(program: Program) -> Iterable[fx.Node]:

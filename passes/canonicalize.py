@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..ir.graph import Program, arguments, same_sizes, same_value, shape
+from ..ir.graph import Program, arguments, describe_value, dtype, same_sizes, same_value, shape
 from ..ir.masks.meaning import read_masks
 from ..ir.rewrite import Context, Edit, Pass, PassResult, apply_rules, each_call
-from ..ir.spellings import activation, linear, norm
+from ..ir.spellings import activation, attention, linear, norm, rotary
 
 aten = torch.ops.aten
 
@@ -24,9 +26,13 @@ class Canonicalize(Pass):
     after:   %y = aten.linear(%x, @w)
 
     Folded: dropout in evaluation, casts and copies to the same type, full slices, expansions and reshapes to the same
-    shape, pairs of inverse transpositions, chains of reshapes, equal computations. Respelled: view as reshape,
-    addmm on flattened rows (Hugging Face's Conv1D) as linear, RMSNorm and tanh-GELU written out as one operator.
+    shape, chains of transpositions and of reshapes, equal computations. Respelled: view, flatten and unflatten as
+    reshape, einsum and bmm as matmul, chunk and split as slice, unbind as select, addmm on flattened rows (Hugging
+    Face's Conv1D) as linear; attention, RMSNorm and tanh-GELU written out as one operator.
+    Masks of attention become its arguments (`masks`), as far as they can be read.
     """
+
+    masks: bool = True
 
     def apply(self, program: Program, context: Context) -> PassResult:
         """Rewrite the program in place."""
@@ -36,13 +42,13 @@ class Canonicalize(Pass):
             changed |= _share_equal_calls(program, context, result)
             if changed:
                 continue
+            program.clean()  # what nothing reads is no reader of what a rule would replace
             rules = apply_rules(program, RULES, context)
             result.rewrites += rules.rewrites
             result.refusals = rules.refusals
-            if not rules.changes and not read_masks(program, context, result):
-                break
-        program.clean()
-        return result
+            if not rules.changes and not (self.masks and read_masks(program, context, result)):
+                program.clean()
+                return result
 
 
 # --- local simplifications: a call -> the node that replaces it ------------------------------------------------
@@ -96,7 +102,13 @@ def _reshape(program: Program, node: fx.Node) -> fx.Node | None:
         source = source.args[0]
     stated: Any = node.args[1]
     same_call = node.target is aten.reshape.default and source is node.args[0] and sizes == list(stated)
-    return None if same_call else program.call(aten.reshape.default, source, sizes, before=node)
+    if same_call:
+        return None
+    new = program.call(aten.reshape.default, source, sizes, before=node)
+    if describe_value(new.meta["val"]) == describe_value(node.meta["val"]) or same_sizes(shape(new), shape(node)):
+        return new
+    program.graph.erase_node(new)  # -1 stands for a size whose equality torch cannot prove
+    return None
 
 
 def _known_sizes(node: fx.Node) -> list[Any]:
@@ -105,22 +117,166 @@ def _known_sizes(node: fx.Node) -> list[Any]:
     return [found if isinstance(found, int) else size for size, found in zip(stated, shape(node), strict=True)]
 
 
-def _transpose(program: Program, node: fx.Node) -> fx.Node | None:
+def _flatten(program: Program, node: fx.Node) -> fx.Node | None:
+    """flatten, unflatten -> reshape."""
     source: Any = node.args[0]
-    if source.op != "call_function" or source.target is not aten.transpose.int:
+    sizes = _sizes_after(program, node, source)
+    return program.call(aten.reshape.default, source, sizes, before=node) if sizes.count(-1) < 2 else None
+
+
+def _sizes_after(program: Program, node: fx.Node, source: fx.Node) -> list[Any]:
+    """The sizes of `node`, a reshaped `source`: numbers, sizes of `source`, -1 for what is neither."""
+    sizes: list[Any] = []
+    for size in shape(node):
+        kept = [axis for axis, old in enumerate(shape(source)) if same_sizes([old], [size])]
+        if isinstance(size, int):
+            sizes.append(size)
+        elif kept:
+            sizes.append(program.call(aten.sym_size.int, source, kept[0], before=node))
+        else:
+            sizes.append(-1)
+    return sizes
+
+
+def _order(node: Any) -> list[int] | None:
+    """The order in which a transposition or permutation reads the axes of its input; None for other calls."""
+    if not isinstance(node, fx.Node) or node.target not in (aten.transpose.int, aten.permute.default):
         return None
-    rank = len(shape(node))
-    axes = {axis % rank for axis in node.args[1:]}  # type: ignore[operator]
-    return source.args[0] if axes == {axis % rank for axis in source.args[1:]} else None
+    given, rank = arguments(node), len(shape(node))
+    if node.target is aten.permute.default:
+        return [axis % rank for axis in given["dims"]]
+    order = list(range(rank))
+    first, second = given["dim0"] % rank, given["dim1"] % rank
+    order[first], order[second] = second, first
+    return order
 
 
 def _permute(program: Program, node: fx.Node) -> fx.Node | None:
+    """One transposition, or one permutation, for a chain of them."""
     source: Any = node.args[0]
-    order: Any = node.args[1]
-    moved = [(axis, to % len(order)) for axis, to in enumerate(order) if axis != to % len(order)]
+    order, before = _order(node), _order(source)
+    assert order is not None
+    if before is not None:
+        order, source = [before[axis] for axis in order], source.args[0]
+    moved = [(axis, to) for axis, to in enumerate(order) if axis != to]
     if not moved:
         return source  # type: ignore[no-any-return]
-    return program.call(aten.transpose.int, source, *moved[0], before=node) if len(moved) == 2 else None
+    if len(moved) == 2:
+        known = before is None and node.target is aten.transpose.int
+        return None if known else program.call(aten.transpose.int, source, *moved[0], before=node)
+    return None if before is None else program.call(aten.permute.default, source, order, before=node)
+
+
+def _matrix_transpose(program: Program, node: fx.Node) -> fx.Node | None:
+    source: Any = node.args[0]
+    rank = len(shape(source))
+    return program.call(aten.transpose.int, source, rank - 2, rank - 1, before=node) if rank > 1 else None
+
+
+def _part(program: Program, node: fx.Node) -> fx.Node | None:
+    """The part of a chunk or split as a slice, that of an unbind as a selection."""
+    source: Any = node.args[0]
+    index: Any = node.args[1]
+    if not isinstance(source, fx.Node) or source.target not in (*_SPLITS, aten.unbind.int):
+        return None
+    given = arguments(source)
+    if source.target is aten.unbind.int:
+        return program.call(aten.select.int, given["self"], given["dim"], index, before=node)
+    sizes = [part.shape[given["dim"]] for part in source.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    start = sum(sizes[:index])
+    return program.call(aten.slice.Tensor, given["self"], given["dim"], start, start + sizes[index], before=node)
+
+
+def _narrow(program: Program, node: fx.Node) -> fx.Node | None:
+    given = arguments(node)
+    start, length = given["start"], given["length"]
+    if not (isinstance(start, int) and isinstance(length, int) and start >= 0):
+        return None
+    return program.call(aten.slice.Tensor, given["self"], given["dim"], start, start + length, before=node)
+
+
+def _repeat(program: Program, node: fx.Node) -> fx.Node | None:
+    """repeat of axes of size 1 -> expand."""
+    source: Any = node.args[0]
+    repeats: Any = node.args[1]
+    if len(repeats) != len(shape(source)):
+        return None
+    if not all(count == 1 or same_sizes([size], [1]) for count, size in zip(repeats, shape(source), strict=True)):
+        return None
+    sizes = [-1 if isinstance(count, int) and count == 1 else count for count in repeats]
+    return program.call(aten.expand.default, source, sizes, before=node)
+
+
+def _softmax(program: Program, node: fx.Node) -> fx.Node | None:
+    """softmax under its other names, and without a dtype that it has anyway."""
+    given = arguments(node)
+    source, wanted = given["self"], given.get("dtype")
+    if node.target is aten._softmax.default:
+        wanted = torch.float32 if given["half_to_float"] else None
+    wanted = None if wanted is dtype(source) else wanted
+    if node.target is aten.softmax.int and wanted is given["dtype"]:
+        return None
+    options = () if wanted is None else (wanted,)
+    return program.call(aten.softmax.int, source, given["dim"], *options, before=node)
+
+
+def _product(program: Program, node: fx.Node) -> fx.Node:
+    """baddbmm -> matmul, with a multiplication and an addition where it has them."""
+    given = arguments(node)
+    product = program.call(aten.matmul.default, given["batch1"], given["batch2"], before=node)
+    if given["alpha"] != 1:
+        product = program.call(aten.mul.Tensor, product, given["alpha"], before=node)
+    if given["beta"] == 0:  # then NaN in what would be added counts for nothing
+        return product
+    added = given["self"]
+    if given["beta"] != 1:
+        added = program.call(aten.mul.Tensor, added, given["beta"], before=node)
+    return program.call(aten.add.Tensor, added, product, before=node)
+
+
+def _einsum(program: Program, node: fx.Node) -> fx.Node | None:
+    """einsum of two operands that share one summed axis -> matmul of permuted operands; of one operand -> permute."""
+    terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
+    operands: Any = node.args[1]
+    names = terms.split(",")
+    if not result or not all(term.isalpha() and len(set(term)) == len(term) for term in (*names, result)):
+        return None
+    if len(names) == 1:
+        same = set(terms) == set(result)
+        return _in_order(program, operands[0], terms, result, node) if same else None
+    if len(names) != 2 or not all(same_sizes([a], [b]) for a, b in _shared_sizes(names, operands)):
+        return None
+    left, right = names
+    summed = [name for name in left if name in right and name not in result]
+    batch = [name for name in left if name in result and name in right]
+    rows = [name for name in left if name in result and name not in right]
+    columns = [name for name in right if name in result and name not in left]
+    if len(summed) != 1 or len(columns) != 1 or not rows or len(left + right) != len(result) + len(batch) + 2:
+        return None
+    first = _in_order(program, operands[0], left, [*batch, *rows, *summed], node)
+    second = _in_order(program, operands[1], right, [*batch, *summed, *columns], node)
+    if batch:
+        for _ in rows[1:]:
+            second = program.call(aten.unsqueeze.default, second, len(batch), before=node)
+    product = program.call(aten.matmul.default, first, second, before=node)
+    return _in_order(program, product, [*batch, *rows, *columns], result, node)
+
+
+def _shared_sizes(names: Sequence[str], operands: Sequence[fx.Node]) -> list[tuple[Any, Any]]:
+    """The sizes that two operands of an einsum give to each axis that both have."""
+    first, second = (dict(zip(term, shape(item), strict=True)) for term, item in zip(names, operands, strict=True))
+    return [(first[name], second[name]) for name in names[0] if name in second]
+
+
+def _in_order(
+    program: Program, tensor: fx.Node, names: Sequence[str], wanted: Sequence[str], before: fx.Node
+) -> fx.Node:
+    order = [list(names).index(name) for name in wanted]
+    if order == sorted(order):
+        return tensor
+    return program.call(aten.permute.default, tensor, order, before=before)
 
 
 _CASTS = (
@@ -131,6 +287,7 @@ _COPIES = (
 )  # fmt: skip
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes)
 SIMPLIFICATIONS: dict[Any, Edit] = {
     **dict.fromkeys(_CASTS, _cast),
     **dict.fromkeys(_COPIES, _same_type),
@@ -142,8 +299,20 @@ SIMPLIFICATIONS: dict[Any, Edit] = {
     **dict.fromkeys(_RESHAPES, _reshape),
     aten.slice.Tensor: _full_slice,
     aten.expand.default: _same_shape,
-    aten.transpose.int: _transpose,
+    aten.transpose.int: _permute,
     aten.permute.default: _permute,
+    **dict.fromkeys((aten.mT.default, aten.t.default), _matrix_transpose),
+    **dict.fromkeys((aten.flatten.using_ints, aten.unflatten.int), _flatten),
+    operator.getitem: _part,
+    aten.narrow.default: _narrow,
+    aten.repeat.default: _repeat,
+    aten.tile.default: _repeat,
+    **dict.fromkeys((aten.softmax.int, aten._softmax.default), _softmax),
+    aten.bmm.default: _respelled(aten.matmul.default),
+    aten.baddbmm.default: _product,
+    aten.einsum.default: _einsum,
+    aten.mul.Scalar: _respelled(aten.mul.Tensor),
+    aten.div.Scalar: _respelled(aten.div.Tensor),
 }
 
 
@@ -191,4 +360,4 @@ def _freeze(value: Any) -> Any:
 
 
 # Several calls -> one operator.
-RULES = (*linear.RULES, *norm.RULES, *activation.RULES)
+RULES = (*linear.RULES, *norm.RULES, *activation.RULES, *rotary.RULES, *attention.RULES)

@@ -11,19 +11,22 @@ import torch
 from torch import fx
 
 from ..ir import pattern as p
-from ..ir.graph import Program, dtype, same_sizes, shape
+from ..ir.graph import Program, arguments, dtype, same_sizes, shape
 from ..ir.ops.attention import attention
-from ..ir.ops.linear import linear_act, split_linear
+from ..ir.ops.linear import gated_linear, linear_act, split_linear
 from ..ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
+from ..ir.ops.rotary import rotary
 from ..ir.pattern import Match, Refusal, Rule
 from ..ir.rewrite import Context, Pass, PassResult, apply_rules
+from ..ir.spellings.activation import QUICK_GELU, find
+from ..ir.spellings.pieces import Piece, piece
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Fuse attention, the linears that feed it, residual additions with norms, linears with activations.
+    """Fuse the linears that feed an attention, residual additions with norms, linears with activations.
 
     before:  %add = aten.add.Tensor(%x, %residual);  %y = aten.layer_norm(%add, [64], @weight, @bias, 1e-12)
     after:   %y, %add = fxpress.add_layer_norm(%x, %residual, @weight, @bias, 1e-12)
@@ -31,72 +34,23 @@ class Fuse(Pass):
     before:  %y = aten.gelu(aten.linear(%x, @weight, @bias))
     after:   %y = fxpress.linear_act(%x, @weight, @bias, 'gelu')
 
+    before:  %y = aten.mul.Tensor(aten.silu(aten.linear(%x, @gate)), aten.linear(%x, @up))
+    after:   %y = fxpress.gated_linear(%x, @gate, @up, None, None, 'silu')
+
     before:  %q = aten.linear(%x, @q);  %k = aten.linear(%x, @k);  %v = aten.linear(%x, @v)
     after:   %q, %k, %v = fxpress.split_linear(%x, @qkv, None, [n, n, n])
     """
 
     def apply(self, program: Program, context: Context) -> PassResult:
         """Rewrite the program in place."""
-        result = apply_rules(program, (ATTENTION,), context)
+        result = PassResult()
         _pack_projections(program, context, result)
-        rest = apply_rules(program, (ADD_LAYER_NORM, ADD_RMS_NORM, *LINEAR_ACT), context)
-        result.rewrites += rest.rewrites
-        result.refusals += rest.refusals
+        for rules in ((GATED_LINEAR,), (ADD_LAYER_NORM, ADD_RMS_NORM, *LINEAR_ACT)):
+            rest = apply_rules(program, rules, context)
+            result.rewrites += rest.rewrites
+            result.refusals += rest.refusals
         program.clean()
         return result
-
-
-# --- attention -------------------------------------------------------------------------------------------------
-
-
-def _attention_condition(found: Match) -> Any:
-    query, key, value = found["query"], found["key"], found["value"]
-    if found["dropout_p"] != 0:
-        return Refusal(f"dropout {found['dropout_p']} on the attention weights")
-    if any(len(shape(item)) != 4 for item in (query, key, value)):
-        return Refusal("query, key and value must be [batch, heads, length, size]")
-    if not (same_sizes(shape(query)[:1], shape(key)[:1]) and same_sizes(shape(key)[:3], shape(value)[:3])):
-        return Refusal("query, key and value broadcast against each other")
-    heads, groups = shape(query)[1], shape(key)[1]
-    if not (isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0):
-        return Refusal(f"{groups} key heads do not divide {heads} query heads")
-    if heads != groups and not found["enable_gqa"]:
-        return Refusal("query, key and value broadcast against each other")
-    mask = found["mask"]
-    if mask is not None and dtype(mask) not in (torch.bool, dtype(query)):
-        return Refusal(f"a mask of dtype {dtype(mask)}")
-    return True
-
-
-def _attention_replace(program: Program, found: Match, _: Any) -> None:
-    options = {"bias": found["mask"], "right": 0 if found["is_causal"] else None, "scale": found["scale"]}
-    new = program.call(
-        attention,
-        found["query"],
-        found["key"],
-        found["value"],
-        before=found.root,
-        **{name: value for name, value in options.items() if value is not None},
-    )
-    program.replace(found.root, new)
-
-
-ATTENTION = Rule(
-    "attention",
-    p.Call(
-        aten.scaled_dot_product_attention.default,
-        query=p.Any("query"),
-        key=p.Any("key"),
-        value=p.Any("value"),
-        attn_mask=p.Any("mask"),
-        dropout_p=p.Literal("dropout_p"),
-        is_causal=p.Literal("is_causal"),
-        scale=p.Literal("scale"),
-        enable_gqa=p.Literal("enable_gqa"),
-    ),
-    _attention_condition,
-    _attention_replace,
-)
 
 
 # --- linears that read the same input for one attention --------------------------------------------------------
@@ -104,6 +58,7 @@ ATTENTION = Rule(
 _PER_ELEMENT = {
     aten.reshape.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.expand.default,
     aten.mul.Tensor, aten.add.Tensor, aten.neg.default, aten.cat.default, aten.slice.Tensor, aten.select.int,
+    rotary, rms_norm,
 }  # fmt: skip
 
 
@@ -192,9 +147,27 @@ def _add_condition(found: Match) -> Any:
         return Refusal("a number is added, no residual")
     if not (same_sizes(shape(x), shape(total)) and same_sizes(shape(residual), shape(total))):
         return Refusal(f"the operands of {total.name} broadcast")
-    if not dtype(x) == dtype(residual) == dtype(total) == dtype(found["weight"]):
+    if not dtype(x) == dtype(residual) == dtype(total):
         return Refusal(f"the operands of {total.name} differ in dtype")
+    for name in ("weight", "bias"):
+        if isinstance(found.get(name), fx.Node) and not _is_constant(found[name]):
+            return Refusal(f"the {name} is computed from the inputs")
     return True
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a value depends on weights alone, as Gemma's 1 + weight does."""
+    if node.op != "call_function":
+        return node.op == "get_attr"
+    return all(map(_is_constant, node.all_input_nodes))
+
+
+def _hoist(node: Any, before: fx.Node) -> None:
+    """Move a constant and what it is computed from in front of a node."""
+    if isinstance(node, fx.Node) and node.op == "call_function":
+        before.prepend(node)
+        for used in node.all_input_nodes:
+            _hoist(used, node)
 
 
 def _add_layer_norm_condition(found: Match) -> Any:
@@ -205,6 +178,8 @@ def _add_layer_norm_condition(found: Match) -> Any:
 
 def _replace_both(program: Program, found: Match, fused_op: Any, *options: Any) -> None:
     total = found["sum"]
+    for option in options:
+        _hoist(option, total)
     fused = program.call(fused_op, found["x"], found["residual"], *options, before=total, like=found.root)
     norm = program.call(operator.getitem, fused, 0, before=total, like=found.root)
     program.replace(found.root, norm)
@@ -220,8 +195,8 @@ ADD_LAYER_NORM = Rule(
         aten.layer_norm.default,
         input=_add(),
         normalized_shape=p.Literal("axes"),
-        weight=p.Weight("weight"),
-        bias=p.Weight("bias"),
+        weight=p.Any("weight"),
+        bias=p.Any("bias"),
         eps=p.Literal("eps"),
         cudnn_enable=p.Literal("cudnn"),
     ),
@@ -232,7 +207,7 @@ ADD_LAYER_NORM = Rule(
 )
 ADD_RMS_NORM = Rule(
     "add_rms_norm",
-    p.Call(rms_norm, input=_add(), weight=p.Weight("weight"), eps=p.Literal("eps")),
+    p.Call(rms_norm, input=_add(), weight=p.Any("weight"), eps=p.Literal("eps")),
     _add_condition,
     lambda program, found, _: _replace_both(program, found, add_rms_norm, found["weight"], found["eps"]),
 )
@@ -240,21 +215,113 @@ ADD_RMS_NORM = Rule(
 
 # --- linear and activation -------------------------------------------------------------------------------------
 
+_ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gelu": (aten.gelu.default, {}),
+    "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
+    "relu": (aten.relu.default, {}),
+    "silu": (aten.silu.default, {}),
+    "tanh": (aten.tanh.default, {}),
+}  # torch's operators, by the name that `linear_act` has for them
 
-def _linear_act_rule(name: str, target: Any, **options: Any) -> Rule:
-    linear = p.Call(aten.linear.default, input=p.Any("x"), weight=p.Weight("weight"), bias=p.Any("bias"))
 
+def _linear_act_rule(name: str, pattern: Any) -> Rule:
     def replace(program: Program, found: Match, _: Any) -> None:
         new = program.call(linear_act, found["x"], found["weight"], found["bias"], name, before=found.root)
         program.replace(found.root, new)
 
-    return Rule(f"linear_{name}", p.Call(target, self=linear, **options), lambda _: True, replace)
+    return Rule(f"linear_{name}", pattern, lambda _: True, replace)
+
+
+def _activated_linear(target: Any, options: dict[str, Any]) -> p.Call:
+    linear = p.Call(aten.linear.default, input=p.Any("x"), weight=p.Weight("weight"), bias=p.Any("bias"))
+    return p.Call(target, self=linear, **options)
+
+
+def _quick_gelu_linear(node: fx.Node) -> Match | Refusal | None:
+    """x * sigmoid(1.702 x) of a linear layer x, at the sigmoid: torch has no operator for this activation."""
+    found = find(QUICK_GELU, node)
+    if not isinstance(found, Match):
+        return None  # a sigmoid of another kind
+    linear: Any = found["x"]
+    if linear.target is not aten.linear.default:
+        return Refusal(f"expected aten.linear.default, found {linear.name}")
+    nodes = found.nodes | {linear}
+    leaked = p.leak(nodes, found.root)
+    if leaked:
+        return Refusal(leaked)
+    given = arguments(linear)
+    return Match(found.root, {"x": given["input"], "weight": given["weight"], "bias": given["bias"]}, nodes)
 
 
 LINEAR_ACT = (
-    _linear_act_rule("gelu", aten.gelu.default),
-    _linear_act_rule("gelu_tanh", aten.gelu.default, approximate="tanh"),
-    _linear_act_rule("relu", aten.relu.default),
-    _linear_act_rule("silu", aten.silu.default),
-    _linear_act_rule("tanh", aten.tanh.default),
+    *(_linear_act_rule(name, _activated_linear(*activation)) for name, activation in _ACTIVATIONS.items()),
+    _linear_act_rule("quick_gelu", _quick_gelu_linear),
 )
+
+
+# --- gated linear units ----------------------------------------------------------------------------------------
+
+
+def _activation_name(node: Any) -> str | None:
+    for name, (target, options) in _ACTIVATIONS.items():
+        if isinstance(node, fx.Node) and node.target is target:
+            given = {"approximate": "none", **arguments(node), "self": None}
+            if given == {"approximate": "none", **options, "self": None}:
+                return name
+    return None
+
+
+def _gated(node: fx.Node) -> Match | Refusal | None:
+    """activation(gate) * up, where gate and up are two linears or the halves of one."""
+    if node.target is not aten.mul.Tensor:
+        return None
+    first: Any = node.args[0]
+    second: Any = node.args[1]
+    for activated, value in ((first, second), (second, first)):
+        name = _activation_name(activated)
+        gate, up = (piece(activated.args[0]), piece(value)) if name else (None, None)
+        if gate is None or up is None or {gate.source.target, up.source.target} != {aten.linear.default}:
+            continue
+        reason = _not_gated(gate, up)
+        nodes = frozenset((node, activated, gate.source, up.source)) | gate.nodes | up.nodes
+        reason = reason or p.leak(nodes, node)
+        return Refusal(reason) if reason else Match(node, {"gate": gate, "up": up, "activation": name}, nodes)
+    return None
+
+
+def _not_gated(gate: Piece, up: Piece) -> str | None:
+    first, second = arguments(gate.source), arguments(up.source)
+    if first["input"] is not second["input"]:
+        return f"{gate.source.name} and {up.source.name} read different inputs"
+    if gate.stop - gate.start != up.stop - up.start:
+        return "gate and up projection differ in size"
+    for weight in (first["weight"], second["weight"], first["bias"], second["bias"]):
+        if weight is not None and weight.op != "get_attr":
+            return f"{weight.name} is no weight"
+    if gate.source is not up.source:
+        whole = all(item.stop - item.start == shape(item.source)[-1] for item in (gate, up))
+        return None if whole else "gate and up projection are parts of different linears"
+    if sorted((gate.start, up.start)) != [0, gate.stop - gate.start] or {gate.step, up.step} != {1}:
+        return f"gate and up projection are not the halves of {gate.source.name}"
+    tied = [item for item in (first["weight"], first["bias"]) if item is not None and len(item.users) > 1]
+    return f"weight {tied[0].target} is tied: {len(tied[0].users)} nodes read it" if tied else None
+
+
+def _gated_replace(program: Program, found: Match, _: Any) -> None:
+    pieces: Any = (found["gate"], found["up"])
+    weights = [_rows(program, item, "weight") for item in pieces] + [_rows(program, item, "bias") for item in pieces]
+    source = arguments(pieces[0].source)["input"]
+    program.replace(found.root, program.call(gated_linear, source, *weights, found["activation"], before=found.root))
+
+
+def _rows(program: Program, part: Piece, name: str) -> fx.Node | None:
+    """The weight or bias of a linear, or the rows of it that give a piece, as a weight of their own."""
+    stored: fx.Node | None = arguments(part.source)[name]
+    if stored is None or part.source.target is not aten.linear.default or not part.nodes:
+        return stored
+    tensor = program.tensor(stored)
+    label = f"{stored.target}_{part.start}"
+    return program.add_weight(label, tensor.detach()[part.start : part.stop], trainable=tensor.requires_grad)
+
+
+GATED_LINEAR = Rule("gated_linear", _gated, lambda _: True, _gated_replace)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fxpress.ir import graph  # noqa: F401  # registers every family
 from fxpress.ir.ops.attention import attention
-from fxpress.ir.ops.linear import ACTIVATIONS, linear_act, split_linear
+from fxpress.ir.ops.linear import ACTIVATIONS, gated_linear, linear_act, split_linear
 from fxpress.ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
+from fxpress.ir.ops.rotary import rotary
 from fxpress.ir.ops.table import OPERATORS, operator
 
 sdpa = F.scaled_dot_product_attention
@@ -101,6 +102,7 @@ def test_linear_act(name: str) -> None:
     expected: dict[str, Callable[[Tensor], Tensor]] = {
         "gelu": torch.nn.GELU(),
         "gelu_tanh": torch.nn.GELU("tanh"),
+        "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
         "relu": torch.nn.ReLU(),
         "silu": torch.nn.SiLU(),
         "tanh": torch.nn.Tanh(),
@@ -111,6 +113,48 @@ def test_linear_act(name: str) -> None:
 def test_linear_act_without_bias() -> None:
     x, weight = normal(3, 8), normal(6, 8, seed=1)
     close(linear_act(x, weight, None, "relu"), F.linear(x, weight).relu())
+
+
+@pytest.mark.parametrize("bias", [None, normal(6, seed=3)])
+def test_gated_linear(bias: Tensor | None) -> None:
+    x, gate, up = normal(3, 8), normal(6, 8, seed=1), normal(6, 8, seed=2)
+    packed = F.linear(x, torch.cat((up, gate)))
+    shift = 0 if bias is None else bias
+    expected = F.silu(packed[..., 6:]) * (packed[..., :6] + shift)
+    close(gated_linear(x, gate, up, None, bias, "silu"), expected)
+
+
+def turned(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
+    """Rotary embedding as a product of complex numbers, on the first columns."""
+    columns = 2 * angles.shape[-1]
+    pairs = x[..., :columns].unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    pairs = pairs if interleaved else pairs.transpose(-1, -2)
+    product = torch.view_as_real(
+        torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles)
+    )
+    product = product if interleaved else product.transpose(-1, -2)
+    return torch.cat((product.flatten(-2), x[..., columns:]), -1)
+
+
+@pytest.mark.parametrize("columns", [8, 6, 2])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rotary(columns: int, interleaved: bool, batch: int) -> None:
+    x, angles = normal(2, 3, 5, 8), normal(batch, 1, 5, columns // 2, seed=1)
+    wide = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
+    close(rotary(x, wide.cos(), wide.sin(), interleaved), turned(x, angles, interleaved))
+
+
+def test_rms_norm_without_weight() -> None:
+    x = normal(3, 8)
+    close(rms_norm(x, None, 1e-3), F.rms_norm(x, (8,), None, 1e-3))
+
+
+def test_rms_norm_scales_half_precision_before_rounding_where_the_weight_is_in_fp32() -> None:
+    x, weight = normal(64, 8).half(), normal(8, seed=1)
+    wide = F.rms_norm(x.float(), (8,), None, 1e-6)
+    assert torch.equal(rms_norm(x, weight, 1e-6), (wide * weight).half())
+    assert not torch.equal(rms_norm(x, weight, 1e-6), rms_norm(x, weight.half(), 1e-6))
 
 
 @pytest.mark.parametrize("bias", [None, normal(6)])
@@ -139,6 +183,14 @@ GRADIENTS: dict[str, Callable[[], tuple[Any, tuple[Tensor, ...]]]] = {
     "add_layer_norm": lambda: (
         lambda x, y, w, b: add_layer_norm(x, y, w, b, 1e-3),
         (wide(2, 4), wide(2, 4, seed=2), wide(4, seed=1), wide(4, seed=3)),
+    ),
+    "gated_linear": lambda: (
+        lambda x, g, u, b: gated_linear(x, g, u, b, None, "silu"),
+        (wide(2, 4), wide(3, 4, seed=1), wide(3, 4, seed=2), wide(3, seed=3)),
+    ),
+    "rotary": lambda: (
+        lambda x, cos, sin: rotary(x, cos, sin, True),
+        (wide(2, 2, 3, 6), wide(1, 1, 3, 4, seed=1), wide(1, 1, 3, 4, seed=2)),
     ),
     "linear_act": lambda: (
         lambda x, w, b: linear_act(x, w, b, "gelu"),

@@ -75,7 +75,9 @@ class Attention:
 
     @property
     def has_empty_rows(self) -> bool:
-        """Whether a row may have no key; a band that lets each query see its own key leaves none empty."""
+        """Whether a row may have no key and no sink; a band that holds the query's own key leaves none empty."""
+        if self.sinks is not None:
+            return False
         if self.bias is not None or self.key_mask is not None:
             return True
         return self.is_banded and not (
@@ -249,12 +251,8 @@ def _group_query_attention(given: Attention) -> Tensor:
     """com.microsoft::GroupQueryAttention on [B, N, H * D]: causal, with or without a window; other masks as a bias."""
     batch, heads, length, _ = given.query.shape
     masked = given.bias is not None or given.key_mask is not None
-    options: dict[str, Any] = {
-        "num_heads": heads,
-        "kv_num_heads": given.key.shape[1],
-        "scale": given.factor,
-        "softcap": given.softcap,
-    }
+    options: dict[str, Any] = {"num_heads": heads, "kv_num_heads": given.key.shape[1]}
+    options |= {"scale": given.factor, "softcap": given.softcap}
     if given.left is not None:
         options["local_window_size"] = given.left + 1
     result = symbolic(
@@ -276,7 +274,7 @@ def _group_query_attention(given: Attention) -> Tensor:
         shape=(batch, length, heads * given.value.shape[3]),
         version=1,
     )
-    return _heads_second(result, given if given.sinks is None else replace(given, empty="zeros"))
+    return _heads_second(result, given)
 
 
 @_lowering
@@ -301,8 +299,8 @@ def _unfused(given: Attention) -> Tensor:
     if groups != heads:
         weights = weights.reshape(batch, groups, heads // groups * length, keys)
     result = (weights @ given.value).reshape(batch, heads, length, given.value.shape[3])
-    if given.sinks is not None or given.empty == "mean":
-        return result  # a row without any key: zeros beside the sink, or the mean over equal scores
+    if given.empty == "mean":
+        return result  # as the softmax over equal scores gives it
     return given.finish(result.transpose(1, 2)).transpose(1, 2)
 
 

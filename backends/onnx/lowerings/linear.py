@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.onnx.ops import symbolic
@@ -32,6 +33,36 @@ def _refuses_bias_act(node: fx.Node) -> str | None:
     return "there is no bias" if given["bias"] is None else None
 
 
+def _gated_linear(
+    input: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return ACTIVATIONS[activation](F.linear(input, gate_weight, gate_bias)) * F.linear(input, up_weight, up_bias)
+
+
+def _packed_gated_linear(
+    input: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """One matmul; the weights are joined once, at export."""
+    bias = torch.cat((gate_bias, up_bias)) if gate_bias is not None and up_bias is not None else None
+    gate, up = F.linear(input, torch.cat((gate_weight, up_weight)), bias).chunk(2, -1)
+    return ACTIVATIONS[activation](gate) * up
+
+
+def _refuses_packing(node: fx.Node) -> str | None:
+    given = arguments(node)
+    return "one of the two has no bias" if (given["gate_bias"] is None) != (given["up_bias"] is None) else None
+
+
 def _split_linear(input: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> list[Tensor]:
     return list(F.linear(input, weight, bias).split(sizes, -1))
 
@@ -48,6 +79,10 @@ def _separate_linears(input: Tensor, weight: Tensor, bias: Tensor | None, sizes:
 LINEAR_ACT = (
     Lowering("Linear+Activation", _linear_act),
     Lowering("MatMul+BiasActivation", _linear_bias_act, _refuses_bias_act),
+)
+GATED_LINEAR = (
+    Lowering("two MatMuls", _gated_linear),
+    Lowering("MatMul+Split", _packed_gated_linear, _refuses_packing),
 )
 SPLIT_LINEAR = (
     Lowering("separate MatMuls", _separate_linears),

@@ -7,27 +7,34 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
-from ....ir.graph import shape
+from ....ir.graph import arguments, dtype, shape
 from .lowering import Lowering
 
 
-def _add_layer_norm(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _add_layer_norm(
+    input: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     total = input + residual
-    return F.layer_norm(total, weight.shape, weight, bias, eps), total
+    return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
 
 
 def _skip_layer_norm(
-    input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    return _skip_norm("SkipLayerNormalization", (input, residual, weight, bias), eps)
+    given = (input, residual, weight) if bias is None else (input, residual, weight, bias)
+    return _skip_norm("SkipLayerNormalization", given, eps)
 
 
-def _rms_norm(input: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm(input: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is None:
+        weight = torch.ones(input.shape[-1], dtype=input.dtype)
+    if weight.dtype != input.dtype:  # scaled in fp32, then rounded
+        return _rms_norm(input.to(weight.dtype), weight, eps).to(input.dtype)
     return symbolic("RMSNormalization", (input, weight), {"epsilon": eps, "axis": -1},
                     dtype=input.dtype, shape=input.shape, version=23)  # fmt: skip
 
 
-def _add_rms_norm(input: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _add_rms_norm(input: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     total = input + residual
     return _rms_norm(total, weight, eps), total
 
@@ -51,7 +58,12 @@ def _skip_norm(operator: str, inputs: tuple[Tensor, ...], eps: float) -> tuple[T
 
 
 def _refuses_skip(node: fx.Node) -> str | None:
-    return None if len(shape(node.args[0])) == 3 else "the kernel takes [batch, length, size] only"
+    weight = arguments(node)["weight"]
+    if len(shape(node.args[0])) != 3:
+        return "the kernel takes [batch, length, size] only"
+    if weight is None:
+        return "the kernel needs a weight"
+    return None if dtype(weight) == dtype(node.args[0]) else "the weight has another dtype than the input"
 
 
 ADD_LAYER_NORM = (

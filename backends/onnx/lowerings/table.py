@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import fx
 
-from ....ir.ops import attention, linear, norm
+from ....ir.ops import attention, linear, norm, rotary
 from . import attention as attentions
 from . import linear as linears
 from . import norm as norms
+from . import rotary as rotaries
 from .lowering import Lowering, Probe
 
 LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
@@ -18,7 +19,9 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     norm.rms_norm: norms.RMS_NORM,
     norm.add_rms_norm: norms.ADD_RMS_NORM,
     linear.linear_act: linears.LINEAR_ACT,
+    linear.gated_linear: linears.GATED_LINEAR,
     linear.split_linear: linears.SPLIT_LINEAR,
+    rotary.rotary: rotaries.ROTARY,
 }
 
 PROBES: dict[Any, Probe] = {attention.attention: attentions.PROBE}

@@ -19,8 +19,9 @@ from fxpress.ir.equality import compare, run_float64
 from fxpress.ir.errors import LoweringError
 from fxpress.ir.graph import Program
 from fxpress.ir.ops.attention import attention
-from fxpress.ir.ops.linear import ACTIVATIONS, linear_act, split_linear
+from fxpress.ir.ops.linear import ACTIVATIONS, gated_linear, linear_act, split_linear
 from fxpress.ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
+from fxpress.ir.ops.rotary import rotary
 
 Inputs = dict[str, Tensor]
 
@@ -49,10 +50,11 @@ class Case:
     inputs: Callable[[int, int], Inputs]
     weights: Callable[[], Inputs] = dict
     options: tuple[tuple[str, Any], ...] = ()
+    call: Callable[..., Any] | None = None  # computes the operator's arguments from the inputs; None: they are these
 
     def program(self, count: int = 1) -> Program:
         torch.manual_seed(0)
-        model = Calls(self.target, self.weights(), dict(self.options), count).eval()
+        model = Calls(self.call or self.target, self.weights(), dict(self.options), count).eval()
         example, other = self.inputs(2, 6), self.inputs(3, 9)
         # Equal sizes are one size, as in a model.
         dims = {2: Dim("batch"), 6: Dim("length", min=2)}
@@ -92,7 +94,7 @@ def bool_mask(batch: int, length: int, keys: int, none: bool = False) -> Tensor:
     mask = torch.rand(batch, 1, length, keys) > 0.3
     mask[..., 0] = True
     if none:
-        mask[0, :, 1] = False
+        mask[0, :, length // 2] = False
     return mask
 
 
@@ -192,7 +194,64 @@ def linear(out: int, bias: bool = True) -> Callable[[], Inputs]:
     return lambda: {"weight": torch.randn(out, 16)} | ({"bias": torch.randn(out)} if bias else {})
 
 
+def gates(bias: str) -> Callable[[], Inputs]:
+    """The weights of a gated linear layer, and the biases named in `bias`."""
+    return lambda: (
+        {"gate_weight": torch.randn(24, 16), "up_weight": torch.randn(24, 16)}
+        | {name: torch.randn(24) for name in bias.split()}
+    )
+
+
+def no_bias(*names: str) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, None) for name in names)
+
+
+def turned(target: Any, columns: int, interleaved: bool, batch_angles: bool = True) -> Callable[..., Any]:
+    """`rotary` of angles that are computed in the program, one a pair, different in each row of the batch."""
+
+    def call(input: Tensor, angles: Tensor) -> Tensor:
+        angles = angles if batch_angles else angles[:1]
+        wide = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
+        return target(input, wide.cos().unsqueeze(1), wide.sin().unsqueeze(1), interleaved)
+
+    return call
+
+
+def angled(columns: int) -> Callable[[int, int], Inputs]:
+    return lambda b, n: {"input": torch.randn(b, 4, n, 8), "angles": torch.randn(b, n, columns // 2)}
+
+
+def free_angles(batch: int, length: int) -> Inputs:
+    """cos and sin as inputs: nothing is known of them."""
+    given = {name: torch.randn(batch, 1, length, 8) for name in ("cos", "sin")}
+    return {"input": torch.randn(batch, 4, length, 8), **given}
+
+
+ROTARIES = [
+    Case(f"rotary, {columns} of 8 columns{kind}{rows}", rotary, angled(columns),
+         call=turned(rotary, columns, bool(kind), not rows))
+    for columns in (8, 4)
+    for kind in ("", ", interleaved")
+    for rows in ("", ", one row of angles")
+]  # fmt: skip
 OTHERS = [
+    *ROTARIES,
+    Case("rotary, any angles", rotary, free_angles),
+    Case("gated_linear", gated_linear, rows, gates("gate_bias up_bias"), (("activation", "silu"),)),
+    Case(
+        "gated_linear, no bias",
+        gated_linear,
+        rows,
+        gates(""),
+        (*no_bias("gate_bias", "up_bias"), ("activation", "gelu_tanh")),
+    ),
+    Case(
+        "gated_linear, one bias", gated_linear, rows, gates("up_bias"), (*no_bias("gate_bias"), ("activation", "relu"))
+    ),
+    Case("rms_norm, no weight", rms_norm, rows, options=(("weight", None), ("eps", 1e-5))),
+    Case("add_rms_norm, no weight", add_rms_norm, two_rows, options=(("weight", None), ("eps", 1e-5))),
+    Case("add_layer_norm, no bias", add_layer_norm, two_rows, vectors("weight"), (("bias", None), ("eps", 1e-5))),
+    Case("add_layer_norm, no weight", add_layer_norm, two_rows, vectors("bias"), (("weight", None), ("eps", 1e-5))),
     Case("rms_norm", rms_norm, rows, vectors("weight"), (("eps", 1e-5),)),
     Case("rms_norm, large eps", rms_norm, rows, vectors("weight"), (("eps", 0.3),)),
     Case("add_rms_norm", add_rms_norm, two_rows, vectors("weight"), (("eps", 1e-6),)),

@@ -1,0 +1,427 @@
+"""Attention written out, read from the product of probabilities and values up to that of queries and keys."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph import arguments, attribute, dtype, same_sizes, shape, source_of
+from ..pattern import Match, Refusal
+
+aten = torch.ops.aten
+
+MASKED = -1e4  # what stands for "masked" among scores is at most this: its exponential is 0 in fp32 and fp64
+
+
+class Mismatch(Exception):
+    """What is read is no attention; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """A step that masks or biases scores.
+
+    An addition of `factor` times `tensor`; or, where `fill` is given, the replacement of scores by that value: those
+    where `tensor` is False if `keeps`, else those where it is True. `at` is the shape of the scores there.
+    """
+
+    tensor: fx.Node
+    at: tuple[Any, ...]
+    factor: float = 1.0
+    fill: float | None = None
+    keeps: bool = True
+
+
+@dataclass
+class Reading:
+    """What was read: softmax(mask(softcap(query key^T scale))) value, terms in the order in which they are applied."""
+
+    query: Any
+    key: Any
+    value: Any
+    product: tuple[Any, ...]  # the shape of the scores where queries and keys are multiplied
+    transposed: bool = False  # the key is [..., D, M]
+    scale: float | None = 1.0
+    multiplier: Any = None  # a scale that is no number, and multiplies the query
+    softcap: float = 0.0
+    terms: list[Term] = field(default_factory=list)
+    sinks: fx.Node | None = None
+    right: int | None = None
+    safe: bool = False  # a row of -inf gives zeros
+    clamped: bool = False  # scores are at least the smallest number
+    heads: Any = None  # the number of heads where the scores are seen as [B, H, N, M]
+
+
+def find(root: fx.Node) -> Match | Refusal | None:
+    """Attention whose result is the matmul `root`; captured as `reading`. A Refusal for a softmax that is none."""
+    if root.target is not aten.matmul.default:
+        return None
+    softmax = _softmax_behind(root.args[0])
+    if softmax is None:
+        other = _softmax_behind(root.args[1])
+        return Refusal(f"{other.name} is the second operand of {root.name}, expected the first") if other else None
+    reader = _Reader(root)
+    try:
+        reading = reader.read()
+        _check_readers(reader.nodes, root)
+    except Mismatch as mismatch:
+        return Refusal(f"{mismatch}")
+    return Match(root, {"reading": reading}, frozenset(reader.nodes))
+
+
+def _check_readers(nodes: set[fx.Node], root: fx.Node) -> None:
+    for node in nodes - {root}:
+        for user in node.users:
+            if user not in nodes:
+                reader = "returned by the model" if user.op == "output" else f"also read by {user.name}"
+                raise Mismatch(f"{node.name} is {reader}{source_of(node)}")
+
+
+_SOFTMAXES = (aten.softmax.int, aten._safe_softmax.default)
+_AFTER = {
+    aten._to_copy.default, aten.reshape.default, aten.slice.Tensor, aten.dropout.default, aten.mul.Tensor,
+    aten.div.Tensor, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther,
+    aten.where.ScalarSelf, aten.transpose.int,
+}  # fmt: skip
+
+
+def _softmax_behind(value: Any) -> fx.Node | None:
+    """The softmax that a value is made of by steps as they stand between probabilities and values."""
+    seen, waiting = set(), [value]
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.target in _SOFTMAXES:
+            return node
+        if node.target in _AFTER:
+            waiting += reversed(node.all_input_nodes)
+    return None
+
+
+def number(value: Any) -> float | None:
+    """The number that a literal, or a tensor of one element that is no trained weight, always is; else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float | fx.Node):
+        return None
+    if not isinstance(value, fx.Node):
+        return float(value)
+    given = arguments(value) if value.op == "call_function" else {}
+    if value.op == "get_attr":
+        weight: Any = attribute(value.graph.owning_module, str(value.target))  # type: ignore[arg-type]
+        constant = isinstance(weight, torch.Tensor) and weight.numel() == 1 and not weight.requires_grad
+        return float(weight) if constant else None
+    if value.target in (aten.full.default, aten.full_like.default):
+        return number(given["fill_value"])
+    if value.target is aten.scalar_tensor.default:
+        return number(given["s"])
+    if value.target in (aten._to_copy.default, aten.sqrt.default):
+        inner = number(given["self"])
+        root = inner is not None and value.target is aten.sqrt.default
+        return math.sqrt(inner) if root and inner is not None and inner >= 0 else inner
+    return None
+
+
+def is_last(axis: Any, node: fx.Node) -> bool:
+    """Whether an axis, or a list of one, is the last of a node's value."""
+    axes = axis if isinstance(axis, list | tuple) else [axis]
+    return len(axes) == 1 and axes[0] % len(shape(node)) == len(shape(node)) - 1
+
+
+class _Reader:
+    """Follows one attention upwards; `factor` is what everything above the current node is multiplied by."""
+
+    def __init__(self, root: fx.Node) -> None:
+        self.root = root
+        self.nodes = {root}
+        self.factor = 1.0
+        self.capped = False
+        self.reading = Reading(None, None, root.args[1], ())
+
+    def read(self) -> Reading:
+        scores = self._softmax()
+        while True:
+            if scores.target is aten.matmul.default:
+                self._product(scores, *scores.args)
+                return self.reading
+            step = _STEPS.get(scores.target)
+            if step is None or not leads_to_product(scores):
+                raise Mismatch(f"expected the product of queries and keys, found {spell(scores)}")
+            self.nodes.add(scores)
+            scores = step(self, scores, arguments(scores))
+            if not isinstance(scores, fx.Node):
+                raise Mismatch(f"expected scores, found {scores!r}")
+            if len(shape(scores)) == 4:
+                self.reading.heads = self.reading.heads or shape(scores)[1]
+
+    # --- probabilities
+
+    def _softmax(self) -> Any:
+        """Up to the softmax and over it; gives the scores."""
+        node: Any = self.root.args[0]
+        cut: dict[str, Any] | None = None
+        while node.target not in _SOFTMAXES:
+            self.nodes.add(node)
+            given = arguments(node)
+            if node.target is aten.slice.Tensor and cut is None and is_last(given["dim"], node):
+                cut = given
+            elif node.target is aten.reshape.default:
+                self._reshape(node, given)
+            elif node.target is aten.dropout.default:
+                raise Mismatch(f"{node.name} drops probabilities with p={given['p']}")
+            elif node.target is not aten._to_copy.default:
+                raise Mismatch(f"{spell(node)} changes the probabilities after the softmax{source_of(node)}")
+            node = given["self"]
+        self.nodes.add(node)
+        given = arguments(node)
+        if not is_last(given["dim"], node):
+            raise Mismatch(f"{node.name} is over axis {given['dim']} of {len(shape(node))}, expected the last")
+        self._check_precision(node)
+        self.reading.safe = node.target is aten._safe_softmax.default
+        if len(shape(node)) == 4:
+            self.reading.heads = shape(node)[1]
+        return given["self"] if cut is None else self._sinks(given["self"], cut)
+
+    def _sinks(self, node: Any, cut: dict[str, Any]) -> Any:
+        """Over the concatenation of scores and sinks, whose column the slice `cut` drops; gives the scores."""
+        while node.target in (aten._to_copy.default, aten.sub.Tensor):
+            self.nodes.add(node)
+            given = arguments(node)
+            node = self._sub(node, given) if node.target is aten.sub.Tensor else given["self"]
+        given = arguments(node)
+        parts = given.get("tensors", ())
+        if node.target is not aten.cat.default or len(parts) != 2 or not is_last(given["dim"], node):
+            raise Mismatch(f"expected scores and sinks joined by cat on the last axis, found {spell(node)}")
+        self.nodes.add(node)
+        first = leads_to_product(parts[0])
+        scores, sinks = parts if first else reversed(parts)
+        whole = shape(node)[-1]
+        kept = (0, -1) if first else (1, None)
+        found = (given_start(cut["start"]), cut["end"])
+        ends = found[1] == kept[1] or (kept[1] is None and isinstance(found[1], int) and found[1] > 2**31)
+        if not same_sizes(shape(sinks)[-1:], [1]) or found[0] != kept[0] or not (
+            ends or (first and same_sizes([cut["end"]], [whole - 1]))
+        ) or cut["step"] != 1:  # fmt: skip
+            raise Mismatch(f"expected the column of the sinks to be dropped from {node.name}")
+        self.reading.sinks = _per_head(sinks)
+        return scores
+
+    # --- scores
+
+    def _add_term(self, node: fx.Node, tensor: Any, factor: float) -> None:
+        if not isinstance(tensor, fx.Node):
+            raise Mismatch(f"{node.name} adds {tensor!r} to the scores, expected a tensor")
+        tensor = self._unexpanded(tensor)
+        self._add(Term(tensor, shape(node), factor), node)
+        if not dtype(tensor).is_floating_point:
+            raise Mismatch(f"{node.name} adds a {dtype(tensor)} tensor".replace("torch.", ""))
+
+    def _unexpanded(self, mask: Any) -> Any:
+        """A mask before it is expanded to the scores' shape: it broadcasts, and must not read the scores' sizes."""
+        while isinstance(mask, fx.Node) and mask.target in (aten.expand.default, aten.expand_as.default):
+            if mask.target is aten.expand_as.default:
+                self.nodes.add(mask)
+            mask = mask.args[0]
+        return mask
+
+    def _add(self, term: Term, node: fx.Node) -> None:
+        if self.capped:
+            raise Mismatch(f"{node.name} stands before the soft cap, expected masks after it")
+        if self.reading.multiplier is not None:
+            raise Mismatch(f"{node.name} stands before a scale that is no number, expected masks after it")
+        self.reading.terms.insert(0, term)
+
+    def _same_shape(self, node: fx.Node, scores: Any) -> Any:
+        if not same_sizes(shape(node), shape(scores)):
+            raise Mismatch(f"{node.name} broadcasts the scores from {shape(scores)} to {shape(node)}")
+        return scores
+
+    def _check_precision(self, node: fx.Node) -> None:
+        if dtype(node) is torch.float64 and dtype(self.root) is not torch.float64:
+            raise Mismatch(f"{node.name} computes in float64")
+
+    def _cast(self, node: fx.Node, given: dict[str, Any]) -> Any:
+        self._check_precision(node)
+        return given["self"]
+
+    def _reshape(self, node: fx.Node, given: dict[str, Any]) -> Any:
+        before = shape(given["self"])
+        if not same_sizes(before[-2:], shape(node)[-2:]):
+            raise Mismatch(
+                f"{node.name} changes the rows or columns of the scores: {list(before)}, {list(shape(node))}"
+            )
+        return given["self"]
+
+    def _scaled(self, node: fx.Node, given: dict[str, Any]) -> Any:
+        """Multiplication or division of the scores."""
+        first, second = given["self"], given["other"]
+        divided = node.target is aten.div.Tensor
+        scores, by = (first, second) if divided or leads_to_product(first) else (second, first)
+        factor = number(by)
+        self._same_shape(node, scores)
+        if factor is not None and factor != 0 and math.isfinite(factor):
+            self.factor = self.factor / factor if divided else self.factor * factor
+        elif isinstance(by, fx.Node) and not divided and self.reading.multiplier is None and not self.capped:
+            self.reading.multiplier = self._per_row(node, scores, by)
+        else:
+            raise Mismatch(f"{node.name} scales the scores by {spell(by)}, expected a number")
+        return scores
+
+    def _per_row(self, node: fx.Node, scores: fx.Node, by: fx.Node) -> fx.Node:
+        """A scale that is the same for all keys, directly after the product: it may as well multiply the query."""
+        value = by.meta["val"]
+        constant = not isinstance(value, torch.Tensor) or value.dim() == 0 or same_sizes(value.shape[-1:], [1])
+        if not constant or scores.target is not aten.matmul.default:
+            raise Mismatch(f"{node.name} scales the scores by {spell(by)}, expected one number for each row")
+        return by
+
+    def _added(self, node: fx.Node, given: dict[str, Any]) -> Any:
+        first, second = given["self"], given["other"]
+        swapped = not leads_to_product(first)
+        scores, tensor = (second, first) if swapped else (first, second)
+        alpha = number(given["alpha"])
+        if alpha is None or (swapped and alpha != 1):
+            raise Mismatch(f"{node.name} has alpha={spell(given['alpha'])}, expected 1")
+        if number(tensor) != 0:
+            self._add_term(node, tensor, self.factor * alpha)
+        return self._same_shape(node, scores)
+
+    def _sub(self, node: fx.Node, given: dict[str, Any]) -> Any:
+        """A mask that is subtracted, or each row's own maximum, which changes no softmax."""
+        scores, tensor, alpha = given["self"], given["other"], number(given["alpha"])
+        if _is_row_maximum(tensor, scores):
+            self.nodes |= {tensor, *([tensor.args[0]] if tensor.target is operator.getitem else [])}
+            self.reading.safe = False
+            return scores
+        if alpha is None or not leads_to_product(scores):
+            raise Mismatch(f"expected scores less a mask, found {spell(node)}")
+        self._add_term(node, tensor, -self.factor * alpha)
+        return self._same_shape(node, scores)
+
+    def _tanh(self, node: fx.Node, given: dict[str, Any]) -> Any:
+        """factor * tanh(x): the soft cap is the factor, and the scores before it are factor * x."""
+        if self.capped or self.factor <= 0 or self.reading.multiplier is not None:
+            raise Mismatch(f"{node.name} is no soft cap: c * tanh(scores / c)")
+        self.capped, self.reading.softcap = True, self.factor
+        return given["self"]
+
+    def _filled(self, node: fx.Node, given: dict[str, Any]) -> Any:
+        self._fill(node, given["mask"], given["value"], keeps=False)
+        return self._same_shape(node, given["self"])
+
+    def _where(self, node: fx.Node, given: dict[str, Any]) -> Any:
+        keeps = leads_to_product(given["self"])
+        scores, value = (given["self"], given["other"]) if keeps else (given["other"], given["self"])
+        self._fill(node, given["condition"], value, keeps)
+        return self._same_shape(node, scores)
+
+    def _fill(self, node: fx.Node, mask: fx.Node, value: Any, keeps: bool) -> None:
+        fill = number(value)
+        if fill is None:
+            raise Mismatch(f"{node.name} fills masked scores with {spell(value)}, expected a number")
+        if not fill * self.factor <= MASKED:
+            raise Mismatch(f"{node.name} fills masked scores with {fill * self.factor:g}, expected at most {MASKED:g}")
+        self._add(Term(self._unexpanded(mask), shape(node), fill=fill * self.factor, keeps=keeps), node)
+
+    def _clamped(self, node: fx.Node, given: dict[str, Any]) -> Any:
+        """Scores that are at least the smallest number: a row of -inf becomes one of equal scores."""
+        first = given["self"]
+        second = given["other"] if node.target is aten.maximum.default else given["min"]
+        scores, least = (first, second) if leads_to_product(first) else (second, first)
+        lowest = torch.finfo(dtype(scores)).min if dtype(scores) is not torch.float16 else math.nan
+        if self.reading.terms or self.capped or self.factor != 1 or number(least) != lowest or given.get("max"):
+            raise Mismatch(
+                f"{node.name} bounds the scores by {spell(least)}, expected the smallest number, after masks"
+            )
+        self.reading.clamped = True
+        return self._same_shape(node, scores)
+
+    def _product(self, node: fx.Node, query: Any, key: Any) -> None:
+        self.nodes.add(node)
+        self.reading.query, self.reading.key, self.reading.transposed = query, key, True
+        self.reading.scale, self.reading.product = self.factor, shape(node)
+
+
+_STEPS: dict[Any, Any] = {
+    aten._to_copy.default: _Reader._cast,
+    aten.reshape.default: _Reader._reshape,
+    aten.mul.Tensor: _Reader._scaled,
+    aten.div.Tensor: _Reader._scaled,
+    aten.add.Tensor: _Reader._added,
+    aten.sub.Tensor: _Reader._sub,
+    aten.tanh.default: _Reader._tanh,
+    aten.masked_fill.Scalar: _Reader._filled,
+    aten.masked_fill.Tensor: _Reader._filled,
+    aten.where.self: _Reader._where,
+    aten.where.ScalarOther: _Reader._where,
+    aten.where.ScalarSelf: _Reader._where,
+    aten.maximum.default: _Reader._clamped,
+    aten.clamp.default: _Reader._clamped,
+}
+
+
+def leads_to_product(value: Any) -> bool:
+    """Whether a value is made of a matmul by steps as they stand between that product and a softmax."""
+    seen, waiting = set(), [value]
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.target is aten.matmul.default:
+            return True
+        if node.target in _STEPS:
+            waiting += _operands(node)
+    return False
+
+
+def _operands(node: fx.Node) -> Iterator[Any]:
+    given = arguments(node)
+    return (given[name] for name in ("self", "other") if name in given)
+
+
+def _is_row_maximum(value: Any, scores: Any) -> bool:
+    if not isinstance(value, fx.Node) or value.op != "call_function":
+        return False
+    if value.target is operator.getitem and value.args[1] == 0:
+        value = value.args[0]
+    if value.target not in (aten.max.dim, aten.amax.default):
+        return False
+    given = arguments(value)
+    return given["self"] is scores and bool(given["keepdim"]) and is_last(given["dim"], scores)
+
+
+def _per_head(sinks: Any) -> fx.Node:
+    """The vector [H] of which the column of sinks [B, H, N, 1] is made."""
+    node = sinks
+    while isinstance(node, fx.Node) and len(shape(node)) > 1:
+        if node.target not in (
+            aten.expand.default,
+            aten.reshape.default,
+            aten.unsqueeze.default,
+            aten._to_copy.default,
+        ):
+            raise Mismatch(f"expected sinks that are one number for each head, found {spell(node)}")
+        node = node.args[0]
+    wanted = (shape(sinks)[1],) if len(shape(sinks)) == 4 else ()
+    if not isinstance(node, fx.Node) or not same_sizes(shape(node), wanted):
+        raise Mismatch(f"expected sinks that are one number for each head, found {spell(node)}")
+    return node
+
+
+def given_start(start: Any) -> Any:
+    """The start of a slice."""
+    return 0 if start is None else start
+
+
+def spell(value: Any) -> str:
+    """A value for a reason: a node's name and operator, or the literal."""
+    if not isinstance(value, fx.Node):
+        return repr(value)
+    return f"{value.name} ({value.target})" if value.op == "call_function" else value.name
