@@ -13,7 +13,8 @@ from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments, dtype, same_sizes, shape
 from ....ir.ops.attention import band
-from .lowering import Lowering, Probe
+from . import banded
+from .lowering import Lowering, Probe, always
 
 _LOW = -1e30  # a score beside which every other is zero, and finite in every sum
 
@@ -74,7 +75,9 @@ class Attention:
 
     @property
     def has_empty_rows(self) -> bool:
-        """Whether a row may have no key; a band that lets each query see its own key leaves none empty."""
+        """Whether a row may have no key and no sink; a band that holds the query's own key leaves none empty."""
+        if self.sinks is not None:
+            return False
         if self.bias is not None or self.key_mask is not None:
             return True
         return self.is_banded and not (
@@ -102,9 +105,10 @@ class Attention:
     def finish(self, result: Tensor) -> Tensor:
         """What rows without any key give, where the kernel gave them any finite number; `result` is [B, N, H, E]."""
         some = self.some()
-        if some is None:
-            return result
-        some = some.transpose(1, 2)
+        return result if some is None else self.mend(result, some.transpose(1, 2))
+
+    def mend(self, result: Tensor, some: Tensor) -> Tensor:
+        """`finish` where it is known which rows have a key; `some` broadcasts to [B, N, H, E]."""
         if self.empty == "zeros":
             return result * _cast(some, result.dtype)  # several times faster than a choice
         if self.empty == "nan":
@@ -202,6 +206,27 @@ def _key_channel(given: Attention) -> Tensor:
     return _heads_second(_attention_node(replace(given, query=query, key=key, scale=given.factor)), given)
 
 
+@_lowering
+def _blocks(given: Attention) -> Tensor:
+    """Attention by blocks of queries, see `banded`."""
+    batch, heads, length, _ = given.query.shape
+    assert given.left is not None and given.right is not None
+    keys = torch.ones((batch, length), dtype=torch.bool) if given.key_mask is None else given.key_mask
+    result, some = banded.band_attention(
+        _tokens_first(given.query),
+        _tokens_first(given.key),
+        _tokens_first(given.value),
+        keys,
+        given.left,
+        given.right,
+        {"q_num_heads": heads, "kv_num_heads": given.key.shape[1], "scale": given.factor, "softcap": given.softcap},
+    )
+    result = result.reshape(batch, length, heads, given.value.shape[3])
+    if given.empty != "zeros" and given.has_empty_rows:
+        result = given.mend(result, some[:, :, None, None])
+    return result.transpose(1, 2)
+
+
 def _attention_node(given: Attention, mask: Tensor | None = None) -> Tensor:
     """The node itself, [B, N, H * E]."""
     batch, heads, length, _ = given.query.shape
@@ -249,7 +274,7 @@ def _group_query_attention(given: Attention) -> Tensor:
         shape=(batch, length, heads * given.value.shape[3]),
         version=1,
     )
-    return _heads_second(result, given if given.sinks is None else replace(given, empty="zeros"))
+    return _heads_second(result, given)
 
 
 @_lowering
@@ -274,8 +299,8 @@ def _unfused(given: Attention) -> Tensor:
     if groups != heads:
         weights = weights.reshape(batch, groups, heads // groups * length, keys)
     result = (weights @ given.value).reshape(batch, heads, length, given.value.shape[3])
-    if given.sinks is not None or given.empty == "mean":
-        return result  # a row without any key: zeros beside the sink, or the mean over equal scores
+    if given.empty == "mean":
+        return result  # as the softmax over equal scores gives it
     return given.finish(result.transpose(1, 2)).transpose(1, 2)
 
 
@@ -341,12 +366,25 @@ def _as_in_models(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return probe
 
 
+def _whole(name: str, function: Callable[..., Tensor], refuses: Callable[[fx.Node], str | None] = always) -> Lowering:
+    """A lowering whose time grows with the square of the length: not for a band in a sequence of any length.
+
+    The example's length says nothing about those to come; blocks lose little on short ones.
+    """
+
+    def refuses_long(node: fx.Node) -> str | None:
+        return "blocks serve a band at every length" if banded.settles(node) else refuses(node)
+
+    return Lowering(name, function, refuses_long)
+
+
 ATTENTION = (
-    Lowering("Attention", _attention_onnx, _refuses_fused),
-    Lowering("Attention, mask in the keys", _key_channel, _refuses_key_channel),
-    Lowering("GroupQueryAttention", _group_query_attention, _refuses_group_query),
-    Lowering("MultiHeadAttention", _multi_head_attention, _refuses_multi_head),
-    Lowering("MatMul+Softmax", _unfused),
+    _whole("Attention", _attention_onnx, _refuses_fused),
+    _whole("Attention, mask in the keys", _key_channel, _refuses_key_channel),
+    _whole("GroupQueryAttention", _group_query_attention, _refuses_group_query),
+    _whole("MultiHeadAttention", _multi_head_attention, _refuses_multi_head),
+    _whole("MatMul+Softmax", _unfused),
+    Lowering("Attention by blocks", _blocks, banded.refuses),
 )
 # Projections give [B, N, H, D] and the output projection reads [B, N, H * D]: transpositions count.
 PROBE = Probe(_rows_first, _as_in_models)
