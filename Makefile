@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench golden families size clean
+.PHONY: help demo test check bench golden families survey size clean
 
 BIN := .venv/bin
 READY := .venv/ready
@@ -53,6 +53,9 @@ golden: $(READY) ## rewrite the expected texts under tests/golden/ (read the dif
 
 families: $(READY) ## try each model family and write the table in README.md
 	@$(BIN)/fxpress families --write-readme
+
+survey: $(READY) ## try every family that transformers knows and write docs/families.md (half an hour)
+	@$(BIN)/fxpress families --all --write docs/families.md
 
 size: ## lines of Python in each folder
 	@for folder in $(wildcard $(CODE)); do \

@@ -34,6 +34,7 @@ Passes = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; left out: one a core.")]
 Batch = Annotated[int, typer.Option(min=1, help="Batch size of the example (it stays dynamic).")]
+RECORD = Path("build/families.jsonl")
 Length = Annotated[int, typer.Option(min=1, help="Length in tokens of the example (it stays dynamic).")]
 
 
@@ -142,8 +143,18 @@ def demo(
 def families(
     names: Annotated[list[str] | None, typer.Argument(help="Families to try; left out: all.")] = None,
     write_readme: Annotated[bool, typer.Option("--write-readme", help="Write the table into ./README.md.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every family that transformers knows, in processes of their own.")
+    ] = False,
+    write: Annotated[Path | None, typer.Option(help="With --all: the Markdown file to write.")] = None,
+    record: Annotated[Path, typer.Option(help="With --all: the outcomes so far, as JSON lines.")] = RECORD,
+    resume: Annotated[bool, typer.Option("--resume", help="With --all: keep the outcomes recorded so far.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="With --all: families at a time.")] = 2,
 ) -> None:
     """Compile a tiny model of each family and compare it with eager PyTorch at several sizes."""
+    if everything:
+        _survey(names or [], write, record, resume, workers)
+        return
     from . import families as table
 
     table.check_names(names or [])
@@ -156,6 +167,31 @@ def families(
         table.write_readme(Path("README.md"), results)
     if not all(result.equal for result in results):
         raise FxpressError(f"not equal: {', '.join(result.name for result in results if not result.equal)}")
+
+
+def _survey(names: list[str], write: Path | None, record: Path, resume: bool, workers: int) -> None:
+    from rich.progress import Progress
+
+    from . import survey, survey_models, survey_table
+
+    survey_models.check_names(names)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        record.unlink(missing_ok=True)
+    done = survey.recorded(record)
+    waiting = [name for name in names or survey_models.families() if name not in done]
+    with Progress(console=out, auto_refresh=False) as progress:  # no thread may run where processes are forked
+        task = progress.add_task("families", total=len(waiting))
+        for outcome in survey.run(waiting, record, workers):
+            done[outcome.family] = outcome
+            state = "ok" if outcome.stage == "ok" else f"{outcome.stage}: {outcome.reason}"
+            progress.console.print(f"{outcome.family}: {state}", markup=False, highlight=False)
+            progress.update(task, advance=1, refresh=True)
+    if write is not None:
+        survey_table.write(write, done.values())
+    wrong = [outcome.family for outcome in done.values() if outcome.stage in ("equal", "bug")]
+    if wrong:
+        raise FxpressError(f"wrong results or bugs: {', '.join(sorted(wrong))}")
 
 
 def _passes(given: str | None) -> object:

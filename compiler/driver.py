@@ -25,7 +25,7 @@ from ..ir.errors import FxpressError, InputError, VerifyError, nearest, one_line
 from ..ir.graph import Program
 from ..ir.printer import print_program
 from ..ir.rewrite import Context, Pass
-from ..ir.signature import describe
+from ..ir.signature import describe, leaves
 from . import artifact, hf, structure
 from .pipeline import parse_passes, run_passes
 from .report import Report
@@ -242,9 +242,7 @@ def _compile(model: torch.nn.Module | ExportedProgram, settings: _Settings, exam
         eager = _run_model(module, example)
     with clock("trace"):
         program = trace(model, example, settings.dynamic_shapes)
-        tensors = program.signature.bind(*example) if _fits(program, example) else None
-    # A batch or length of 1 was doubled for tracing; errors are then measured on the example all the same.
-    flat = tensors if tensors is not None else _flat(program, example)
+        flat = _flat(program, example)
     if isinstance(model, torch.nn.Module):
         with clock("check sizes"):
             program = admit_ones(program, model, flat)
@@ -301,17 +299,8 @@ def _cloned(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _fits(program: Program, example: Arguments) -> bool:
-    try:
-        program.signature.bind(*example)
-    except InputError:
-        return False
-    return True
-
-
 def _flat(program: Program, example: Arguments) -> list[Tensor]:
-    from ..ir.signature import leaves
-
+    """The example in the order of the program's inputs, whatever its sizes: 1 was doubled for tracing."""
     given = {**dict(zip(program.signature.positional, example[0], strict=False)), **example[1]}
     found = {path: leaf for name, value in given.items() for path, leaf in leaves(value, name)}
     return [found[tensor.path] for tensor in program.signature.inputs]

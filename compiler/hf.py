@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,42 @@ def register_caches() -> None:
             None,
         ),
     )
+
+
+@contextlib.contextmanager
+def traceable_experts() -> Iterator[None]:
+    """Within it, transformers' mixtures of experts run every expert on every token.
+
+    Their usual way sorts the tokens by expert and cuts them where the routing says, which depends on values: no graph
+    can hold it. The result is the same to rounding; the cost grows by all experts over chosen ones.
+    """
+    if "transformers" not in sys.modules:
+        yield
+        return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS["grouped_mm"] = _all_experts
+    try:
+        yield
+    finally:
+        del ALL_EXPERTS_FUNCTIONS["grouped_mm"]  # transformers' own shows again
+
+
+def _all_experts(experts: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """A mixture of E experts: hidden [S, H], the K experts chosen for each token [S, K] and their weights [S, K]."""
+
+    def project(name: str, value: torch.Tensor) -> torch.Tensor:
+        weight = getattr(experts, name)
+        result = torch.bmm(value, weight if experts.is_transposed else weight.transpose(1, 2))
+        return result + getattr(experts, f"{name}_bias")[:, None] if experts.has_bias else result
+
+    each = project("gate_up_proj" if experts.has_gate else "up_proj", hidden.expand(experts.num_experts, -1, -1))
+    each = project("down_proj", experts._apply_gate(each) if experts.has_gate else experts.act_fn(each))
+    if experts.has_post_expert_norm:
+        each = experts.post_expert_norm(each)
+    shares = weights.new_zeros(hidden.shape[0], experts.num_experts).scatter_add(1, chosen, weights).t()[:, :, None]
+    each = torch.where(shares != 0, each * shares, 0.0)  # what is not chosen counts for nothing, even if it overflows
+    return each.sum(0).to(hidden.dtype)
 
 
 def load_model(folder: Path) -> torch.nn.Module:

@@ -20,9 +20,10 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ..ir.errors import InputError, TraceError, one_line
-from ..ir.graph import Program, attribute, fake_result, identifier, size_text, source_of
+from ..ir.graph import Program, attribute, fake_result, identifier, size_text
 from ..ir.signature import ConstantInput, Signature, TensorInput, describe, leaves
 from . import hf
+from .inplace import functional, is_change
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -147,7 +148,7 @@ def _widened(args: Arguments) -> Iterator[Arguments]:
 
 def _export(model: torch.nn.Module, args: Arguments, dynamic_shapes: Any) -> ExportedProgram:
     try:
-        with torch.no_grad(), _no_mask_inspection(), plain_attention():
+        with torch.no_grad(), _no_mask_inspection(), plain_attention(), hf.traceable_experts():
             return torch.export.export(model, *args, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise TraceError(f"cannot trace {type(model).__name__}{_user_line(error)}: {one_line(error)}") from error
@@ -314,8 +315,8 @@ def _copy_calls(source: fx.GraphModule, module: torch.nn.Module, graph: fx.Graph
             copies[node] = _inline(attribute(source, str(node.args[1].target)), node.args[2:], graph, copied)
         elif target is operator.getitem and isinstance(copies[node.args[0]], tuple | list):
             copies[node] = copies[node.args[0]][node.args[1]]  # of an inlined body's outputs
-        elif isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-            copies[node] = _functional(node, graph, copies)
+        elif is_change(node):
+            copies[node] = functional(node, graph, copies)
         else:
             copies[node] = graph.node_copy(node, copied)
             if node.op == "placeholder":
@@ -334,58 +335,6 @@ def _inline(body: fx.GraphModule, args: Sequence[Any], graph: fx.Graph, copied: 
         if node.op != "placeholder":
             names[node] = graph.node_copy(node, lambda used: names[used])
     raise TraceError("a nested graph has no output")
-
-
-def _functional(node: fx.Node, graph: fx.Graph, copies: dict[fx.Node, Any]) -> fx.Node:
-    """The functional spelling of a change in place; later readers of the changed tensor read the new value."""
-    changed = node.args[0]
-    target: Any = node.target
-    if not isinstance(changed, fx.Node) or not isinstance(copies[changed], fx.Node):
-        raise TraceError(f"cannot make {target} functional{source_of(node)}")
-    if target is torch.ops.aten.detach_.default:
-        kept: fx.Node = copies[changed]
-        return kept
-    aliased = _alias_of(changed) is not None or any(_alias_of(user) is changed for user in changed.users)
-    packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
-    overload = getattr(packet, target._overloadname, None)
-    if changed.op != "call_function" or aliased or overload is None or overload._schema.is_mutable:
-        what = (
-            "an input or a buffer" if changed.op != "call_function" else "a view of a tensor, or a tensor with views,"
-        )
-        raise TraceError(f"the model changes {what} in place{source_of(node)}; write it without {target}")
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: copies[used])
-    result = graph.call_function(overload, args, kwargs)
-    result.meta = dict(node.meta)
-    before = changed.meta["val"].dtype
-    if torch.result_type(before_value := changed.meta["val"], before_value) != before or _promotes(node, before):
-        result.meta.pop("val", None)
-        meta, result = result.meta, graph.call_function(torch.ops.aten.to.dtype, (result, before))
-        result.meta = dict(meta)
-    copies[changed] = result
-    return result
-
-
-def _promotes(node: fx.Node, dtype: torch.dtype) -> bool:
-    """Whether an argument of a change in place is of a wider kind than the tensor it changes."""
-    for value in [*node.args[1:], *node.kwargs.values()]:
-        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor):
-            if value.meta["val"].dtype != dtype:
-                return True
-        elif isinstance(value, float) and not dtype.is_floating_point:
-            return True
-    return False
-
-
-def _alias_of(node: fx.Node) -> fx.Node | None:
-    """The tensor that a node's value may share memory with, by its schema."""
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
-        return None
-    schema = node.target._schema
-    aliased = {name for item in schema.returns if item.alias_info for name in item.alias_info.before_set}
-    for argument, value in zip(schema.arguments, node.args, strict=False):
-        if argument.alias_info and aliased & argument.alias_info.before_set and isinstance(value, fx.Node):
-            return value
-    return None
 
 
 def _fill_fake_values(program: Program) -> None:
@@ -467,7 +416,7 @@ def _cut(program: Program, tensors: Sequence[Tensor], names: set[str]) -> list[T
 
 
 def _agrees_at(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> bool:
-    """Whether graph and model agree on an input; False too where the graph, but not the model, fails."""
+    """Whether graph and model agree on an input; False too where one of them fails."""
     given = {spec.path: tensor for spec, tensor in zip(program.signature.inputs, tensors, strict=True)}
     if any("." in path for path in given):
         return False  # nested inputs: not rebuilt from their leaves, so the bound stays
@@ -475,7 +424,7 @@ def _agrees_at(program: Program, model: torch.nn.Module, tensors: Sequence[Tenso
         try:
             expected = pytree.tree_leaves(model(**given, **_constants(program)))
         except (RuntimeError, ValueError, IndexError):
-            return True  # the model itself takes no such size
+            return False  # nothing to compare with: the bound stays
         try:
             found = program.run(tensors)
         except (RuntimeError, ValueError, IndexError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -305,8 +305,3 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] for entry in stack.values()]
     return re.sub(r"\['?([^\]']+)'?\]", r"\1", paths[-1]) if paths else ""
-
-
-def interior(nodes: Iterator[fx.Node]) -> list[fx.Node]:
-    """The calls among some nodes."""
-    return [node for node in nodes if node.op == "call_function"]

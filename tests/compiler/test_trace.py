@@ -101,6 +101,66 @@ def test_changes_of_a_fresh_tensor_become_functional(kind: type[nn.Module]) -> N
     assert_equals(program, model, torch.rand(5, 2))
 
 
+class ChangesView(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, 0].zero_()
+        return y
+
+
+class ChangesViewed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        view = y.t()
+        y.add_(1)
+        return view + 0
+
+
+class ChangesViewOfView(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        early, column = y[1:], y.transpose(0, 1)[0]
+        y[1:][0, 1:].copy_(x[0, 1:])
+        y[..., :2] = 7
+        return y.sum() + early * column[1:, None]
+
+
+class ChangesResultOfChange(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        z = y.add_(1)
+        z.mul_(y)
+        return y + 0 * z
+
+
+class ChangesViewThatAloneIsRead(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x * 2).reshape(-1)
+        y *= 3
+        return y
+
+
+class FillsEmpty(nn.Module):
+    """As multi-head latent attention joins its keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.new_empty(x.shape[0], x.shape[1] + 1)
+        y[:, :-1] = x
+        y[:, -1:] = x[:, :1].double()
+        return y
+
+
+VIEWS = [ChangesView, ChangesViewed, ChangesViewOfView, ChangesResultOfChange, ChangesViewThatAloneIsRead, FillsEmpty]
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_changes_of_views_reach_the_tensor_and_its_other_views(kind: type[nn.Module]) -> None:
+    model = kind()
+    program = traced(model, torch.rand(4, 3))
+    assert_equals(program, model, torch.rand(4, 3))
+    assert_equals(program, model, torch.rand(5, 6))
+
+
 class ChangesInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x += 1
@@ -117,22 +177,26 @@ class ChangesBuffer(nn.Module):
         return x + self.count
 
 
-class ChangesView(nn.Module):
+class ChangesPartOfSplit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x * 2
-        y[:, 0].zero_()
+        first, _ = y.split(2)
+        first.zero_()
         return y
 
 
-class ChangesViewed(nn.Module):
+class ChangesWhatReshapeMayShow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x * 2
-        view = y.t()
+        flat = y.reshape(-1)
         y.add_(1)
-        return view + 0
+        return flat + 0
 
 
-@pytest.mark.parametrize("kind", [ChangesInput, ChangesBuffer, ChangesView, ChangesViewed])
+REFUSED = [ChangesInput, ChangesBuffer, ChangesPartOfSplit, ChangesWhatReshapeMayShow]
+
+
+@pytest.mark.parametrize("kind", REFUSED)
 def test_changes_that_others_could_see_are_refused_with_the_line(kind: type[nn.Module]) -> None:
     with pytest.raises(TraceError, match=r"in place \(test_trace\.py:\d+: .*write it without aten") as caught:
         traced(kind(), torch.rand(3, 4))

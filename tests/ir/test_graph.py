@@ -212,7 +212,3 @@ SAME: dict[str, tuple[Any, Any, bool]] = {
 def test_same_value(case: str) -> None:
     first, second, same = SAME[case]
     assert g.same_value(first, second) is same
-
-
-def test_calls_only(made: Program) -> None:
-    assert [node.name for node in g.interior(iter(made.graph.nodes))] == ["linear", "relu"]
