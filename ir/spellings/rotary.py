@@ -130,9 +130,9 @@ def _condition(found: Match) -> Any:
     x, cos, sin = found["x"], found["cos"], found["sin"]
     if not (isinstance(cos, fx.Node) and isinstance(sin, fx.Node)):
         return Refusal("cos or sin is a number")
-    wide = dtype(found.root)  # x may be narrower: what multiplies it widens it, as in OLMo 2
-    if not dtype(cos) == dtype(sin) == wide == torch.promote_types(dtype(x), wide):
-        return Refusal("the angles are narrower than the result, or cos and sin differ in dtype")
+    wide = [torch.promote_types(dtype(x), dtype(angle)) for angle in (cos, sin)]  # in which the products are computed
+    if not wide[0] == wide[1] == dtype(found.root):
+        return Refusal("the two products differ in dtype")
     if not same_sizes(shape(found.root), shape(x)):
         return Refusal("the input broadcasts")
     return True
@@ -160,10 +160,12 @@ def _pairwise_condition(found: Match) -> Any:
 
 def _replace(program: Program, found: Match, _: Any) -> None:
     options: dict[str, Any] = {"interleaved": True} if found["interleaved"] else {}
-    x: Any = found["x"]
-    if dtype(x) != dtype(found.root):
-        x = program.call(aten._to_copy.default, x, dtype=dtype(found.root), before=found.root)
-    new = program.call(rotary, x, found["cos"], found["sin"], before=found.root, **options)
+    wide = dtype(found.root)
+    operands = [
+        item if dtype(item) == wide else program.call(aten._to_copy.default, item, dtype=wide, before=found.root)
+        for item in (found[name] for name in ("x", "cos", "sin"))
+    ]
+    new = program.call(rotary, *operands, before=found.root, **options)
     program.replace(found.root, new)
 
 

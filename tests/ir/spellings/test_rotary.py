@@ -155,8 +155,14 @@ def test_half_precision_is_bit_for_bit_the_same(function: Callable[..., Tensor],
 
 
 @pytest.mark.parametrize("function", [hugging_face, every_two, pairwise])
-def test_wide_angles_widen_half_precision(function: Callable[..., Tensor]) -> None:
-    before = made(lambda m, x, angles: function(m, x.half(), angles).half())
+@pytest.mark.parametrize("wide", ["input", "angles"])
+def test_what_is_wider_widens_the_rest(function: Callable[..., Tensor], wide: str) -> None:
+    """OLMo 2 computes its angles in fp32, Cohere turns in fp32."""
+
+    def forward(m: Any, x: Tensor, angles: Tensor) -> Tensor:
+        return function(m, x.half(), angles) if wide == "angles" else function(m, x, angles.half())
+
+    before = made(forward)
     after, _ = check(before, Canonicalize())
     assert len(after.calls(rotary)) == 1
     given = [normal(2, 4, 9, 8), normal(2, 9, 4, seed=1)]
@@ -205,9 +211,9 @@ def turn_read_twice(m: Any, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
     return x * cos + turned * sin, turned
 
 
-def narrow_cos(m: Any, x: Tensor, angles: Tensor) -> Tensor:
+def wide_cos(m: Any, x: Tensor, angles: Tensor) -> Tensor:
     cos, sin = halves(angles)
-    return x * cos.half() + rotate_half(x) * sin.half()
+    return x * cos.double() + rotate_half(x) * sin
 
 
 def one_angle(m: Any, x: Tensor, angles: Tensor) -> Tensor:
@@ -231,7 +237,7 @@ def number(m: Any, x: Tensor, angles: Tensor) -> Tensor:
 REFUSALS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "other_tensor": (with_sum(rotate_half, torch.exp), "rotary", "is no product with x"),
     "read_twice": (turn_read_twice, "rotary", "cat_1 is returned by the model"),
-    "dtypes": (narrow_cos, "rotary", "the angles are narrower than the result"),
+    "dtypes": (wide_cos, "rotary", "the two products differ in dtype"),
     "narrow": (one_angle, "rotary", "cos and sin are not as wide as the input"),
     "broadcasts": (broadcasts, "rotary", "the input broadcasts"),
     "number": (number, "rotary", "cos or sin is a number"),
