@@ -128,7 +128,10 @@ def build_optimized(workload: Workload, work: Path, shape: Shape, inputs: Inputs
             self.model.set_attn_implementation("eager")
 
         def forward(self, *args: Any) -> Any:
-            return self.model(**dict(zip(inputs, args, strict=True)), return_dict=False)
+            named_args = dict(zip(inputs, args, strict=True))
+            # Without a mask transformers looks for packed prompts by aten.diff, which this exporter does not know.
+            named_args.setdefault("attention_mask", torch.ones_like(named_args["input_ids"]))
+            return self.model(**named_args, return_dict=False)
 
     file = onnx_file(work, OPTIMIZED, shape)
     with torch.no_grad():

@@ -77,7 +77,7 @@ def summary_rows(workload: Workload, results: Results) -> list[str]:
 
 def wanted(target: Target) -> str:
     """The target as text."""
-    parts = [f"{target.over_onnx:.2f} over ONNX Runtime"] if target.over_onnx > 1 else []
+    parts = [f"{target.over_onnx:.2f} over ONNX Runtime"] if target.over_onnx else []
     parts += [f"{target.floor_share:.0%} of floor"] if target.floor_share else []
     return ", ".join(parts) or "-"
 
@@ -160,12 +160,14 @@ def memory_table(results: Results) -> list[str]:
         "MB by which the peak of resident memory during a run exceeds what was resident before the model was loaded "
         "(weights and buffers included, libraries not), by batch x length.",
         "",
-        f"| candidate | {' | '.join(columns)} |",
-        "|---|" + "---:|" * len(columns),
+        f"| candidate | {' | '.join(columns)} | last/first |",
+        "|---|" + "---:|" * (len(columns) + 1),
     ]
     for name, found in results.memory.items():
         cells = [f"{found[key]:.0f}" if isinstance(found[key], float) else cell(str(found[key])) for key in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        first, last = found[columns[0]], found[columns[-1]]
+        growth = f"{last / first:.1f}" if isinstance(first, float) and isinstance(last, float) else "-"
+        lines.append(f"| {name} | {' | '.join([*cells, growth])} |")
     return [*lines, ""]
 
 

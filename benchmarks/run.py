@@ -8,9 +8,9 @@ RESULTS.md is written when a workload was measured whole: all of its candidates 
 
 How it measures (measure.py, worker.py): every candidate (candidates.py) runs in a process of its own, on one thread,
 with the same inputs (workloads.py). Preparing is not timed. Then the candidates take turns, A B C A B C: in each round
-each of them runs each shape for half a second (at least once, after a run that is not counted) and gives the median.
-The report (report.py) is the median of the rounds' medians, and the spread: their largest less their smallest. The
-matmul floor (floor.py) is measured in the same turns.
+each of them runs each shape for half a second, after a run that is not counted, or once if that takes longer than a
+second, and gives the median. The report (report.py) is the median of the rounds' medians, and the spread: their
+largest less their smallest. The matmul floor (floor.py) is measured in the same turns.
 """
 
 from __future__ import annotations
