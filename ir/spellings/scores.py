@@ -165,12 +165,12 @@ class _Reader:
     def _softmax(self) -> Any:
         """Up to the softmax and over it; gives the scores."""
         node: Any = self.root.args[0]
-        cut: dict[str, Any] | None = None
+        cut: fx.Node | None = None
         while node.target not in _SOFTMAXES:
             self.nodes.add(node)
             given = arguments(node)
             if node.target is aten.slice.Tensor and cut is None and is_last(given["dim"], node):
-                cut = given
+                cut = node
             elif node.target is aten.reshape.default:
                 self._reshape(node, given)
             elif node.target is aten.dropout.default:
@@ -188,7 +188,7 @@ class _Reader:
             self.reading.heads = shape(node)[1]
         return given["self"] if cut is None else self._sinks(given["self"], cut)
 
-    def _sinks(self, node: Any, cut: dict[str, Any]) -> Any:
+    def _sinks(self, node: Any, cut: fx.Node) -> Any:
         """Over the concatenation of scores and sinks, whose column the slice `cut` drops; gives the scores."""
         while node.target in (aten._to_copy.default, aten.sub.Tensor):
             self.nodes.add(node)
@@ -201,13 +201,9 @@ class _Reader:
         self.nodes.add(node)
         first = leads_to_product(parts[0])
         scores, sinks = parts if first else reversed(parts)
-        whole = shape(node)[-1]
-        kept = (0, -1) if first else (1, None)
-        found = (given_start(cut["start"]), cut["end"])
-        ends = found[1] == kept[1] or (kept[1] is None and isinstance(found[1], int) and found[1] > 2**31)
-        if not same_sizes(shape(sinks)[-1:], [1]) or found[0] != kept[0] or not (
-            ends or (first and same_sizes([cut["end"]], [whole - 1]))
-        ) or cut["step"] != 1:  # fmt: skip
+        given = arguments(cut)
+        drops_one = given["step"] == 1 and same_sizes(shape(cut)[-1:], [shape(node)[-1] - 1])
+        if not (drops_one and (given["start"] or 0) == (0 if first else 1) and same_sizes(shape(sinks)[-1:], [1])):
             raise Mismatch(f"expected the column of the sinks to be dropped from {node.name}")
         self.reading.sinks = _per_head(sinks)
         return scores
@@ -413,11 +409,6 @@ def _per_head(sinks: Any) -> fx.Node:
     if not isinstance(node, fx.Node) or not same_sizes(shape(node), wanted):
         raise Mismatch(f"expected sinks that are one number for each head, found {spell(node)}")
     return node
-
-
-def given_start(start: Any) -> Any:
-    """The start of a slice."""
-    return 0 if start is None else start
 
 
 def spell(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from build import assert_equal, normal, program, reasons, rewritten
+from build import assert_equal, check, normal, program, reasons, rewritten
 from torch import Tensor
 
 from fxpress.compiler.trace import trace
@@ -245,9 +245,9 @@ def bounded_from_below_as_in_opt(m, x, pad, y):
 
 def mask_subtracted_as_in_xlnet(m, x, pad, y):
     q, k, v = (t.transpose(1, 2).transpose(0, 1) for t in qkv(m, x))
-    scores = (
-        torch.einsum("ibnd,jbnd->bnij", q, k) * 0.5 - 1e30 * torch.einsum("bj->bj", 1.0 - pad.float())[:, None, None]
-    )
+    scores = (torch.einsum("ibnd,jbnd->bnij", q, k) + 0) * 0.5 - 1e30 * torch.einsum("bj->bj", 1.0 - pad.float())[
+        :, None, None
+    ]
     return torch.einsum("bnij,jbnd->ibnd", scores.softmax(3), v)
 
 
@@ -659,6 +659,52 @@ def test_near_miss(spelling: Callable[..., Any]) -> None:
     assert not after.calls(attention)
     assert any(NEAR_MISSES[spelling] in found for found in reasons(result, "attention")), reasons(result, "attention")
     assert_equal(before, after, examples(3, 8))
+
+
+def three(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [normal(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+def test_every_axis_may_be_dynamic() -> None:
+    before = program(lambda m, x: F.scaled_dot_product_attention(x, x, x), normal(2, 4, 5, 8))
+    after, _ = check(before, Canonicalize())
+    assert len(after.calls(attention)) == 1
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [((2, 4, 5, 8), (1, 4, 6, 8), (2, 4, 6, 3)), ((2, 4, 5, 8), (2, 1, 6, 8), (2, 4, 6, 8)),
+     ((2, 1, 5, 8), (2, 4, 6, 8), (2, 1, 6, 8)), ((2, 4, 5, 8), (6, 8), (6, 8)), ((5, 8), (6, 8), (6, 8))],
+    ids=["batch", "key_heads", "query_heads", "no_batch", "matrices"],
+)  # fmt: skip
+def test_operands_broadcast(shapes: tuple[tuple[int, ...], ...]) -> None:
+    before = program(lambda m, q, k, v: (q @ k.mT).softmax(-1) @ v, *three(*shapes), dynamic=None)
+    after, result = rewritten(before, Canonicalize())
+    assert len(after.calls(attention)) == 1, reasons(result, "attention")
+    assert_equal(before, after, three(*shapes))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [
+        (((6, 5, 8), (1, 5, 8), (6, 5, 8)), "a key of shape [1, 8, 5] for scores of shape [6, 5, 5]"),
+        (((2, 2, 2, 2, 5, 8),) * 3, "scores of rank 6, expected at most 5"),
+    ],
+    ids=["flat_key", "rank_6"],
+)
+def test_shapes_that_are_refused(shapes: tuple[tuple[int, ...], ...], reason: str) -> None:
+    before = program(lambda m, q, k, v: (q @ k.mT).softmax(-1) @ v, *three(*shapes), dynamic=None)
+    after, result = rewritten(before, Canonicalize())
+    assert not after.calls(attention)
+    assert reason in reasons(result, "attention")
+
+
+def test_a_mask_of_another_float_type_is_refused() -> None:
+    tensors = [*three(*[(2, 4, 5, 8)] * 3, dtype=torch.float16), normal(5, 5)]
+    before = program(lambda m, q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask), *tensors, dynamic=None)
+    after, result = rewritten(before, Canonicalize())
+    assert not after.calls(attention)
+    assert "a mask of dtype torch.float32" in reasons(result, "attention")
 
 
 def test_a_matmul_without_a_softmax_is_no_near_miss() -> None:
