@@ -45,8 +45,8 @@ check: $(READY) ## lint, format, types, import rules
 	@$(BIN)/mypy | sed 's#^\.venv/link/fxpress/##'
 	@$(BIN)/pytest -q tests/test_layers.py
 
-bench: $(READY) ## measure side by side and write benchmarks/RESULTS.md
-	@$(BIN)/python benchmarks/run.py
+bench: $(READY) ## measure side by side and write benchmarks/RESULTS.md (BENCH="--only minilm": one workload)
+	@$(BIN)/python benchmarks/run.py $(BENCH)
 
 golden: $(READY) ## rewrite the expected texts under tests/golden/ (read the diff afterwards)
 	@$(BIN)/pytest -n 2 --slow --update-golden

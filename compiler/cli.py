@@ -79,7 +79,10 @@ def inspect(
     model_dir: ModelDir,
     passes: Passes = None,
     explain: Annotated[
-        str | None, typer.Option(metavar="PASS", help="Print each refusal and near miss of this pass, with its reason.")
+        str | None,
+        typer.Option(
+            metavar="PASS", help="Print what this pass matched, and each near miss and refusal with its reason."
+        ),
     ] = None,
     batch: Batch = 2,
     length: Length = 16,
@@ -89,6 +92,7 @@ def inspect(
     from . import hf
     from .driver import compile
     from .pipeline import check_name
+    from .report import explain as explained
 
     chosen = _passes(passes)
     if explain is not None:
@@ -101,11 +105,7 @@ def inspect(
         return
     for item in compiled.report.passes:
         if item.name.partition("(")[0] == explain:
-            rewrites = ", ".join(f"{count} {rule}" for rule, count in item.rewrites.items()) or "none"
-            out.print(f"{item.name}: rewrites: {rewrites}", markup=False, highlight=False, soft_wrap=True)
-            for refusal in item.refusals:
-                line = f"  {refusal['node']}: {refusal['rule']}: {refusal['reason']}"
-                out.print(line, markup=False, highlight=False, soft_wrap=True)
+            out.print(explained(item), highlight=False)
 
 
 @app.command()

@@ -143,6 +143,7 @@ def run_passes(
                 changes=result.changes,
                 rewrites=dict(result.rewrites),
                 refusals=[{"rule": item.rule, "node": item.node, "reason": item.reason} for item in result.refusals],
+                matches=[dataclasses.asdict(item) for item in result.matches],
                 seconds=seconds,
                 sqnr_db=_introduced(after, before),
             )

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
 
 
 @dataclass
 class PassReport:
-    """One pass: rewrites by rule, refusals, the seconds it took and the error that it introduced."""
+    """One pass: rewrites by rule, where rules matched or refused, the seconds it took, the error that it introduced."""
 
     name: str
     changes: int
@@ -22,6 +23,7 @@ class PassReport:
     refusals: list[dict[str, str]]  # rule, node, reason
     seconds: float
     sqnr_db: float | None  # of the program's outputs against those before the pass; None: not measured
+    matches: list[dict[str, str]] = field(default_factory=list)  # rule, node, detail
 
 
 @dataclass
@@ -89,6 +91,20 @@ class Report:
 
     def __str__(self) -> str:
         return render(self)
+
+
+def explain(report: PassReport) -> Group:
+    """What a pass matched, and each refusal or near miss with its reason."""
+    rewrites = ", ".join(f"{count} {rule}" for rule, count in report.rewrites.items()) or "none"
+    parts: list[Any] = [f"{report.name}: rewrites: {rewrites}"]
+    for title, entries, last in (("matched", report.matches, "detail"), ("not rewritten", report.refusals, "reason")):
+        table = Table(title=title, title_justify="left")
+        for column in ("rule", "node", last):
+            table.add_column(column, overflow="fold")
+        for entry in entries:
+            table.add_row(*(escape(entry[column]) for column in ("rule", "node", last)))
+        parts += [table] if entries else []
+    return Group(*parts)
 
 
 def decibels(value: float | None) -> str:

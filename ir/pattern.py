@@ -172,8 +172,10 @@ def search(
     """
     if not isinstance(pattern, Call | OneOf):
         found = pattern(root)
-        outcome = condition(found) if isinstance(found, Match) else found
-        return (found, outcome) if isinstance(found, Match) and not isinstance(outcome, Refusal) else outcome  # type: ignore[return-value]
+        if not isinstance(found, Match):
+            return found
+        outcome = condition(found)
+        return outcome if isinstance(outcome, Refusal) else (found, outcome)
     trace = _Trace()
     refused: Refusal | None = None
     for state in _matches(pattern, root, _State(), trace):

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor, fx
 
-from .graph import Program
+from .graph import Program, module_path, source_of
 from .pattern import Match, Refusal, Rule, search
 
 
@@ -35,11 +35,21 @@ class Context:
         return True
 
 
+@dataclass(frozen=True)
+class Applied:
+    """A rule that rewrote at a node: where that is in the user's code, or what was found there."""
+
+    rule: str
+    node: str
+    detail: str
+
+
 @dataclass
 class PassResult:
-    """What a pass did: the number of rewrites by rule, and where it refused, with the reason."""
+    """What a pass did: the number of rewrites by rule, where rules matched, and where they refused and why."""
 
     rewrites: Counter[str] = field(default_factory=Counter)
+    matches: list[Applied] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
     @property
@@ -89,6 +99,7 @@ def apply_rules(program: Program, rules: Sequence[Rule], context: Context) -> Pa
             elif found is not None:
                 if not context.take():
                     return result
+                result.matches.append(Applied(rule.name, node.name, f"{module_path(node)}{source_of(node)}".strip()))
                 rule.replace(program, *found)
                 _erase_unread(program, found[0])
                 result.rewrites[rule.name] += 1

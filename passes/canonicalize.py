@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.graph import Program, arguments, dtype, same_sizes, same_value, shape
+from ..ir.graph import Program, arguments, describe_value, dtype, same_sizes, same_value, shape
 from ..ir.masks.meaning import read_masks
 from ..ir.rewrite import Context, Edit, Pass, PassResult, apply_rules, each_call
 from ..ir.spellings import activation, attention, linear, norm, rotary
@@ -29,7 +29,10 @@ class Canonicalize(Pass):
     shape, chains of transpositions and of reshapes, equal computations. Respelled: view, flatten and unflatten as
     reshape, einsum and bmm as matmul, chunk and split as slice, unbind as select, addmm on flattened rows (Hugging
     Face's Conv1D) as linear; attention, RMSNorm and tanh-GELU written out as one operator.
+    Masks of attention become its arguments (`masks`), as far as they can be read.
     """
+
+    masks: bool = True
 
     def apply(self, program: Program, context: Context) -> PassResult:
         """Rewrite the program in place."""
@@ -42,8 +45,9 @@ class Canonicalize(Pass):
             program.clean()  # what nothing reads is no reader of what a rule would replace
             rules = apply_rules(program, RULES, context)
             result.rewrites += rules.rewrites
+            result.matches += rules.matches
             result.refusals = rules.refusals
-            if not rules.changes and not read_masks(program, context, result):
+            if not rules.changes and not (self.masks and read_masks(program, context, result)):
                 program.clean()
                 return result
 
@@ -99,7 +103,13 @@ def _reshape(program: Program, node: fx.Node) -> fx.Node | None:
         source = source.args[0]
     stated: Any = node.args[1]
     same_call = node.target is aten.reshape.default and source is node.args[0] and sizes == list(stated)
-    return None if same_call else program.call(aten.reshape.default, source, sizes, before=node)
+    if same_call:
+        return None
+    new = program.call(aten.reshape.default, source, sizes, before=node)
+    if describe_value(new.meta["val"]) == describe_value(node.meta["val"]) or same_sizes(shape(new), shape(node)):
+        return new
+    program.graph.erase_node(new)  # -1 stands for a size whose equality torch cannot prove
+    return None
 
 
 def _known_sizes(node: fx.Node) -> list[Any]:
@@ -316,7 +326,7 @@ def _simplify(program: Program, context: Context, result: PassResult) -> bool:
             continue
         if not context.take():
             return False
-        result.rewrites[str(node.target).removeprefix("aten.").partition(".")[0]] += 1
+        result.rewrites[node.target.__name__.partition(".")[0]] += 1  # type: ignore[union-attr]
         program.replace(node, new)
         changed = True
     return changed

@@ -17,7 +17,7 @@ from ..ir.ops.linear import gated_linear, linear_act, split_linear
 from ..ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from ..ir.ops.rotary import rotary
 from ..ir.pattern import Match, Refusal, Rule
-from ..ir.rewrite import Context, Pass, PassResult, apply_rules
+from ..ir.rewrite import Applied, Context, Pass, PassResult, apply_rules
 from ..ir.spellings.activation import QUICK_GELU, find
 from ..ir.spellings.pieces import Piece, piece
 
@@ -48,7 +48,8 @@ class Fuse(Pass):
         for rules in ((GATED_LINEAR,), (ADD_LAYER_NORM, ADD_RMS_NORM, *LINEAR_ACT)):
             rest = apply_rules(program, rules, context)
             result.rewrites += rest.rewrites
-            result.refusals += rest.refusals
+            result.matches += rest.matches
+        result.refusals += rest.refusals
         program.clean()
         return result
 
@@ -76,8 +77,10 @@ def _pack_projections(program: Program, context: Context, result: PassResult) ->
             if reason:
                 result.refusals.append(Refusal(reason, "pack_projections", linears[0].name))
             elif context.take():
+                names = ", ".join(linear.name for linear in linears)
                 _pack(program, source, linears)
                 result.rewrites["pack_projections"] += 1
+                result.matches.append(Applied("pack_projections", linears[0].name, f"{names} read {source.name}"))
 
 
 def _linears_behind(value: Any) -> Iterator[fx.Node]:
@@ -275,9 +278,11 @@ def _gated(node: fx.Node) -> Match | Refusal | None:
     """activation(gate) * up, where gate and up are two linears or the halves of one."""
     if node.target is not aten.mul.Tensor:
         return None
-    for activated, value in (node.args[:2], node.args[1::-1]):
+    first: Any = node.args[0]
+    second: Any = node.args[1]
+    for activated, value in ((first, second), (second, first)):
         name = _activation_name(activated)
-        gate, up = (piece(activated.args[0]), piece(value)) if name else (None, None)  # type: ignore[union-attr]
+        gate, up = (piece(activated.args[0]), piece(value)) if name else (None, None)
         if gate is None or up is None or {gate.source.target, up.source.target} != {aten.linear.default}:
             continue
         reason = _not_gated(gate, up)
@@ -306,7 +311,7 @@ def _not_gated(gate: Piece, up: Piece) -> str | None:
 
 
 def _gated_replace(program: Program, found: Match, _: Any) -> None:
-    pieces: tuple[Piece, Piece] = (found["gate"], found["up"])  # type: ignore[assignment]
+    pieces: Any = (found["gate"], found["up"])
     weights = [_rows(program, item, "weight") for item in pieces] + [_rows(program, item, "bias") for item in pieces]
     source = arguments(pieces[0].source)["input"]
     program.replace(found.root, program.call(gated_linear, source, *weights, found["activation"], before=found.root))

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from ...ir.graph import Program, arguments, describe_value
 from ...ir.printer import target_name
 from ..memory import Memory, processor
-from .export import OPSET, fold_constants, hint, quietly
+from .export import hint, quietly, write_onnx
 from .lowerings.lowering import Lowering
 from .lowerings.table import LOWERINGS, PROBES, supported
 from .session import Session
@@ -97,18 +97,21 @@ def _tensors(node: fx.Node) -> list[Tensor]:
 
 
 def _kind(program: Program, node: fx.Node, threads: int | None) -> str:
-    """Operator, sizes, options, machine and versions: what a measurement depends on."""
+    """Operator, sizes, options, candidates, machine and versions: what a measurement and the choice depend on."""
     given = {}
     for name, value in arguments(node).items():
-        if isinstance(value, fx.Node):
-            fake = value.meta["val"]
+        fake = value.meta["val"] if isinstance(value, fx.Node) else None
+        if isinstance(fake, Tensor):
             sizes = "x".join(str(hint(size)) for size in fake.shape)
             given[name] = f"{str(fake.dtype).removeprefix('torch.')}[{sizes}]" + ("@" * (value.op == "get_attr"))
+        elif fake is not None:
+            given[name] = f"size {hint(fake)}"
         else:
             given[name] = repr(value)
     options = ", ".join(f"{name}={value}" for name, value in given.items())
     where = f"{processor()}; onnxruntime {onnxruntime.__version__}; threads {threads}"
-    return f"{target_name(node)}({options}) on {where}"
+    candidates = ", ".join(item.name for item in supported(node)[0])
+    return f"{target_name(node)}({options}) as {candidates} on {where}"
 
 
 class _Probes(torch.nn.Module):
@@ -124,6 +127,8 @@ class _Probes(torch.nn.Module):
             for name, value in arguments(node).items():
                 if not isinstance(value, fx.Node):
                     constants[name] = value
+                elif not isinstance(value.meta["val"], Tensor):
+                    constants[name] = hint(value.meta["val"])
                 elif value.op == "get_attr":
                     self.register_buffer(f"weight_{len(list(self.buffers()))}", program.tensor(value).detach())
                     constants[name] = list(self.buffers())[-1]
@@ -172,23 +177,11 @@ def _measure(program: Program, nodes: Sequence[fx.Node], threads: int | None) ->
     inputs = [f"input_{index}" for index in range(len(probes.inputs))]
     with torch.no_grad(), quietly():
         exported = torch.export.export(probes, tuple(probes.inputs))
-        result = torch.onnx.export(
-            exported,
-            dynamo=True,
-            opset_version=OPSET,
-            optimize=False,
-            verbose=False,
-            input_names=inputs,
-            output_names=[name for group in names for name in group],
-        )
-    assert result is not None
-    fold_constants(result.model)
+        model = write_onnx(exported, inputs, [name for group in names for name in group])
     feed = dict(zip(inputs, (item.numpy() for item in probes.inputs), strict=True))
     found = []
     with TemporaryDirectory(prefix="fxpress-") as folder:
-        sessions = [
-            _cut(result.model, outputs, Path(folder) / f"{outputs[0]}.onnx", threads, feed) for outputs in names
-        ]
+        sessions = [_cut(model, outputs, Path(folder) / f"{outputs[0]}.onnx", threads, feed) for outputs in names]
         for node, count in zip(nodes, counts, strict=True):
             group, sessions = sessions[:count], sessions[count:]
             times = _race(group)

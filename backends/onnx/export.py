@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from ...ir.errors import LoweringError, one_line
 from ...ir.graph import Program, identifier, source_of
 from ...ir.printer import target_name
+from .lowerings import banded
 from .lowerings.lowering import Lowering
 from .lowerings.table import LOWERINGS, supported
 
@@ -107,21 +108,28 @@ def to_onnx(program: Program, choices: Choices) -> onnx_ir.Model:
         # The exporter would trace the program once more to decompose what it cannot translate: half of the time.
         exported.run_decompositions = lambda *_: exported
     try:
-        with quietly():
-            result = torch.onnx.export(
-                exported,
-                dynamo=True,
-                opset_version=OPSET,
-                optimize=False,
-                verbose=False,
-                input_names=[tensor.name for tensor in program.signature.inputs],
-                output_names=names,
-            )
+        model = write_onnx(exported, [tensor.name for tensor in program.signature.inputs], names)
     except Exception as error:
         raise LoweringError(_why_not(exported, error)) from error
+    _name_sizes(program, model)
+    return model
+
+
+def write_onnx(exported: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> onnx_ir.Model:
+    """torch's exporter, then what depends on weights alone is computed."""
+    with quietly():
+        result = torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+            input_names=inputs,
+            output_names=outputs,
+        )
     assert result is not None
-    fold_constants(result.model)
-    _name_sizes(program, result.model)
+    banded.write_out(result.model)
+    _fold_constants(result.model)
     return result.model
 
 
@@ -155,7 +163,7 @@ def _name_sizes(program: Program, model: onnx_ir.Model) -> None:
             value.shape = onnx_ir.Shape([names.get(str(size), size) for size in value.shape])
 
 
-def fold_constants(model: onnx_ir.Model) -> None:
+def _fold_constants(model: onnx_ir.Model) -> None:
     """Compute in place what depends on weights alone (transposed or cut weights), share equal nodes, drop unused ones.
 
     torch.onnx.export(optimize=True) does more: rewrites that ONNX Runtime makes at load anyway, and onnxscript's

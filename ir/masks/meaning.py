@@ -14,7 +14,7 @@ from torch import fx
 from ..graph import Program, arguments, dtype, shape
 from ..ops.attention import attention
 from ..pattern import Refusal
-from ..rewrite import Context, PassResult
+from ..rewrite import Applied, Context, PassResult
 from . import expression as e
 from .emit import Emitter, size_node
 from .expression import Constant, Element, Expression, Index, Sum
@@ -232,15 +232,18 @@ def read_masks(program: Program, context: Context, result: PassResult) -> bool:
         found = _as_arguments(program, node, made)
         if isinstance(found, Refusal):
             result.refusals.append(Refusal(found.reason, "mask", node.name))
-        elif found and context.take():
-            program.replace(node, program.call_again(node, **found))
+        elif found[0] and context.take():
+            result.matches.append(Applied("mask", node.name, str(found[1])))
             result.rewrites["mask"] += 1
+            program.replace(node, program.call_again(node, **found[0]))
             changed = True
     return changed
 
 
-def _as_arguments(program: Program, node: fx.Node, made: dict[Any, fx.Node]) -> dict[str, Any] | Refusal:
-    """What to change in the arguments of an attention; empty if its bias hides nothing."""
+def _as_arguments(
+    program: Program, node: fx.Node, made: dict[Any, fx.Node]
+) -> tuple[dict[str, Any], Meaning] | Refusal:
+    """What to change in the arguments of an attention (nothing if its bias hides no key), and what that means."""
     given = arguments(node)
     reader = Reader(program, (*shape(given["query"])[:3], shape(given["key"])[2]))
     found = read(reader.mask(given["bias"]))
@@ -250,7 +253,7 @@ def _as_arguments(program: Program, node: fx.Node, made: dict[Any, fx.Node]) -> 
         return Refusal(f"no argument says {' & '.join(sorted(map(e.spell, found.rest)))}; the mask is {found}")
     hides = [found.key_mask, found.left, found.right]
     if hides == [None, None, None]:
-        return {"bias": None} if found.bias is None else {}
+        return ({"bias": None} if found.bias is None else {}), found
     if any(given[name] is not None for name in ("key_mask", "left", "right")):
         return Refusal("the attention has a mask besides its bias")
     changes: dict[str, Any] = {"bias": None}
@@ -269,7 +272,7 @@ def _as_arguments(program: Program, node: fx.Node, made: dict[Any, fx.Node]) -> 
                 return Refusal(f"the band's limit {e.spell(limit)} is made of more than sizes of inputs")
     if found.key_mask is not None:
         changes["key_mask"] = _key_mask(program, found.key_mask, node, made)
-    return changes
+    return changes, found
 
 
 def _key_mask(program: Program, condition: Expression, node: fx.Node, made: dict[Any, fx.Node]) -> fx.Node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ SDPA = Rule(
 # --- what is read -> one operator ------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class _Plan:
     """How an attention of any rank becomes one over [batch, heads, length, size].
 
@@ -63,49 +65,73 @@ class _Plan:
     heads each, [A, B, H, N, D] with a batch of A * B; where there are none, both are 1.
     """
 
-    def __init__(self, reading: Reading, batch: Any, heads: Any, groups: Any) -> None:
-        self.reading, self.batch, self.heads, self.groups = reading, batch, heads, groups
+    reading: Reading
+    batch: Any
+    heads: Any
+    groups: Any
 
 
 def _plan(reading: Reading, root: fx.Node) -> _Plan | Refusal:
-    lead = reading.product[:-2]
-    query, key, value = reading.query, reading.key, reading.value
-    if not all(isinstance(item, fx.Node) for item in (query, key, value)):
+    if not all(isinstance(item, fx.Node) for item in (reading.query, reading.key, reading.value)):
         return Refusal("query, key and value must be tensors")
-    reason = _dtype_problem(reading)
-    if reason:
-        return Refusal(reason)
-    if len(lead) > 3 or len(lead) != len(shape(query)) - 2:
-        return Refusal(f"scores {list(reading.product)} of a query {list(shape(query))}")
+    lead = reading.product[:-2]
+    if len(lead) > 3:
+        return Refusal(f"scores of rank {len(reading.product)}, expected at most 5")
+    grouped = len(lead) == 3 and same_sizes(shape(reading.key)[2:-2], [1]) and not same_sizes(lead[2:], [1])
     if len(lead) == 3:
-        grouped = len(shape(key)) == 5 and same_sizes(shape(key)[2:3], [1]) and not same_sizes(lead[2:], [1])
         batch, heads = (lead[0], lead[1] * lead[2]) if grouped else (lead[0] * lead[1], lead[2])
     elif len(lead) == 2:
-        grouped, (batch, heads) = False, lead
+        batch, heads = lead
     else:
-        grouped, heads = False, _heads(reading) if lead else 1
+        heads = _heads(reading) if lead else 1
         batch = lead[0] // heads if lead else 1
     groups = lead[1] if grouped else _groups(reading, heads)
-    if isinstance(groups, Refusal):
-        return groups
+    plan = _Plan(reading, batch, heads, groups)
+    reason = _dtype_problem(reading) or _shape_problem(plan, grouped) or _size_problem(plan, root)
+    reason = reason or _mask_problem(reading)
+    return Refusal(reason) if reason else plan
+
+
+def _shape_problem(plan: _Plan, grouped: bool) -> str | None:
+    """Operands may broadcast as matmul lets them where there are two leading axes; all others are reshaped."""
+    reading, heads = plan.reading, plan.heads
+    lead = reading.product[:-2]
+    for name, item in (("query", reading.query), ("key", reading.key), ("value", reading.value)):
+        own = shape(item)[:-2]
+        fits = same_sizes(own, lead) or (grouped and same_sizes(own, (*lead[:2], 1)) and name != "query")
+        if len(lead) == 2:
+            fits = len(own) < 2 or (len(own) == 2 and (same_sizes(own[:1], [1]) or same_sizes(own[:1], lead[:1])))
+        if not fits and not (name == "value" and same_sizes(own, (plan.batch, heads))):
+            return f"a {name} of shape {list(shape(item))} for scores of shape {list(reading.product)}"
+    if plan.groups is None:
+        counts = (shape(item)[:-2][-1:] or (1,) for item in (reading.key, reading.value))
+        return f"{' and '.join(str(count[0]) for count in counts)} key and value heads for {heads} query heads"
     if reading.sinks is not None and not same_sizes(shape(reading.sinks), [heads]):
-        return Refusal(f"sinks {list(shape(reading.sinks))} for {heads} heads")
+        return f"sinks {list(shape(reading.sinks))} for {heads} heads"
+    return None
+
+
+def _size_problem(plan: _Plan, root: fx.Node) -> str | None:
+    """Reshaping and expanding needs every size as a number or as the size of some tensor."""
+    reading = plan.reading
+    lead = reading.product[:-2]
+    if not isinstance(plan.heads, int) and (len(lead) != 2 or any(len(term.at) > 4 for term in reading.terms)):
+        return "the number of heads is not fixed"
     sizes = [*shape(root), *lead, *(size for term in reading.terms for size in term.at[:-2])]
     unknown = [size for size in sizes if not isinstance(size, int) and _owner(size, root, reading) is None]
-    if unknown:
-        return Refusal(f"the size {unknown[0]} is that of no input")
-    reason = _mask_problem(reading)
-    return Refusal(reason) if reason else _Plan(reading, batch, heads, groups)
+    return f"the size {unknown[0]} is that of no input" if unknown else None
 
 
 def _mask_problem(reading: Reading) -> str | None:
     """Why several masks are not one. What a row gives that is masked throughout depends on the values they leave."""
     fills = {term.fill for term in reading.terms if term.fill is not None}
     added = [index for index, term in enumerate(reading.terms) if term.fill is None]
-    if reading.sinks is not None or not fills or (fills == {-math.inf}):
+    if reading.sinks is not None or not fills or fills == {-math.inf}:
         return None
+    if len(fills) > 1:
+        return f"masks fill with different values: {sorted(fills)}"
     if not added:
-        return f"masks fill with different values: {sorted(fills)}" if len(fills) > 1 else None
+        return None
     first = next(index for index, term in enumerate(reading.terms) if term.fill is not None)
     if added[-1] > first and max(fills) > ABSORBING:
         return f"a bias is added to scores that are filled with {max(fills):g}"
@@ -150,17 +176,16 @@ def _heads(reading: Reading) -> Any:
 
 
 def _groups(reading: Reading, heads: Any) -> Any:
-    """The number of key heads; a single one may broadcast over all."""
-    counts = []
-    for item in (reading.key, reading.value):
-        lead = shape(item)[:-2]
-        counts.append(heads if len(lead) == 1 and len(reading.product) == 3 else lead[-1] if lead else 1)
-    first, second = counts
-    for count in counts:
-        fits = isinstance(heads, int) and isinstance(count, int) and count > 0 and heads % count == 0
-        if not fits and not same_sizes([count], [heads]):
-            return Refusal(f"{count} key heads do not divide {heads} query heads")
-    return first if same_sizes([first], [second]) else heads
+    """The number of key heads, of which each serves as many query heads; None if there is no such number."""
+    first, second = (
+        heads if len(reading.product) != 4 else (shape(item)[:-2] or (1,))[-1] for item in (reading.key, reading.value)
+    )
+    whole = [same_sizes([count], [heads]) for count in (first, second)]
+    if all(whole) or not same_sizes([first], [second]):
+        single = [same_sizes([count], [1]) for count in (first, second)]
+        return heads if all(a or b for a, b in zip(whole, single, strict=True)) else None
+    divides = isinstance(heads, int) and isinstance(first, int) and first > 0 and heads % first == 0
+    return first if divides else None
 
 
 def _replace(program: Program, found: Match, plan: _Plan) -> None:

@@ -17,16 +17,19 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def _maybe_cast(inner: Any) -> p.OneOf:
-    return p.optional(lambda value: p.Call(aten._to_copy.default, shared=True, self=value, dtype=p.Any("wide")), inner)
+    """T5 squares x in fp32, but multiplies x itself."""
+    return p.OneOf(inner, p.Call(aten._to_copy.default, shared=True, self=inner, dtype=p.Any("wide")))
 
 
 def _divided(numerator: Any, square: Any) -> p.OneOf:
     """numerator / sqrt(square + eps), however it is spelled; `square` may also be the root itself, then refused."""
     spread = p.Call(aten.add.Tensor, self=square, other=p.Literal("eps"))
     root = p.Call(aten.sqrt.default, anchor=True, self=spread)
+    reciprocal = p.Call(aten.reciprocal.default, self=root)
     inverse = p.OneOf(
         p.Call(aten.rsqrt.default, anchor=True, self=spread),
-        p.Call(aten.reciprocal.default, self=root),
+        reciprocal,
+        p.Call(aten.mul.Tensor, self=reciprocal, other=p.OneOf(1, 1.0)),  # torch's 1 / root
         p.Call(aten.pow.Tensor_Scalar, self=spread, exponent=-0.5),
     )
     outside = p.Call(
@@ -90,6 +93,12 @@ def _rms_norm_replace(program: Program, found: Match, wide: Any) -> None:
     program.replace(found.root, program.call(rms_norm, source, None, float(found["eps"]), before=found.root))
 
 
+def _layer_norm_condition(found: Match) -> Any:
+    if not isinstance(shape(found["x"])[-1], int):
+        return Refusal("the size of the last axis varies")
+    return _norm_condition(found)
+
+
 def _layer_norm_replace(program: Program, found: Match, wide: Any) -> None:
     source = _widened(program, found["x"], wide, found.root)
     sizes, eps = [shape(source)[-1]], float(found["eps"])
@@ -101,6 +110,8 @@ def _layer_norm_replace(program: Program, found: Match, wide: Any) -> None:
 
 
 def _centred_condition(found: Match) -> Any:
+    if not isinstance(shape(found["x"])[-1], int):
+        return Refusal("the size of the last axis varies")
     if not _is_last(found["mean_axes"], found["x"]):
         return Refusal("the mean that is subtracted is not over the last axis alone")
     if dtype(found["x"]) in _HALF or dtype(found.root) != dtype(found["x"]):
@@ -170,7 +181,7 @@ def _affine(node: fx.Node, target: Any, place: str, norms: tuple[Any, ...]) -> M
             return Refusal(f"the {place}'s shape {list(shape(vector))} is not that of the last axis")
         if norm.target is aten.layer_norm.default and len(arguments(norm)["normalized_shape"]) != 1:
             return Refusal("the norm is over several axes")
-        if not dtype(node) == dtype(norm) == dtype(vector):
+        if dtype(node) != dtype(norm) or not (dtype(vector) == dtype(norm) or dtype(vector) in _HALF):
             return Refusal(f"the norm and its {place} differ in dtype")
         if norm.target is aten.layer_norm.default and dtype(norm) in _HALF:
             return Refusal(f"layer_norm rounds half precision after its {place}, not before")
@@ -193,7 +204,8 @@ def _biased(node: fx.Node) -> Match | Refusal | None:
 
 def _with(place: str) -> Any:
     def replace(program: Program, found: Match, _: Any) -> None:
-        given = arguments(found["norm"]) | {place: found["vector"]}
+        vector = _widened(program, found["vector"], dtype(found["norm"]), found.root)
+        given = arguments(found["norm"]) | {place: vector}
         given.pop("cudnn_enable", None)
         program.replace(found.root, program.call(found["norm"].target, *given.values(), before=found.root))
 
@@ -233,7 +245,7 @@ def _always(_: Match) -> bool:
 RULES = (
     Rule("rms_norm", _divided(_X, _mean(_SQUARE, "axes")), _norm_condition, _rms_norm_replace),
     Rule("rms_norm", _TORCH, _torch_condition, _torch_replace),
-    Rule("layer_norm", _divided(_CENTRED, _VARIANCE), _norm_condition, _layer_norm_replace),
+    Rule("layer_norm", _divided(_CENTRED, _VARIANCE), _layer_norm_condition, _layer_norm_replace),
     Rule("layer_norm", _OF_CENTRED, _centred_condition, _layer_norm_replace),
     Rule("norm_weight", _weighted, _always, _with("weight")),
     Rule("norm_bias", _biased, _always, _with("bias")),

@@ -59,11 +59,12 @@ def _part(node: fx.Node) -> Piece | None:
     if node.target is not operator.getitem:
         return None
     cut: Any = node.args[0]
+    index: Any = node.args[1]
     if cut.target not in (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes):
         return None
     given = arguments(cut)
     if not _is_last(given["dim"], given["self"]):
         return None
     sizes = [value.shape[-1] for value in cut.meta["val"]]
-    start = sum(sizes[: node.args[1]])  # type: ignore[misc]
-    return Piece(given["self"], start, start + sizes[node.args[1]], 1, frozenset((node, cut)))  # type: ignore[index]
+    start = sum(sizes[:index])
+    return Piece(given["self"], start, start + sizes[index], 1, frozenset((node, cut)))

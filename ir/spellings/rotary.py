@@ -92,7 +92,9 @@ def _whole(node: fx.Node) -> Match | Refusal | None:
     """x * cos + turn(x) * sin, cos and sin as wide as x."""
     if not _is_call(node, aten.add.Tensor) or node.kwargs:
         return None
-    for straight, crossed in (node.args[:2], node.args[1::-1]):
+    first: Any = node.args[0]
+    second: Any = node.args[1]
+    for straight, crossed in ((first, second), (second, first)):
         for turned, sin in _factors(crossed):
             found = _turned(turned)
             if found is None:
@@ -128,8 +130,9 @@ def _condition(found: Match) -> Any:
     x, cos, sin = found["x"], found["cos"], found["sin"]
     if not (isinstance(cos, fx.Node) and isinstance(sin, fx.Node)):
         return Refusal("cos or sin is a number")
-    if not dtype(x) == dtype(cos) == dtype(sin) == dtype(found.root):
-        return Refusal("input, cos and sin differ in dtype")
+    wide = [torch.promote_types(dtype(x), dtype(angle)) for angle in (cos, sin)]  # in which the products are computed
+    if not wide[0] == wide[1] == dtype(found.root):
+        return Refusal("the two products differ in dtype")
     if not same_sizes(shape(found.root), shape(x)):
         return Refusal("the input broadcasts")
     return True
@@ -156,8 +159,13 @@ def _pairwise_condition(found: Match) -> Any:
 
 
 def _replace(program: Program, found: Match, _: Any) -> None:
-    options = {"interleaved": True} if found["interleaved"] else {}
-    new = program.call(rotary, found["x"], found["cos"], found["sin"], before=found.root, **options)
+    options: dict[str, Any] = {"interleaved": True} if found["interleaved"] else {}
+    wide = dtype(found.root)
+    operands = [
+        item if dtype(item) == wide else program.call(aten._to_copy.default, item, dtype=wide, before=found.root)
+        for item in (found[name] for name in ("x", "cos", "sin"))
+    ]
+    new = program.call(rotary, *operands, before=found.root, **options)
     program.replace(found.root, new)
 
 

@@ -165,12 +165,12 @@ class _Reader:
     def _softmax(self) -> Any:
         """Up to the softmax and over it; gives the scores."""
         node: Any = self.root.args[0]
-        cut: dict[str, Any] | None = None
+        cut: fx.Node | None = None
         while node.target not in _SOFTMAXES:
             self.nodes.add(node)
             given = arguments(node)
             if node.target is aten.slice.Tensor and cut is None and is_last(given["dim"], node):
-                cut = given
+                cut = node
             elif node.target is aten.reshape.default:
                 self._reshape(node, given)
             elif node.target is aten.dropout.default:
@@ -188,7 +188,7 @@ class _Reader:
             self.reading.heads = shape(node)[1]
         return given["self"] if cut is None else self._sinks(given["self"], cut)
 
-    def _sinks(self, node: Any, cut: dict[str, Any]) -> Any:
+    def _sinks(self, node: Any, cut: fx.Node) -> Any:
         """Over the concatenation of scores and sinks, whose column the slice `cut` drops; gives the scores."""
         while node.target in (aten._to_copy.default, aten.sub.Tensor):
             self.nodes.add(node)
@@ -201,13 +201,9 @@ class _Reader:
         self.nodes.add(node)
         first = leads_to_product(parts[0])
         scores, sinks = parts if first else reversed(parts)
-        whole = shape(node)[-1]
-        kept = (0, -1) if first else (1, None)
-        found = (given_start(cut["start"]), cut["end"])
-        ends = found[1] == kept[1] or (kept[1] is None and isinstance(found[1], int) and found[1] > 2**31)
-        if not same_sizes(shape(sinks)[-1:], [1]) or found[0] != kept[0] or not (
-            ends or (first and same_sizes([cut["end"]], [whole - 1]))
-        ) or cut["step"] != 1:  # fmt: skip
+        given = arguments(cut)
+        drops_one = given["step"] == 1 and same_sizes(shape(cut)[-1:], [shape(node)[-1] - 1])
+        if not (drops_one and (given["start"] or 0) == (0 if first else 1) and same_sizes(shape(sinks)[-1:], [1])):
             raise Mismatch(f"expected the column of the sinks to be dropped from {node.name}")
         self.reading.sinks = _per_head(sinks)
         return scores
@@ -217,9 +213,18 @@ class _Reader:
     def _add_term(self, node: fx.Node, tensor: Any, factor: float) -> None:
         if not isinstance(tensor, fx.Node):
             raise Mismatch(f"{node.name} adds {tensor!r} to the scores, expected a tensor")
+        tensor = self._unexpanded(tensor)
         self._add(Term(tensor, shape(node), factor), node)
         if not dtype(tensor).is_floating_point:
             raise Mismatch(f"{node.name} adds a {dtype(tensor)} tensor".replace("torch.", ""))
+
+    def _unexpanded(self, mask: Any) -> Any:
+        """A mask before it is expanded to the scores' shape: it broadcasts, and must not read the scores' sizes."""
+        while isinstance(mask, fx.Node) and mask.target in (aten.expand.default, aten.expand_as.default):
+            if mask.target is aten.expand_as.default:
+                self.nodes.add(mask)
+            mask = mask.args[0]
+        return mask
 
     def _add(self, term: Term, node: fx.Node) -> None:
         if self.capped:
@@ -279,7 +284,8 @@ class _Reader:
         alpha = number(given["alpha"])
         if alpha is None or (swapped and alpha != 1):
             raise Mismatch(f"{node.name} has alpha={spell(given['alpha'])}, expected 1")
-        self._add_term(node, tensor, self.factor * alpha)
+        if number(tensor) != 0:
+            self._add_term(node, tensor, self.factor * alpha)
         return self._same_shape(node, scores)
 
     def _sub(self, node: fx.Node, given: dict[str, Any]) -> Any:
@@ -317,7 +323,7 @@ class _Reader:
             raise Mismatch(f"{node.name} fills masked scores with {spell(value)}, expected a number")
         if not fill * self.factor <= MASKED:
             raise Mismatch(f"{node.name} fills masked scores with {fill * self.factor:g}, expected at most {MASKED:g}")
-        self._add(Term(mask, shape(node), fill=fill * self.factor, keeps=keeps), node)
+        self._add(Term(self._unexpanded(mask), shape(node), fill=fill * self.factor, keeps=keeps), node)
 
     def _clamped(self, node: fx.Node, given: dict[str, Any]) -> Any:
         """Scores that are at least the smallest number: a row of -inf becomes one of equal scores."""
@@ -403,11 +409,6 @@ def _per_head(sinks: Any) -> fx.Node:
     if not isinstance(node, fx.Node) or not same_sizes(shape(node), wanted):
         raise Mismatch(f"expected sinks that are one number for each head, found {spell(node)}")
     return node
-
-
-def given_start(start: Any) -> Any:
-    """The start of a slice."""
-    return 0 if start is None else start
 
 
 def spell(value: Any) -> str:

@@ -97,3 +97,5 @@ def test_inspect_prints_the_graph_and_explains_a_pass(model_dir: Path, tmp_path:
     assert "aten.scaled_dot_product_attention(" in plain.stdout
     reasons = run("inspect", model_dir, "--explain", "fuse", cwd=tmp_path)
     assert "the operands of add_2 broadcast" in reasons.stdout
+    found = run("inspect", model_dir, "--explain", "canonicalize", cwd=tmp_path)
+    assert "attention_mask[b, j] != 0" in found.stdout  # what the masks mean

@@ -12,7 +12,7 @@ from build import before_after, check, normal, program, reasons, rewritten
 from torch import Tensor, nn
 
 from fxpress.ir.graph import Program
-from fxpress.ir.ops.linear import linear_act, split_linear
+from fxpress.ir.ops.linear import gated_linear, linear_act, split_linear
 from fxpress.ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from fxpress.ir.rewrite import Context
 from fxpress.passes import Canonicalize, Fuse
@@ -57,6 +57,37 @@ def weights(names: str, *shape: int) -> dict[str, Tensor]:
     return {name: normal(*shape, seed=index) for index, name in enumerate(names)}
 
 
+def gated(function: Callable[..., Any]) -> Program:
+    """A program of x [.., 8], gate and up weights g and u [6, 8], and packed ones p and r [12, 8]."""
+    given = {"g": normal(6, 8), "u": normal(6, 8, seed=1), "p": normal(12, 8, seed=2), "r": normal(12, 8, seed=3)}
+    return program(function, normal(*X), **given, c=normal(6, seed=4), d=normal(12, seed=5))
+
+
+def gate_of(m: Any, x: Tensor) -> Tensor:
+    return F.linear(x, m.p, m.d)
+
+
+def packed_gate(m: Any, x: Tensor) -> Tensor:
+    gate, up = gate_of(m, x).chunk(2, dim=-1)
+    return up * F.silu(gate)
+
+
+def quick_gelu(m: Any, x: Tensor) -> Tensor:
+    y = F.linear(x, m.g, m.c)
+    return y * torch.sigmoid(1.702 * y)
+
+
+GATED: dict[str, Callable[..., Tensor]] = {
+    "silu": lambda m, x: F.silu(F.linear(x, m.g)) * F.linear(x, m.u),
+    "gelu_swapped": lambda m, x: F.linear(x, m.u, m.c) * F.gelu(F.linear(x, m.g)),
+    "gelu_tanh": lambda m, x: F.gelu(F.linear(x, m.g, m.c), approximate="tanh") * F.linear(x, m.u, m.c),
+    "relu_tied": lambda m, x: F.relu(F.linear(x, m.g)) * F.linear(x, m.g),
+    "packed_chunk": packed_gate,
+    "packed_split": lambda m, x: (lambda up, gate: F.gelu(gate) * up)(*F.linear(x, m.p).split(6, -1)),
+    "packed_slices": lambda m, x: (lambda y: F.relu(y[..., 6:]) * y[..., :6])(gate_of(m, x)),
+}
+
+
 def activated(name: str) -> Program:
     acts: dict[str, Callable[[Tensor], Tensor]] = {
         "gelu": F.gelu,
@@ -84,6 +115,26 @@ CASES: dict[str, tuple[Callable[[], Program], Any]] = {
         split_linear,
     ),
     "add_layer_norm": (lambda: program(normed, normal(*X), normal(*X, seed=1), **NORM), add_layer_norm),
+    **{f"gated_{name}": (lambda function=function: gated(function), gated_linear) for name, function in GATED.items()},
+    "linear_quick_gelu": (lambda: gated(quick_gelu), linear_act),
+    "add_rms_norm_gemma": (
+        lambda: program(
+            lambda m, x, y: rms_norm((y + x).relu() + x, 1.0 + m.w, 1e-6), normal(*X), normal(*X, seed=1), w=normal(8)
+        ),
+        add_rms_norm,
+    ),
+    "add_rms_norm_no_weight": (
+        lambda: program(lambda m, x, y: rms_norm(x + y, None, 1e-6), normal(*X), normal(*X, seed=1)),
+        add_rms_norm,
+    ),
+    "add_layer_norm_no_bias": (
+        lambda: program(lambda m, x, y: F.layer_norm(x + y, (8,), m.w), normal(*X), normal(*X, seed=1), w=normal(8)),
+        add_layer_norm,
+    ),
+    "add_layer_norm_no_weight": (
+        lambda: program(lambda m, x, y: F.layer_norm(x + y, (8,)), normal(2, 5, 8), normal(2, 5, 8, seed=1)),
+        add_layer_norm,
+    ),
     "add_rms_norm": (lambda: program(rms_normed, normal(*X), normal(*X, seed=1), w=normal(8)), add_rms_norm),
     **{
         f"linear_{name}": (lambda name=name: activated(name), linear_act)
@@ -171,11 +222,6 @@ REFUSALS: dict[str, tuple[Callable[[], Program], str, str]] = {
         "add_layer_norm",
         "the norm is over 2 axes",
     ),
-    "no_norm_weight": (
-        lambda: program(lambda m, x, y: F.layer_norm(x + y, (8,)), normal(*X), normal(*X)),
-        "add_layer_norm",
-        "weight must be a weight, found None",
-    ),
     "alpha": (
         lambda: bad_norm(
             lambda m, x, y: F.layer_norm(torch.add(x, y, alpha=2), (8,), m.w, m.b), normal(*X), normal(*X)
@@ -198,10 +244,60 @@ REFUSALS: dict[str, tuple[Callable[[], Program], str, str]] = {
         "linear_relu",
         "linear is returned by the model",
     ),
-    "gelu_approximate": (
-        lambda: activated("gelu_tanh"),
-        "linear_gelu",
-        "gelu has approximate='tanh', expected 'none'",
+    "packed_gate_in_thirds": (
+        lambda: gated(lambda m, x: (lambda y: y[..., :4].relu() * y[..., 8:])(gate_of(m, x))),
+        "gated_linear",
+        "gate and up projection are not the halves of linear",
+    ),
+    "packed_gate_overlaps": (
+        lambda: gated(lambda m, x: (lambda y: y[..., :6].relu() * y[..., 3:9])(gate_of(m, x))),
+        "gated_linear",
+        "gate and up projection are not the halves of linear",
+    ),
+    "packed_gate_tied": (
+        lambda: gated(lambda m, x: packed_gate(m, x) + m.p.sum()),
+        "gated_linear",
+        "weight p is tied: 2 nodes read it",
+    ),
+    "packed_gate_of_two": (
+        lambda: gated(lambda m, x: gate_of(m, x)[..., :6].relu() * F.linear(x, m.r)[..., 6:]),
+        "gated_linear",
+        "gate and up projection are parts of different linears",
+    ),
+    "gate_reads_another": (
+        lambda: gated(lambda m, x: F.silu(F.linear(x, m.g)) * F.linear(x.exp(), m.u)),
+        "gated_linear",
+        "linear and linear_1 read different inputs",
+    ),
+    "gate_broadcasts": (
+        lambda: gated(lambda m, x: F.silu(F.linear(x, m.g)) * F.linear(x, m.u[:1])),
+        "gated_linear",
+        "gate and up projection differ in size",
+    ),
+    "gate_no_weight": (
+        lambda: gated(lambda m, x: F.silu(F.linear(x, m.g.exp())) * F.linear(x, m.u)),
+        "gated_linear",
+        "exp is no weight",
+    ),
+    "gate_read_twice": (
+        lambda: gated(lambda m, x: (lambda gate: F.silu(gate) * F.linear(x, m.u) + gate)(F.linear(x, m.g))),
+        "gated_linear",
+        "linear is also read by add",
+    ),
+    "quick_gelu_of_no_linear": (
+        lambda: gated(lambda m, x: (lambda y: y * torch.sigmoid(1.702 * y))(x.exp())),
+        "linear_quick_gelu",
+        "expected aten.linear.default, found exp",
+    ),
+    "quick_gelu_read_twice": (
+        lambda: gated(lambda m, x: (lambda y: y * torch.sigmoid(1.702 * y) + y)(F.linear(x, m.g))),
+        "linear_quick_gelu",
+        "linear is also read by add",
+    ),
+    "norm_weight_of_the_input": (
+        lambda: program(lambda m, x, y, w: rms_norm(x + y, w, 1e-6), normal(*X), normal(*X), normal(8), dynamic=None),
+        "add_rms_norm",
+        "the weight is computed from the inputs",
     ),
 }
 
@@ -234,6 +330,42 @@ def test_a_sum_of_two_norms_is_fused_once() -> None:
 
     after, _ = check(program(forward, normal(*X), normal(*X), **NORM), Fuse())
     assert len(after.calls(add_layer_norm)) == 1
+
+
+def test_a_sum_read_before_its_norm_is_kept() -> None:
+    """The norm's weight is computed after the sum is first read: it moves in front of the fused operator."""
+
+    def forward(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + y
+        early = total.exp()
+        return rms_norm(total, 1.0 + m.w.float(), 1e-6), early
+
+    after, _ = check(program(forward, normal(*X), normal(*X), w=normal(8)), Fuse())
+    assert len(after.calls(add_rms_norm)) == 1
+
+
+def test_a_rule_that_did_not_fit_is_not_reported_where_another_did() -> None:
+    _, result = check(activated("gelu_tanh"), Fuse())
+    assert dict(result.rewrites) == {"linear_gelu_tanh": 1} and result.refusals == []
+
+
+def test_packed_gates_are_cut_into_trainable_weights() -> None:
+    after, _ = rewritten(gated(packed_gate), Fuse())
+    assert {name: tuple(weight.shape) for name, weight in after.module.named_parameters()} == {
+        "p_0": (6, 8),
+        "p_6": (6, 8),
+        "d_0": (6,),
+        "d_6": (6,),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", GATED)
+def test_gated_half_precision_is_equal(name: str, dtype: torch.dtype) -> None:
+    given = {"g": (6, 8), "u": (6, 8), "p": (12, 8), "c": (6,), "d": (12,)}
+    weights = {key: normal(*size, dtype=dtype, seed=index) for index, (key, size) in enumerate(given.items())}
+    after, _ = check(program(GATED[name], normal(*X, dtype=dtype), **weights), Fuse())
+    assert len(after.calls(gated_linear)) == 1
 
 
 def test_returned_linear_stays() -> None:

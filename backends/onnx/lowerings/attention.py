@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.onnx.ops import symbolic
 
-from ....ir.graph import arguments, same_sizes, shape
+from ....ir.graph import arguments, dtype, same_sizes, shape
 from ....ir.ops.attention import band
-from .lowering import Lowering, Probe
+from . import banded
+from .lowering import Lowering, Probe, always
+
+_LOW = -1e30  # a score beside which every other is zero, and finite in every sum
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ class Attention:
         return 1 / math.sqrt(self.query.shape[-1]) if self.scale is None else self.scale
 
     @property
-    def is_masked(self) -> bool:
-        """Whether anything keeps a query from a key."""
-        return any(item is not None for item in (self.bias, self.key_mask, self.left, self.right))
+    def is_banded(self) -> bool:
+        """Whether a query sees only some keys by their places."""
+        return self.left is not None or self.right is not None
 
     @property
     def is_causal(self) -> bool:
@@ -54,37 +57,64 @@ class Attention:
         if self.key_mask is not None:
             keys = self.key_mask[:, None, None, :]
             found = keys if found is None else found & keys
-        if self.left is not None or self.right is not None:
+        if self.is_banded:
             visible = band(self.query.shape[2], self.key.shape[2], self.left, self.right, self.query.device)
             found = visible if found is None else found & visible
         return found
 
-    def additive(self) -> tuple[Tensor | None, Tensor | None]:
-        """All masks as one finite additive bias, and which rows have a key at all ([B, 1 or H, N, 1], None: any).
-
-        ONNX Runtime's kernels know no fully masked row; `finish` mends those with the second.
-        """
+    def additive(self) -> Tensor | None:
+        """All masks as one finite additive bias (None: there is none); `finish` mends rows without any key."""
         allowed, lowest = self.allowed(), torch.finfo(self.query.dtype).min
         added = self.bias if self.bias is not None and self.bias.dtype != torch.bool else None
-        if added is None and allowed is None:
-            return None, None
         if added is None:
-            assert allowed is not None
-            bias = torch.where(allowed, torch.zeros((), dtype=self.query.dtype), lowest)
-            some = allowed.any(-1, keepdim=True)
-        else:
-            if allowed is not None:
-                added = torch.where(allowed, added, -math.inf)
-            bias, some = added.clamp(min=lowest), added.amax(-1, keepdim=True) > -math.inf
-        return _rank4(bias), None if self.empty == "mean" or self.is_causal else _rank4(some)
+            zero = torch.zeros((), dtype=self.query.dtype)
+            return None if allowed is None else _rank4(torch.where(allowed, zero, lowest))
+        if allowed is not None:
+            added = torch.where(allowed, added, -math.inf)
+        return _rank4(added.clamp(min=lowest))
 
-    def finish(self, result: Tensor, some: Tensor | None) -> Tensor:
-        """What rows without any key give; `some` as `additive` gives it, with the axes of `result`."""
-        if some is None:
-            return result
+    @property
+    def has_empty_rows(self) -> bool:
+        """Whether a row may have no key and no sink; a band that holds the query's own key leaves none empty."""
+        if self.sinks is not None:
+            return False
+        if self.bias is not None or self.key_mask is not None:
+            return True
+        return self.is_banded and not (
+            _at_least_zero(self.left)
+            and _at_least_zero(self.right)
+            and (self.left is None or same_sizes([self.query.shape[2]], [self.key.shape[2]]))
+        )
+
+    def some(self) -> Tensor | None:
+        """Which rows have a key at all, [B or 1, H or 1, N or 1, 1]; None: all."""
+        if not self.has_empty_rows:
+            return None
+        if self.bias is None and not self.is_banded:
+            assert self.key_mask is not None
+            return self.key_mask.any(1)[:, None, None, None]
+        allowed = self.allowed()
+        if self.bias is None or self.bias.dtype == torch.bool:
+            assert allowed is not None
+            return _rank4(allowed.any(-1, keepdim=True))
+        bias = self.bias if allowed is None else torch.where(allowed, self.bias, -math.inf)
+        # Numbers as low as can be are as good as -inf to a softmax over finite numbers, see `ir.ops.attention`.
+        lowest = torch.finfo(self.query.dtype).min if self.empty == "mean" else -math.inf
+        return _rank4(bias.amax(-1, keepdim=True) > lowest)
+
+    def finish(self, result: Tensor) -> Tensor:
+        """What rows without any key give, where the kernel gave them any finite number; `result` is [B, N, H, E]."""
+        some = self.some()
+        return result if some is None else self.mend(result, some.transpose(1, 2))
+
+    def mend(self, result: Tensor, some: Tensor) -> Tensor:
+        """`finish` where it is known which rows have a key; `some` broadcasts to [B, N, H, E]."""
+        if self.empty == "zeros":
+            return result * _cast(some, result.dtype)  # several times faster than a choice
         if self.empty == "nan":
             return torch.where(some, result, torch.nan)
-        return result * _cast(some, result.dtype)
+        groups = self.query.shape[1] // self.key.shape[1]
+        return torch.where(some, result, self.value.mean(2)[:, None].repeat_interleave(groups, 2))
 
 
 def _lowering(function: Callable[[Attention], Tensor]) -> Callable[..., Tensor]:
@@ -106,47 +136,103 @@ def _rank4(mask: Tensor) -> Tensor:
     return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 4 else mask
 
 
-def _full_rows(mask: Tensor | None, length: Any, keys: Any) -> Tensor | None:
+def _at_least_zero(bound: Any) -> bool:
+    """Whether one side of a band is known to hold the query's own place."""
+    return bound is None or (isinstance(bound, int) and bound >= 0)
+
+
+def _full_rows(mask: Tensor | None, given: Attention) -> Tensor | None:
     """A mask with every row and key written out: the fused kernels broadcast batch and heads only."""
-    return None if mask is None else _rank4(mask).expand(*_rank4(mask).shape[:2], length, keys)
+    if mask is None:
+        return None
+    return _rank4(mask).expand(*_rank4(mask).shape[:2], given.query.shape[2], given.key.shape[2])
 
 
-def _tokens_first(given: Attention) -> tuple[Tensor, ...]:
-    """Query, key and value as [B, N, H * D]; torch's transpositions around them cancel."""
-    return tuple(item.transpose(1, 2).flatten(2) for item in (given.query, given.key, given.value))
+def _tokens_first(tensor: Tensor) -> Tensor:
+    """[B, H, N, D] as [B, N, H * D]; torch's transpositions around it cancel."""
+    return tensor.transpose(1, 2).flatten(2)
+
+
+def _heads_second(result: Tensor, given: Attention) -> Tensor:
+    """A kernel's result [B, N, H * E] as the operator's, with rows without any key mended."""
+    batch, heads, length, _ = given.query.shape
+    return given.finish(result.reshape(batch, length, heads, given.value.shape[3])).transpose(1, 2)
 
 
 @_lowering
 def _multi_head_attention(given: Attention) -> Tensor:
     """com.microsoft::MultiHeadAttention on [B, N, H * D]."""
     batch, heads, length, _ = given.query.shape
-    keys, size = given.key.shape[2], given.value.shape[3]
-    native = given.is_causal and same_sizes([length], [keys])
-    added, some = (None, None) if native else given.additive()
+    native = given.is_causal and same_sizes([length], [given.key.shape[2]])
     result = symbolic(
         "com.microsoft::MultiHeadAttention",
-        (*_tokens_first(given), None, None, _full_rows(added, length, keys)),
+        (
+            *map(_tokens_first, (given.query, given.key, given.value)),
+            None,
+            None,
+            None if native else _full_rows(given.additive(), given),
+        ),
         {"num_heads": heads, "scale": given.factor, "unidirectional": int(native)},
         dtype=given.query.dtype,
-        shape=(batch, length, heads * size),
+        shape=(batch, length, heads * given.value.shape[3]),
         version=1,
-    ).reshape(batch, length, heads, size)
-    return given.finish(result, None if some is None else some.transpose(1, 2)).transpose(1, 2)
+    )
+    return _heads_second(result, given)
 
 
 @_lowering
 def _attention_onnx(given: Attention) -> Tensor:
     """ai.onnx::Attention on [B, N, H * D]; with a boolean mask its fully masked rows are zeros, as torch's."""
-    batch, heads, length, _ = given.query.shape
-    keys, size = given.key.shape[2], given.value.shape[3]
-    boolean = given.empty == "zeros" and (given.bias is None or given.bias.dtype == torch.bool)
-    mask, some = (given.allowed(), None) if boolean else given.additive()
     if given.is_causal:
-        mask, some = None, None
-    mask = _full_rows(mask, length, keys)
-    result = symbolic(
+        return _heads_second(_attention_node(given), given)
+    if given.empty == "zeros" and (given.bias is None or given.bias.dtype == torch.bool):
+        zeros = replace(given, bias=None, key_mask=None, left=None, right=None)
+        return _heads_second(_attention_node(given, _full_rows(given.allowed(), given)), zeros)
+    return _heads_second(_attention_node(given, _full_rows(given.additive(), given)), given)
+
+
+@_lowering
+def _key_channel(given: Attention) -> Tensor:
+    """ai.onnx::Attention without a mask: the key mask is one more channel of the keys, which the queries read as 1.
+
+    A key that is not allowed gets a score so low that the others are lost in it; ONNX Runtime's kernels take twice
+    the time where a mask is given.
+    """
+    assert given.key_mask is not None
+    shut = torch.where(given.key_mask, torch.zeros(()), _LOW / given.factor)[:, :, None, None]
+    query, key = (item.transpose(1, 2) for item in (given.query, given.key))
+    query = torch.cat([query, torch.ones_like(query[..., :1])], -1).transpose(1, 2)
+    key = torch.cat([key, shut.expand(*key.shape[:3], 1)], -1).transpose(1, 2)
+    return _heads_second(_attention_node(replace(given, query=query, key=key, scale=given.factor)), given)
+
+
+@_lowering
+def _blocks(given: Attention) -> Tensor:
+    """Attention by blocks of queries, see `banded`."""
+    batch, heads, length, _ = given.query.shape
+    assert given.left is not None and given.right is not None
+    keys = torch.ones((batch, length), dtype=torch.bool) if given.key_mask is None else given.key_mask
+    result, some = banded.band_attention(
+        _tokens_first(given.query),
+        _tokens_first(given.key),
+        _tokens_first(given.value),
+        keys,
+        given.left,
+        given.right,
+        {"q_num_heads": heads, "kv_num_heads": given.key.shape[1], "scale": given.factor, "softcap": given.softcap},
+    )
+    result = result.reshape(batch, length, heads, given.value.shape[3])
+    if given.empty != "zeros" and given.has_empty_rows:
+        result = given.mend(result, some[:, :, None, None])
+    return result.transpose(1, 2)
+
+
+def _attention_node(given: Attention, mask: Tensor | None = None) -> Tensor:
+    """The node itself, [B, N, H * E]."""
+    batch, heads, length, _ = given.query.shape
+    return symbolic(
         "Attention",
-        _tokens_first(given) + ((mask,) if mask is not None else ()),
+        (*map(_tokens_first, (given.query, given.key, given.value)), *([] if mask is None else [mask])),
         {
             "q_num_heads": heads,
             "kv_num_heads": given.key.shape[1],
@@ -155,10 +241,40 @@ def _attention_onnx(given: Attention) -> Tensor:
             "softcap": given.softcap,
         },
         dtype=given.query.dtype,
-        shape=(batch, length, heads * size),
+        shape=(batch, length, heads * given.value.shape[3]),
         version=23,
-    ).reshape(batch, length, heads, size)
-    return given.finish(result, None if some is None else some.transpose(1, 2)).transpose(1, 2)
+    )
+
+
+@_lowering
+def _group_query_attention(given: Attention) -> Tensor:
+    """com.microsoft::GroupQueryAttention on [B, N, H * D]: causal, with or without a window; other masks as a bias."""
+    batch, heads, length, _ = given.query.shape
+    masked = given.bias is not None or given.key_mask is not None
+    options: dict[str, Any] = {"num_heads": heads, "kv_num_heads": given.key.shape[1]}
+    options |= {"scale": given.factor, "softcap": given.softcap}
+    if given.left is not None:
+        options["local_window_size"] = given.left + 1
+    result = symbolic(
+        "com.microsoft::GroupQueryAttention",
+        (
+            *map(_tokens_first, (given.query, given.key, given.value)),
+            None,
+            None,
+            torch.full((batch,), length - 1, dtype=torch.int32),
+            torch.full((), length, dtype=torch.int32),
+            None,
+            None,
+            None,
+            _full_rows(given.additive(), given) if masked else None,
+            given.sinks,
+        ),
+        options,
+        dtype=given.query.dtype,
+        shape=(batch, length, heads * given.value.shape[3]),
+        version=1,
+    )
+    return _heads_second(result, given)
 
 
 @_lowering
@@ -166,7 +282,7 @@ def _unfused(given: Attention) -> Tensor:
     """MatMul, Add, Softmax, MatMul; the heads of a group are rows of one matmul, so keys are not repeated."""
     batch, heads, length, size = given.query.shape
     groups, keys = given.key.shape[1], given.key.shape[2]
-    added, some = given.additive()
+    added = given.additive()
     rows = given.query.reshape(batch, groups, heads // groups * length, size) if groups != heads else given.query
     scores = (rows * given.factor) @ given.key.transpose(-1, -2)
     if groups != heads:
@@ -177,12 +293,15 @@ def _unfused(given: Attention) -> Tensor:
         scores = scores + added
     if given.sinks is not None:
         extra = given.sinks.reshape(1, heads, 1, 1).expand(batch, heads, length, 1)
-        weights, some = torch.softmax(torch.cat([scores, extra], -1), -1)[..., :-1], None
+        weights = torch.softmax(torch.cat([scores, extra], -1), -1)[..., :-1]
     else:
         weights = torch.softmax(scores, -1)
     if groups != heads:
         weights = weights.reshape(batch, groups, heads // groups * length, keys)
-    return given.finish((weights @ given.value).reshape(batch, heads, length, given.value.shape[3]), some)
+    result = (weights @ given.value).reshape(batch, heads, length, given.value.shape[3])
+    if given.empty == "mean":
+        return result  # as the softmax over equal scores gives it
+    return given.finish(result.transpose(1, 2)).transpose(1, 2)
 
 
 def _refuses_fused(node: fx.Node) -> str | None:
@@ -201,8 +320,37 @@ def _refuses_multi_head(node: fx.Node) -> str | None:
         return "MultiHeadAttention has no grouped key heads"
     if given["softcap"]:
         return "MultiHeadAttention has no soft cap"
-    if given["query"].meta["val"].dtype != torch.float32:
+    if dtype(given["query"]) != torch.float32:
         return "MultiHeadAttention is float32 only on CPU"
+    return None
+
+
+def _refuses_key_channel(node: fx.Node) -> str | None:
+    given = arguments(node)
+    if _refuses_fused(node):
+        return _refuses_fused(node)
+    if given["key_mask"] is None or any(given[name] is not None for name in ("bias", "left", "right")):
+        return "the key mask is not the only mask"
+    if given["softcap"]:
+        return "a soft cap would cap the mask too"
+    if dtype(given["query"]) != torch.float32:
+        return "the mask's number needs the range of float32"
+    return None if given["scale"] is None or given["scale"] > 0 else "the scale is not positive"
+
+
+def _refuses_group_query(node: fx.Node) -> str | None:
+    given = arguments(node)
+    query, key, value = (shape(given[name]) for name in ("query", "key", "value"))
+    if not (isinstance(given["right"], int) and given["right"] == 0):
+        return "GroupQueryAttention is causal"
+    if not (given["left"] is None or (isinstance(given["left"], int) and given["left"] >= 0)):
+        return "GroupQueryAttention's window has a fixed size"
+    if not same_sizes([query[2]], [key[2]]):
+        return "the number of queries is not that of the keys"
+    if not all(isinstance(size, int) for size in (query[1], key[1], query[3])) or query[3] != value[3]:
+        return "GroupQueryAttention takes heads of one fixed size"
+    if dtype(given["query"]) != torch.float32:
+        return "GroupQueryAttention is float32 only here"
     return None
 
 
@@ -218,10 +366,25 @@ def _as_in_models(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return probe
 
 
+def _whole(name: str, function: Callable[..., Tensor], refuses: Callable[[fx.Node], str | None] = always) -> Lowering:
+    """A lowering whose time grows with the square of the length: not for a band in a sequence of any length.
+
+    The example's length says nothing about those to come; blocks lose little on short ones.
+    """
+
+    def refuses_long(node: fx.Node) -> str | None:
+        return "blocks serve a band at every length" if banded.settles(node) else refuses(node)
+
+    return Lowering(name, function, refuses_long)
+
+
 ATTENTION = (
-    Lowering("Attention", _attention_onnx, _refuses_fused),
-    Lowering("MultiHeadAttention", _multi_head_attention, _refuses_multi_head),
-    Lowering("MatMul+Softmax", _unfused),
+    _whole("Attention", _attention_onnx, _refuses_fused),
+    _whole("Attention, mask in the keys", _key_channel, _refuses_key_channel),
+    _whole("GroupQueryAttention", _group_query_attention, _refuses_group_query),
+    _whole("MultiHeadAttention", _multi_head_attention, _refuses_multi_head),
+    _whole("MatMul+Softmax", _unfused),
+    Lowering("Attention by blocks", _blocks, banded.refuses),
 )
 # Projections give [B, N, H, D] and the output projection reads [B, N, H * D]: transpositions count.
 PROBE = Probe(_rows_first, _as_in_models)

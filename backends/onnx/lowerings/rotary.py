@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 from torch.onnx.ops import symbolic
@@ -28,7 +30,7 @@ def _rotary_embedding(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
     columns = cos.shape[-1]
     once = slice(None, None, 2) if interleaved else slice(columns // 2)
     caches = [item[:, 0, :, once].expand(input.shape[0], -1, -1) for item in (cos, sin)]
-    attributes = {
+    attributes: dict[str, Any] = {
         "interleaved": int(interleaved),
         "num_heads": input.shape[1],
         "rotary_embedding_dim": 0 if columns == input.shape[-1] else columns,

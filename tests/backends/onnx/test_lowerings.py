@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from fxpress.backends.memory import Memory
+from fxpress.backends.onnx.choose import choose
 from fxpress.backends.onnx.export import check, check_supported, save, to_onnx
-from fxpress.backends.onnx.lowerings.lowering import Lowering
 from fxpress.backends.onnx.lowerings.table import LOWERINGS, supported
 from fxpress.backends.onnx.session import Session
 from fxpress.compiler.trace import bind_example, trace
@@ -28,18 +29,18 @@ Inputs = dict[str, Tensor]
 
 
 class Calls(nn.Module):
-    """A model of one call; `weights` are parameters, everything else is an input."""
+    """A model of equal calls; `weights` are parameters, everything else is an input."""
 
-    def __init__(self, target: Any, weights: Inputs, options: dict[str, Any]) -> None:
+    def __init__(self, target: Any, weights: Inputs, options: dict[str, Any], count: int) -> None:
         super().__init__()
-        self.target, self.options = target, options
+        self.target, self.options, self.count = target, options, count
         for name, value in weights.items():
             self.register_parameter(f"weight_{name}", nn.Parameter(value))
         self.names = list(weights)
 
     def forward(self, inputs: Inputs) -> Any:
         weights = {name: getattr(self, f"weight_{name}") for name in self.names}
-        return self.target(**inputs, **weights, **self.options)
+        return [self.target(**inputs, **weights, **self.options) for _ in range(self.count)]
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,18 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
     call: Callable[..., Any] | None = None  # computes the operator's arguments from the inputs; None: they are these
 
-    def program(self) -> Program:
+    def program(self, count: int = 1) -> Program:
         torch.manual_seed(0)
-        model = Calls(self.call or self.target, self.weights(), dict(self.options)).eval()
+        model = Calls(self.call or self.target, self.weights(), dict(self.options), count).eval()
         example, other = self.inputs(2, 6), self.inputs(3, 9)
+        # Equal sizes are one size, as in a model.
+        dims = {2: Dim("batch"), 6: Dim("length", min=2)}
         varying = {
-            name: {axis: Dim.AUTO for axis, size in enumerate(other[name].shape) if size != tensor.shape[axis]}
+            name: {
+                axis: dims.get(tensor.shape[axis], Dim.AUTO)
+                for axis, size in enumerate(other[name].shape)
+                if size != tensor.shape[axis]
+            }
             for name, tensor in example.items()
         }
         return trace(model, bind_example(model, {"inputs": example}), {"inputs": varying})
@@ -81,11 +88,15 @@ def key_mask(batch: int, keys: int, none: bool = False) -> Tensor:
     return mask
 
 
+def left_padded(batch: int, keys: int) -> Tensor:
+    return key_mask(batch, keys).flip(1)
+
+
 def bool_mask(batch: int, length: int, keys: int, none: bool = False) -> Tensor:
     mask = torch.rand(batch, 1, length, keys) > 0.3
     mask[..., 0] = True
     if none:
-        mask[0, :, 1] = False
+        mask[0, :, length // 2] = False
     return mask
 
 
@@ -124,6 +135,47 @@ ATTENTIONS = [
         scale=0.3,
     ),
     case("bias a head, one row", lambda b, n: {**heads(b, n), "bias": torch.randn(1, 4, 1, n)}),
+    case("soft cap", heads, softcap=2.0),
+    case("soft cap, key mask", lambda b, n: {**heads(b, n), "key_mask": key_mask(b, n)}, softcap=2.0),
+    case("sinks", lambda b, n: {**heads(b, n), "sinks": torch.arange(4.0)}),
+    case("sinks, causal", lambda b, n: {**heads(b, n, groups=2), "sinks": torch.arange(4.0)}, right=0),
+    case(
+        "sinks, key mask, causal",
+        lambda b, n: {**heads(b, n), "sinks": torch.arange(4.0), "key_mask": key_mask(b, n, none=True)},
+        right=0,
+    ),
+    case("causal, grouped heads", lambda b, n: heads(b, n, groups=2), right=0),
+    case("causal, soft cap", lambda b, n: heads(b, n, groups=2), right=0, softcap=2.0),
+    case("causal window", lambda b, n: heads(b, n, groups=2), left=2, right=0),
+    case("causal window of one", heads, left=0, right=0),
+    case("causal window, all keys", heads, left=50, right=0),
+    case(
+        "causal window, key mask", lambda b, n: {**heads(b, n), "key_mask": key_mask(b, n, none=True)}, left=2, right=0
+    ),
+    case("window", heads, left=2, right=1),
+    case("window without the own place", heads, left=-1, right=3),
+    case("window, cross lengths", lambda b, n: heads(b, 2 * n + 1, n), left=1, right=1),
+    *[
+        case(
+            f"{name}, empty rows give {empty}",
+            lambda b, n, none=none, groups=groups: {**heads(b, n, groups=groups), **none(b, n)},
+            empty=empty,
+            **options,
+        )
+        for empty in ("nan", "mean")
+        for groups in (4, 2)
+        for name, none, options in (
+            (f"key mask, {groups} groups", lambda b, n: {"key_mask": key_mask(b, n, none=True)}, {}),
+            (f"key mask, causal, {groups} groups", lambda b, n: {"key_mask": left_padded(b, n)}, {"right": 0}),
+            (f"bool mask, causal, {groups} groups", lambda b, n: {"bias": bool_mask(b, n, n, none=True)}, {"right": 0}),
+            (
+                f"float mask, causal, {groups} groups",
+                lambda b, n: {"bias": float_mask(b, n, n, none=True)},
+                {"right": 0},
+            ),
+        )
+    ],
+    case("key mask, causal, left padded", lambda b, n: {**heads(b, n), "key_mask": left_padded(b, n)}, right=0),
 ]
 
 
@@ -217,17 +269,6 @@ OTHERS = [
     Case("split_linear, no bias", split_linear, rows, linear(24, bias=False), (("bias", None), ("sizes", [20, 4]))),
 ]
 CASES = [*ATTENTIONS, *OTHERS]
-FORCED = [
-    pytest.param(item, lowering, id=f"{item.name}-{lowering.name}")
-    for item in CASES
-    for lowering in LOWERINGS[item.target]
-]
-
-
-def forced_session(program: Program, lowering: Lowering, folder: Path) -> Session:
-    """The program with this lowering for each fxpress node."""
-    save(to_onnx(program, dict.fromkeys(program.calls(*LOWERINGS), lowering)), folder / "model.onnx")
-    return Session(folder / "model.onnx", threads=1)
 
 
 def test_every_operator_has_a_case() -> None:
@@ -235,19 +276,26 @@ def test_every_operator_has_a_case() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("item", "lowering"), FORCED)
-def test_equals_the_reference(item: Case, lowering: Lowering, tmp_path: Path) -> None:
-    program = item.program()
-    (node,) = program.calls(item.target)
-    if lowering.refuses(node) is not None:
-        pytest.skip(f"refused: {lowering.refuses(node)}")
-    session = forced_session(program, lowering, tmp_path)
-    for size in ((2, 6), (3, 9), (4, 2)):
-        tensors = program.signature.bind((item.inputs(*size),), {})
+@pytest.mark.parametrize("item", CASES, ids=[item.name for item in CASES])
+def test_every_lowering_equals_the_reference(item: Case, tmp_path: Path) -> None:
+    candidates = supported(item.program().calls(item.target)[0])[0]
+    assert candidates
+    program = item.program(len(candidates))
+    model = to_onnx(program, dict(zip(program.calls(item.target), candidates, strict=True)))
+    save(model, tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx", threads=1)
+    for size in ((2, 6), (3, 9), (4, 2), (1, 1)):
+        given = item.inputs(*size)
+        tensors = [given[tensor.path.rpartition(".")[2]] for tensor in program.signature.inputs]
         found = [torch.from_numpy(array) for array in session.run([tensor.numpy() for tensor in tensors])]
         with torch.no_grad():
             expected = program.run(tensors)
-        assert compare(found, expected, run_float64(program, tensors)).reasons == (), size
+        exact = run_float64(program, tensors)
+        parts = len(expected) // len(candidates)
+        for index, lowering in enumerate(candidates):
+            part = slice(index * parts, (index + 1) * parts)
+            reasons = compare(found[part], expected[part], exact[part]).reasons
+            assert reasons == (), (lowering.name, size)
 
 
 def test_every_operator_has_a_lowering_that_takes_anything() -> None:
@@ -269,6 +317,23 @@ def test_the_skip_kernels_refuse_other_ranks() -> None:
                 (("eps", 1e-6),))  # fmt: skip
     (node,) = flat.program().calls(add_rms_norm)
     assert supported(node)[1] == ["SkipSimplifiedLayerNormalization: the kernel takes [batch, length, size] only"]
+
+
+def test_what_is_known_of_the_angles_decides_for_each_node(tmp_path: Path) -> None:
+    """Two rotations of one size: the kernel is a candidate only where the angles are known to come in pairs."""
+
+    class Rotations(nn.Module):
+        def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+            wide = torch.cat((angles, angles), -1).unsqueeze(1)
+            other = torch.cat((angles, angles + 1), -1).unsqueeze(1)
+            return rotary(rotary(x, wide.cos(), wide.sin()), other.cos(), other.sin())
+
+    model = Rotations().eval()
+    program = trace(model, bind_example(model, (torch.rand(2, 4, 6, 8), torch.rand(2, 6, 4))), None)
+    chosen, _ = choose(program, memory=Memory("onnx", tmp_path))
+    assert all(chosen[node] in supported(node)[0] for node in program.calls(rotary))
+    first, second = program.calls(rotary)
+    assert [len(supported(node)[0]) for node in (first, second)] == [2, 1]
 
 
 # --- check -----------------------------------------------------------------------------------------------------

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 from build import module, program
-from evaluate import Values, evaluate, symbols
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from fxpress.compiler import families
 from fxpress.compiler.trace import bind_example, trace
-from fxpress.ir.graph import Program, arguments, shape
+from fxpress.ir.graph import Program, shape
 from fxpress.ir.masks import expression as e
+from fxpress.ir.masks.evaluate import Values, evaluate, symbols, wrong_masks
 from fxpress.ir.masks.reader import Reader
 from fxpress.ir.ops.attention import attention
 from fxpress.ir.rewrite import Context
-from fxpress.passes import Canonicalize, canonicalize
+from fxpress.passes import Canonicalize
 
 
 def assert_read(traced: Program, node: fx.Node, extents: tuple[Any, ...], tensors: list[Tensor]) -> e.Expression:
@@ -225,20 +225,26 @@ def test_made_up_mask(recipe: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [family.name for family in families.families()])
-def test_family(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_family(name: str) -> None:
     """Every mask of every attention of a model is worth what the model computes."""
     family = next(item for item in families.families() if item.name == name)
     torch.manual_seed(0)
     model = family.model().eval()
     traced = trace(model, bind_example(model, family.inputs(2, 12)))
-    monkeypatch.setattr(canonicalize, "read_masks", lambda *_: False)  # masks stay tensors
-    Canonicalize().apply(traced, Context())
-    masks = {}
-    for node in traced.calls(attention):
-        given = arguments(node)
-        if given["bias"] is not None:
-            masks[given["bias"]] = (*shape(given["query"])[:3], shape(given["key"])[2])
+    Canonicalize(masks=False).apply(traced, Context())
     for batch, length in ((2, 12), (3, 17)):
         tensors = [torch.as_tensor(item) for item in traced.signature.bind((), family.inputs(batch, length))]
-        for mask, extents in masks.items():
-            assert_read(traced, mask, extents, tensors)
+        assert list(wrong_masks(traced, tensors)) == []
+
+
+def test_wrong_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, x: Tensor, pad: Tensor) -> Tensor:
+        return attention(x, x, x, pad.bool()[:, None, None, :] & (columns(pad) <= rows(pad)))
+
+    traced = program(module(forward), torch.randn(2, 2, 7, 4), padding(7))
+    Canonicalize(masks=False).apply(traced, Context())
+    tensors = [torch.randn(2, 2, 7, 4), padding(7)]
+    assert list(wrong_masks(traced, tensors)) == []
+    monkeypatch.setattr(Reader, "mask", lambda self, node: e.at_most(e.index(3), e.index(2), self.extents))
+    ((node, found),) = wrong_masks(traced, tensors)
+    assert node.target is attention and e.spell(found) == "j <= i"
