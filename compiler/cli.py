@@ -180,15 +180,17 @@ def _survey(names: list[str], write: Path | None, record: Path, resume: bool, wo
         record.unlink(missing_ok=True)
     done = survey.recorded(record)
     waiting = [name for name in names or survey_models.families() if name not in done]
-    with Progress(console=out, auto_refresh=False) as progress:  # no thread may run where processes are forked
-        task = progress.add_task("families", total=len(waiting))
-        for outcome in survey.run(waiting, record, workers):
-            done[outcome.family] = outcome
-            state = "ok" if outcome.stage == "ok" else f"{outcome.stage}: {outcome.reason}"
-            progress.console.print(f"{outcome.family}: {state}", markup=False, highlight=False)
-            progress.update(task, advance=1, refresh=True)
-    if write is not None:
-        survey_table.write(write, done.values())
+    try:
+        with Progress(console=out, auto_refresh=False) as progress:  # no thread may run where processes are forked
+            task = progress.add_task("families", total=len(waiting))
+            for outcome in survey.run(waiting, record, workers):
+                done[outcome.family] = outcome
+                state = "ok" if outcome.stage == "ok" else f"{outcome.stage}: {outcome.reason}"
+                progress.console.print(f"{outcome.family}: {state}", markup=False, highlight=False)
+                progress.update(task, advance=1, refresh=True)
+    finally:  # also what an interrupted run has seen
+        if write is not None:
+            survey_table.write(write, done.values())
     wrong = [outcome.family for outcome in done.values() if outcome.stage in ("equal", "bug")]
     if wrong:
         raise FxpressError(f"wrong results or bugs: {', '.join(sorted(wrong))}")
