@@ -379,8 +379,9 @@ def _whole(name: str, function: Callable[..., Tensor], refuses: Callable[[fx.Nod
 
 
 ATTENTION = (
-    _whole("Attention", _attention_onnx, _refuses_fused),
+    # As fast as a mask at length 128 and a fifth faster at 512: it comes first, for examples are short.
     _whole("Attention, mask in the keys", _key_channel, _refuses_key_channel),
+    _whole("Attention", _attention_onnx, _refuses_fused),
     _whole("GroupQueryAttention", _group_query_attention, _refuses_group_query),
     _whole("MultiHeadAttention", _multi_head_attention, _refuses_multi_head),
     _whole("MatMul+Softmax", _unfused),

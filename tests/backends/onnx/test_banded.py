@@ -52,6 +52,7 @@ def session(traced: Program, folder: Path) -> Session:
     return Session(folder / "model.onnx", threads=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("groups", "options"),
     [

@@ -18,7 +18,8 @@ from fxpress.ir.graph import Program
 from fxpress.ir.ops.attention import attention
 from fxpress.ir.ops.norm import add_rms_norm, rms_norm
 
-NAMES = [item.name for item in LOWERINGS[attention]]
+NAMES = ["Attention", "MultiHeadAttention", "MatMul+Softmax"]  # for both kinds of `Two`
+CAUSAL = "GroupQueryAttention"  # for one
 
 
 class Two(nn.Module):
@@ -52,7 +53,7 @@ def measured(program: Program, tmp_path_factory: pytest.TempPathFactory) -> dict
 def remembered(folder: Path, measured: dict[str, Any], times: list[float]) -> Memory:
     """A memory in which every kind took these times."""
     memory = Memory("onnx", folder)
-    memory.write({key: dict(zip(NAMES, times, strict=True)) for key in measured})
+    memory.write({key: {**dict(zip(NAMES, times, strict=True)), CAUSAL: 10.0} for key in measured})
     return memory
 
 
@@ -69,7 +70,10 @@ def not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_candidate_is_timed_once_a_kind(measured: dict[str, Any]) -> None:
-    assert [sorted(times) for times in measured.values()] == [sorted(NAMES)] * 2
+    assert {tuple(sorted(times)) for times in measured.values()} == {
+        tuple(sorted(NAMES)),
+        tuple(sorted([*NAMES, CAUSAL])),
+    }
     assert all(ms > 0 for times in measured.values() for ms in times.values())
 
 
@@ -123,7 +127,7 @@ def test_another_number_of_threads_is_measured(
 
     def measure(program: Program, nodes: Any, threads: int | None) -> list[dict[str, float]]:
         asked.append((len(nodes), threads))
-        return [dict.fromkeys(NAMES, 1.0) for _ in nodes]
+        return [dict.fromkeys([*NAMES, CAUSAL], 1.0) for _ in nodes]
 
     monkeypatch.setattr(module, "_measure", measure)
     choose(program, threads=1, memory=remembered(tmp_path, measured, [1.0, 1.0, 1.0]))
@@ -164,3 +168,17 @@ def test_an_entry_that_is_no_measurement_is_measured_again(
     memory.write(dict.fromkeys(measured, entry))
     _, choices = choose(program, memory=memory)
     assert all(time > 0 for item in attentions(choices) for time in item.milliseconds.values())
+
+
+def test_a_band_of_symbolic_width_is_measured(tmp_path: Path) -> None:
+    class Cross(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return attention(x, y, y, right=y.shape[2] - x.shape[2])
+
+    model = Cross().eval()
+    example = (torch.rand(2, 4, 6, 8), torch.rand(2, 4, 9, 8))
+    traced = trace(model, bind_example(model, example), {"x": {2: Dim.AUTO}, "y": {2: Dim.AUTO}})
+    _, (choice,) = choose(traced, memory=Memory("onnx", tmp_path))
+    assert sorted(choice.milliseconds) == sorted(NAMES)
+    (key,) = json.loads((tmp_path / "onnx.json").read_text())
+    assert "right=size 3" in key

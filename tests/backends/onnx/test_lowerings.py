@@ -109,6 +109,12 @@ def case(name: str, inputs: Callable[[int, int], Inputs], **options: Any) -> Cas
     return Case(f"attention, {name}", attention, inputs, options=tuple(options.items()))
 
 
+def bottom_right(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Sizes as arguments."""
+    result: Tensor = attention(query, key, value, left=key.shape[2], right=key.shape[2] - query.shape[2])
+    return result
+
+
 ATTENTIONS = [
     case("no mask", heads),
     case("scale", heads, scale=0.7),
@@ -152,6 +158,13 @@ ATTENTIONS = [
     case(
         "causal window, key mask", lambda b, n: {**heads(b, n), "key_mask": key_mask(b, n, none=True)}, left=2, right=0
     ),
+    *[
+        Case(f"attention, causal from the bottom right, {name}", attention, inputs, call=bottom_right)
+        for name, inputs in (
+            ("more keys", lambda b, n: heads(b, n, 2 * n + 1)),
+            ("fewer keys", lambda b, n: heads(b, 2 * n + 1, n, groups=2)),
+        )
+    ],
     case("window", heads, left=2, right=1),
     case("window without the own place", heads, left=-1, right=3),
     case("window, cross lengths", lambda b, n: heads(b, 2 * n + 1, n), left=1, right=1),
@@ -309,7 +322,7 @@ def test_every_operator_has_a_lowering_that_takes_anything() -> None:
 
 def test_grouped_heads_are_refused_by_the_fused_kernel() -> None:
     (node,) = ATTENTIONS[7].program().calls(attention)
-    assert supported(node)[1] == ["MultiHeadAttention: MultiHeadAttention has no grouped key heads"]
+    assert "MultiHeadAttention: MultiHeadAttention has no grouped key heads" in supported(node)[1]
 
 
 def test_the_skip_kernels_refuse_other_ranks() -> None:
