@@ -28,8 +28,9 @@ class Canonicalize(Pass):
 
     Folded: dropout in evaluation, casts and copies to the same type, full slices, expansions and reshapes to the same
     shape, chains of transpositions and of reshapes, equal computations. Respelled: view, flatten and unflatten as
-    reshape, einsum and bmm as matmul, chunk and split as slice, unbind as select, rsub as sub, addmm on flattened rows (Hugging
-    Face's Conv1D) as linear; attention, RMSNorm and tanh-GELU written out as one operator.
+    reshape, einsum and bmm as matmul, chunk and split as slice, unbind as select, squares as products, a number less a
+    tensor as sub, addmm on flattened rows (Hugging Face's Conv1D) as linear; attention, RMSNorm and tanh-GELU written
+    out as one operator.
     Masks of attention become its arguments (`masks`), as far as they can be read.
     """
 
@@ -83,6 +84,13 @@ def _subtracted(program: Program, node: fx.Node) -> fx.Node:
     given = arguments(node)
     options = {} if given["alpha"] == 1 else {"alpha": given["alpha"]}
     return program.call(aten.sub.Tensor, given["other"], given["self"], before=node, **options)
+
+
+def _square(program: Program, node: fx.Node) -> fx.Node | None:
+    """pow(x, 2) and square(x) of floats as x * x."""
+    given = arguments(node)
+    squared = given.get("exponent", 2) == 2 and dtype(node).is_floating_point and dtype(node) == dtype(given["self"])
+    return program.call(aten.mul.Tensor, given["self"], given["self"], before=node) if squared else None
 
 
 def _dropout(program: Program, node: fx.Node) -> fx.Node | None:
@@ -325,6 +333,7 @@ SIMPLIFICATIONS: dict[Any, Edit] = {
     aten.baddbmm.default: _product,
     aten.einsum.default: _einsum,
     aten.rsub.Scalar: _subtracted,
+    **dict.fromkeys((aten.square.default, aten.pow.Tensor_Scalar), _square),
     aten.mul.Scalar: _respelled(aten.mul.Tensor),
     aten.div.Scalar: _respelled(aten.div.Tensor),
 }

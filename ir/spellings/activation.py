@@ -63,8 +63,6 @@ def _polynomial(value: Any, x: fx.Node, t: fx.Node | None, nodes: set[fx.Node]) 
     if any(part is None for part in parts):
         return None
     first: Any = parts[0]
-    if target is aten.square.default:
-        return _product(first, first)
     if target is aten.neg.default:
         return _product(first, {(0, 0): -1.0})
     if len(parts) != 2:
@@ -177,18 +175,4 @@ def _rule(activation: Activation) -> Rule:
     return Rule(activation.name, lambda node: find(activation, node), lambda _: True, replace)
 
 
-def _square(node: fx.Node) -> Match | None:
-    """pow(x, 2) and x * x of floats."""
-    power = node.target is aten.pow.Tensor_Scalar and node.args[1] == 2
-    product = node.target is aten.mul.Tensor and node.args[0] is node.args[1]
-    if not (power or product) or node.kwargs or not dtype(node).is_floating_point:
-        return None
-    return Match(node, {"x": node.args[0]}, frozenset((node,)))
-
-
-def _square_replace(program: Program, found: Match, _: Any) -> None:
-    program.replace(found.root, program.call(aten.square.default, found["x"], before=found.root))
-
-
-SQUARE = Rule("square", _square, lambda _: True, _square_replace)
-RULES = (SQUARE, *map(_rule, (GELU, GELU_TANH, SILU)))
+RULES = tuple(map(_rule, (GELU, GELU_TANH, SILU)))

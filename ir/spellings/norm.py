@@ -48,7 +48,7 @@ def _mean(value: Any, axes: str) -> p.Call:
 
 _X = _maybe_cast(p.Any("x"))
 _CENTRED = p.Call(aten.sub.Tensor, self=_X, other=_mean(_X, "mean_axes"))
-_SQUARE = p.Call(aten.square.default, name="square", self=_X)
+_SQUARE = p.Call(aten.mul.Tensor, name="square", self=_X, other=_X)
 _VARIANCE = p.OneOf(
     p.Call(aten.var.correction, name="square", self=_X, dim=p.Literal("axes"), correction=p.Literal("correction"),
            keepdim=True),

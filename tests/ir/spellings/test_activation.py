@@ -42,8 +42,6 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = {
     "silu": (lambda x: x * torch.sigmoid(x), aten.silu.default),
     "silu_swapped": (lambda x: torch.sigmoid(x) * x, aten.silu.default),
     "silu_of_a_product": (lambda x: (2 * x) * torch.sigmoid(2 * x), aten.silu.default),
-    "relu_squared": (lambda x: F.relu(x).pow(2), aten.square.default),
-    "relu_times_relu": (lambda x: F.relu(x) * F.relu(x), aten.square.default),
 }
 
 

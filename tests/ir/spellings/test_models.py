@@ -11,7 +11,8 @@ from build import assert_equal, rewritten
 
 from fxpress.compiler.families import text
 from fxpress.compiler.trace import bind_example, trace
-from fxpress.ir.graph import Program
+from fxpress.ir.graph import Program, arguments
+from fxpress.ir.ops.attention import attention
 from fxpress.passes import Canonicalize, Fuse
 
 SIZE = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -41,6 +42,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, int, int, int]] = {
     "stablelm": ("StableLm", GROUPED, 3, 0, 1, 2),
     "persimmon": ("Persimmon", SIZE, 5, 1, 0, 2),
     "gpt_neox": ("GPTNeoX", SIZE, 3, 1, 0, 2),
+    "gpt2": ("GPT2", GPT, 3, 1, 0, 0),
     "gptj": ("GPTJ", {**GPT, "rotary_dim": 4}, 2, 1, 0, 2),
     "codegen": ("CodeGen", {**GPT, "rotary_dim": 4}, 2, 1, 0, 2),
     "bloom": ("Bloom", {"vocab_size": 99, "hidden_size": 32, "n_layer": 1, "n_head": 4}, 4, 1, 0, 0),
@@ -94,6 +96,19 @@ def test_all_are_found(name: str) -> None:
     assert {kind: count for kind, count in found.items() if kind in SPELLED_OUT} == LEFT.get(name, {})
     for size in ((2, 12), (3, 17)):
         assert_equal(before, after, before.signature.bind((), text(*size)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_prompts_without_padding_need_no_mask(name: str) -> None:
+    """transformers looks for several prompts in a row, which positions in order are known not to hold."""
+    tiny = model(name)
+    before = trace(tiny, bind_example(tiny, {"input_ids": text(2, 12)["input_ids"]}), "auto")
+    after = fused(before)
+    (found,) = (arguments(node) for node in after.calls(attention))
+    assert (found["bias"], found["key_mask"], found["left"], found["right"]) == (None, None, None, 0)
+    for size in ((2, 12), (3, 17)):
+        assert_equal(before, after, before.signature.bind((), {"input_ids": text(*size)["input_ids"]}))
 
 
 @pytest.mark.slow

@@ -179,7 +179,7 @@ REFUSALS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "cubes": (
         lambda m, x: x * torch.rsqrt(x.abs().pow(3).mean(-1, keepdim=True) + EPS),
         "rms_norm",
-        "expected aten.square.default, found pow_1 (aten.pow.Tensor_Scalar)",
+        "expected aten.mul.Tensor, found pow_1 (aten.pow.Tensor_Scalar)",
     ),
     "other_input": (
         lambda m, x: x.exp() * torch.rsqrt(mean_square(x) + EPS),
