@@ -63,5 +63,5 @@ size: ## lines of Python in each folder
 	done
 
 clean: ## remove build outputs and caches (not .venv)
-	@rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache .survey
 	@find $(wildcard $(CODE)) -name __pycache__ -prune -exec rm -rf {} +

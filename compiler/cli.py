@@ -34,7 +34,7 @@ Passes = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; left out: one a core.")]
 Batch = Annotated[int, typer.Option(min=1, help="Batch size of the example (it stays dynamic).")]
-RECORD = Path("build/families.jsonl")
+RECORD = Path(".survey/families.jsonl")
 Length = Annotated[int, typer.Option(min=1, help="Length in tokens of the example (it stays dynamic).")]
 
 
@@ -180,15 +180,17 @@ def _survey(names: list[str], write: Path | None, record: Path, resume: bool, wo
         record.unlink(missing_ok=True)
     done = survey.recorded(record)
     waiting = [name for name in names or survey_models.families() if name not in done]
-    with Progress(console=out, auto_refresh=False) as progress:  # no thread may run where processes are forked
-        task = progress.add_task("families", total=len(waiting))
-        for outcome in survey.run(waiting, record, workers):
-            done[outcome.family] = outcome
-            state = "ok" if outcome.stage == "ok" else f"{outcome.stage}: {outcome.reason}"
-            progress.console.print(f"{outcome.family}: {state}", markup=False, highlight=False)
-            progress.update(task, advance=1, refresh=True)
-    if write is not None:
-        survey_table.write(write, done.values())
+    try:
+        with Progress(console=out, auto_refresh=False) as progress:  # no thread may run where processes are forked
+            task = progress.add_task("families", total=len(waiting))
+            for outcome in survey.run(waiting, record, workers):
+                done[outcome.family] = outcome
+                state = "ok" if outcome.stage == "ok" else f"{outcome.stage}: {outcome.reason}"
+                progress.console.print(f"{outcome.family}: {state}", markup=False, highlight=False, soft_wrap=True)
+                progress.update(task, advance=1, refresh=True)
+    finally:  # also what an interrupted run has seen
+        if write is not None:
+            survey_table.write(write, done.values())
     wrong = [outcome.family for outcome in done.values() if outcome.stage in ("equal", "bug")]
     if wrong:
         raise FxpressError(f"wrong results or bugs: {', '.join(sorted(wrong))}")

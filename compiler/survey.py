@@ -72,10 +72,9 @@ def _examine(family: str, outcome: Outcome) -> None:
     outcome.stage = "trace"
     try:
         compiled = compile(model, example_inputs=example, backend="onnx")
-    except TraceError:
-        raise
-    except FxpressError:
-        outcome.stage = "compile"
+    except FxpressError as error:
+        if not isinstance(error, TraceError):
+            outcome.stage = "equal" if "is not that of the model" in str(error) else "compile"
         raise
     _count(compiled, example, outcome)
     outcome.stage = "equal"
@@ -93,7 +92,8 @@ def _count(compiled: Compiled, example: dict[str, Any], outcome: Outcome) -> Non
         outcome.misses = tuple(dict.fromkeys(
             refusal["reason"] for item in compiled.report.passes for refusal in item.refusals
             if "attention" in refusal["rule"])) or ("no rule's spelling",)  # fmt: skip
-    outcome.fused = {rule: count for item in compiled.report.passes for rule, count in item.rewrites.items()}
+    fused = [item.rewrites for item in compiled.report.passes if item.name == "fuse"]
+    outcome.fused = {rule: count for rewrites in fused for rule, count in rewrites.items()}
 
 
 def _compare(compiled: Compiled, inputs: dict[str, Any], size: tuple[int, int], outcome: Outcome) -> None:

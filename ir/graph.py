@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
@@ -238,7 +239,7 @@ def fake_result(program: Program, node: fx.Node) -> Any:
     """What a call gives on the fake values of its arguments."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: used.meta["val"])
     assert callable(node.target)
-    with program.fake_mode, torch.no_grad():
+    with program.fake_mode, torch.no_grad(), enable_python_dispatcher():  # the C++ kernels of some take no symbols
         return node.target(*args, **kwargs)
 
 

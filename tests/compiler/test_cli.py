@@ -41,6 +41,7 @@ BAD = {
     "passes that cannot be read": (["compile", "empty", "-o", "out", "--passes", "fuse("], "cannot read the passes"),
     "an unknown pass to explain": (["inspect", "empty", "--explain", "fuze"], "did you mean 'fuse'?"),
     "an unknown family": (["families", "brt"], "did you mean 'bert'?"),
+    "an unknown family of the survey": (["families", "--all", "llamma"], "did you mean 'llama'?"),
 }
 
 

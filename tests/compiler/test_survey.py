@@ -85,15 +85,16 @@ class Masked(torch.nn.Module):
 
 
 def additive(keep: Tensor) -> Tensor:
-    return torch.where(keep[:, None, None] > 0, 0.0, torch.finfo(torch.float32).min)
+    parts = keep.cumsum(1) // 2
+    return torch.where((parts[:, :, None] == parts[:, None, :])[:, None], 0.0, torch.finfo(torch.float32).min)
 
 
-# A mask that is odd enough to stay a tensor: which keys are seen depends on values that are no padding mask.
+# The mask stays a tensor: which keys a query sees depends on values of both.
 BIASES = {
     "none": lambda m, keep: None,
     "a position bias": lambda m, keep: m.position,
-    "a position bias that masks": lambda m, keep: m.position + additive(keep.cumsum(1) % 3),
-    "an additive mask": lambda m, keep: additive(keep.cumsum(1) % 3),
+    "a position bias that masks": lambda m, keep: m.position + additive(keep),
+    "an additive mask": lambda m, keep: additive(keep),
 }
 READ = {
     "none": Masks(1, 1, 0, ()),

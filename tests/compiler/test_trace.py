@@ -203,6 +203,32 @@ def test_changes_that_others_could_see_are_refused_with_the_line(kind: type[nn.M
     assert "\n" not in str(caught.value)
 
 
+class Resizes(nn.Module):
+    """As detection models bring a mask to the size of their features."""
+
+    def forward(self, mask: Tensor, features: Tensor) -> Tensor:
+        return nn.functional.interpolate(mask[None], size=features.shape[-2:])[0]
+
+
+def test_resizing_to_the_size_of_another_input() -> None:
+    model = Resizes()
+    assert_equals(
+        traced(model, torch.rand(2, 6, 6), torch.rand(2, 3, 4)), model, torch.rand(3, 8, 8), torch.rand(3, 5, 2)
+    )
+
+
+class AtLeastTwo(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.std(0) if x.shape[0] > 1 else x[5]
+
+
+def test_the_bound_stays_where_the_model_itself_fails() -> None:
+    model, example = AtLeastTwo(), torch.rand(3, 4)
+    program = admit_ones(traced(model, example), model, [example])
+    sizes = program.signature.inputs[0].shape
+    assert [program.signature.ranges[size][0] for size in sizes if isinstance(size, str)] == [2, 1]
+
+
 # --- names -----------------------------------------------------------------------------------------------------
 
 EVIL = 'x"), __import__("pathlib").Path("{}").touch() or getattr(self, "weight'
