@@ -1,6 +1,6 @@
 """Attention within a band of fixed width, in blocks: time and memory grow with N, not with N^2.
 
-Beyond a few widths of the band, the queries are cut into blocks; each reads the keys of its own block and the `left`
+Beyond twice the keys of a block, the queries are cut into blocks; each reads the keys of its own block and the `left`
 before and `right` after it. The blocks become the batch of one ordinary attention whose mask is the band:
 [B, N, H * D] -> [B * blocks, size, H * D] and [B * blocks, size + left + right, G * D]
 (the sliding chunks of Longformer, Beltagy et al., 2020).
@@ -71,7 +71,7 @@ def band_attention(
     return symbolic(
         f"{DOMAIN}::{BandAttention.name}",
         (query, key, value, key_mask, rows, columns, (distance >= -left) & (distance <= right)),
-        {"left": left, "right": right, "least": 3 * (size + span), **attributes},
+        {"left": left, "right": right, "least": 2 * (size + span), **attributes},
         dtype=query.dtype,
         shape=(batch, length, attributes["q_num_heads"] * (value.shape[2] // attributes["kv_num_heads"])),
         version=1,
