@@ -75,9 +75,8 @@ def _is_given(node: fx.Node) -> bool:
         if item in seen:
             continue
         seen.add(item)
-        value = item.meta.get("val")
-        given = item.op in ("get_attr", "placeholder") and isinstance(value, Tensor)
-        if given and (item is node or (value.is_floating_point() and value.numel() > 1)):
+        value = item.meta.get("val") if item.op in ("get_attr", "placeholder") else None
+        if isinstance(value, Tensor) and (item is node or (value.is_floating_point() and value.numel() > 1)):
             return True
         waiting += item.all_input_nodes
     return False

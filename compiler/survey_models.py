@@ -328,4 +328,13 @@ def tiny_model(family: str) -> torch.nn.Module:
     size = sum(weight.numel() for weight in model.parameters())
     if size > 30_000_000:
         raise InputError(f"{kind.__name__}: the tiny configuration has {size:,} weights")
+    _break_ties(model)
     return model
+
+
+def _break_ties(model: torch.nn.Module) -> None:
+    """Random numbers for matrices of zeros: a router of zeros gives all experts one score, and topk may take any."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1 and weight.is_floating_point() and not weight.any():
+                weight.normal_(std=0.02)
