@@ -90,7 +90,10 @@ def _count(compiled: Compiled, batches: Sequence[dict[str, Any]], outcome: Outco
     for batch in batches:
         with contextlib.suppress(InputError):  # a size that is fixed
             given.append([torch.as_tensor(value) for value in compiled.traced.signature.bind((), batch)])
-    masks = survey_masks.masks(compiled.traced, compiled.program, given)
+    try:
+        masks = survey_masks.masks(compiled.traced, compiled.program, given)
+    except RuntimeError:  # the graph does not hold at the second size, which `_compare` will tell
+        masks = survey_masks.masks(compiled.traced, compiled.program, given[:1])
     outcome.found, outcome.read, outcome.unread, outcome.tensors = masks.found, masks.read, masks.unread, masks.tensors
     if masks.wrong:
         raise FxpressError(f"masks are read wrongly: {'; '.join(masks.wrong)}")
