@@ -180,7 +180,7 @@ _HEADER = ("family", "ONNX", "equal to eager", "sizes (batch, length)", "worst e
 def _cells(result: FamilyResult) -> list[str]:
     fused = result.fused
     norms = fused.get("add_layer_norm", 0) + fused.get("add_rms_norm", 0)
-    activations = sum(count for rule, count in fused.items() if rule.startswith("linear_"))
+    activations = sum(count for rule, count in fused.items() if rule.startswith("linear_") or rule == "gated_linear")
     compiled = bool(result.sizes)
     return [
         result.name,

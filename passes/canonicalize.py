@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ..ir.graph import Program, arguments, describe_value, dtype, same_sizes, same_value, shape
+from ..ir.masks.emit import size_node
 from ..ir.masks.meaning import read_masks
 from ..ir.rewrite import Context, Edit, Pass, PassResult, apply_rules, each_call
 from ..ir.spellings import activation, attention, linear, norm, rotary
@@ -119,19 +120,20 @@ def _known_sizes(node: fx.Node) -> list[Any]:
 
 
 def _flatten(program: Program, node: fx.Node) -> fx.Node | None:
-    """flatten, unflatten -> reshape."""
+    """flatten, unflatten, reshape_as, view_as -> reshape."""
     source: Any = node.args[0]
     sizes = _sizes_after(program, node, source)
     return program.call(aten.reshape.default, source, sizes, before=node) if sizes.count(-1) < 2 else None
 
 
 def _sizes_after(program: Program, node: fx.Node, source: fx.Node) -> list[Any]:
-    """The sizes of `node`, a reshaped `source`: numbers, sizes of `source`, -1 for what is neither."""
+    """The sizes of `node`, a reshaped `source`: numbers, sizes of inputs or of `source`, -1 for what is neither."""
     sizes: list[Any] = []
     for size in shape(node):
+        known = size_node(program, size, node)  # so that no rule finds `source` read by its own size
         kept = [axis for axis, old in enumerate(shape(source)) if same_sizes([old], [size])]
-        if isinstance(size, int):
-            sizes.append(size)
+        if known is not None:
+            sizes.append(known)
         elif kept:
             sizes.append(program.call(aten.sym_size.int, source, kept[0], before=node))
         else:
@@ -288,6 +290,9 @@ _COPIES = (
 )  # fmt: skip
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_FOLDINGS = (
+    aten.flatten.using_ints, aten.unflatten.int, aten.reshape_as.default, aten.view_as.default,
+)  # fmt: skip
 _SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes)
 SIMPLIFICATIONS: dict[Any, Edit] = {
     **dict.fromkeys(_CASTS, _cast),
@@ -303,7 +308,7 @@ SIMPLIFICATIONS: dict[Any, Edit] = {
     aten.transpose.int: _permute,
     aten.permute.default: _permute,
     **dict.fromkeys((aten.mT.default, aten.t.default), _matrix_transpose),
-    **dict.fromkeys((aten.flatten.using_ints, aten.unflatten.int), _flatten),
+    **dict.fromkeys(_FOLDINGS, _flatten),
     operator.getitem: _part,
     aten.narrow.default: _narrow,
     aten.repeat.default: _repeat,

@@ -49,7 +49,7 @@ class Fuse(Pass):
             rest = apply_rules(program, rules, context)
             result.rewrites += rest.rewrites
             result.matches += rest.matches
-        result.refusals += rest.refusals
+            result.refusals += rest.refusals
         program.clean()
         return result
 
@@ -285,6 +285,8 @@ def _gated(node: fx.Node) -> Match | Refusal | None:
         gate, up = (piece(activated.args[0]), piece(value)) if name else (None, None)
         if gate is None or up is None or {gate.source.target, up.source.target} != {aten.linear.default}:
             continue
+        if gate.source is up.source and not (gate.nodes or up.nodes):
+            continue  # the activation of a value times that value is no gate
         reason = _not_gated(gate, up)
         nodes = frozenset((node, activated, gate.source, up.source)) | gate.nodes | up.nodes
         reason = reason or p.leak(nodes, node)
@@ -296,15 +298,15 @@ def _not_gated(gate: Piece, up: Piece) -> str | None:
     first, second = arguments(gate.source), arguments(up.source)
     if first["input"] is not second["input"]:
         return f"{gate.source.name} and {up.source.name} read different inputs"
-    if gate.stop - gate.start != up.stop - up.start:
+    if gate.width != up.width:
         return "gate and up projection differ in size"
     for weight in (first["weight"], second["weight"], first["bias"], second["bias"]):
         if weight is not None and weight.op != "get_attr":
             return f"{weight.name} is no weight"
     if gate.source is not up.source:
-        whole = all(item.stop - item.start == shape(item.source)[-1] for item in (gate, up))
+        whole = all(item.width == shape(item.source)[-1] for item in (gate, up))
         return None if whole else "gate and up projection are parts of different linears"
-    if sorted((gate.start, up.start)) != [0, gate.stop - gate.start] or {gate.step, up.step} != {1}:
+    if sorted((gate.start, up.start)) != [0, gate.width] or {gate.step, up.step} != {1}:
         return f"gate and up projection are not the halves of {gate.source.name}"
     tied = [item for item in (first["weight"], first["bias"]) if item is not None and len(item.users) > 1]
     return f"weight {tied[0].target} is tied: {len(tied[0].users)} nodes read it" if tied else None

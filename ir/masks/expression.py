@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-AXES = "bhij"  # batch, head, query, key: the names of a mask's axes
+AXES = "bhijk"  # batch, head, query, key: the names of a mask's axes; k: of one that is summed
+SUMMED = 4
 
 
 class Expression:
@@ -58,7 +59,7 @@ def parts(value: Expression) -> Iterator[Expression]:
 
 
 class Index(Expression):
-    """The index along an axis: 0 batch, 1 head, 2 query, 3 key."""
+    """The index along an axis: 0 batch, 1 head, 2 query, 3 key; 4 of any size, while a sum is read."""
 
     def __init__(self, axis: int) -> None:
         super().__init__(axis)
@@ -367,6 +368,10 @@ def choose(condition: Expression, yes: Expression, no: Expression) -> Expression
     """`yes` where a condition holds, else `no`; of truth values, numbers or sums."""
     if condition == TRUE or yes == no:
         return yes
+    if _agree(condition, yes, no):
+        return no
+    if isinstance(condition, Not) and _agree(condition.of, yes, no):
+        return yes
     if condition == FALSE:
         return no
     if is_condition(yes) or is_condition(no):
@@ -384,6 +389,16 @@ def choose(condition: Expression, yes: Expression, no: Expression) -> Expression
     if isinstance(yes, Choice) and yes.yes == no:
         return choose(either(opposite(condition), yes.condition), no, yes.no)
     return Choice(condition, yes, no)
+
+
+def _agree(condition: Expression, yes: Expression, no: Expression) -> bool:
+    """Whether `yes` is `no` wherever a condition `s == 0` holds: they differ by a multiple of s."""
+    if not (isinstance(condition, Zero) and isinstance(yes, Sum) and isinstance(no, Sum)):
+        return False
+    difference, zero = add(yes, no, -1), condition.of
+    part, factor = next(iter(zero.terms))
+    times, rest = divmod(difference.factor(part), factor)
+    return rest == 0 and difference == scale(zero, times)
 
 
 def is_condition(value: Expression) -> bool:

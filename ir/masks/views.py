@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..graph import arguments, dtype, same_sizes, shape
 from . import expression as e
 from .expression import Constant, Expression, Sum
-from .values import Indices, Rule, chosen, kind, kind_of, literal, rounded
+from .values import Indices, Rule, chosen, kind, kind_of, literal, number, rounded
 
 if TYPE_CHECKING:
     from .reader import Reader
@@ -146,6 +146,44 @@ def _triangle(lower: bool) -> Rule:
     return rule
 
 
+# --- along an axis ---------------------------------------------------------------------------------------------
+
+
+def _difference(reader: Reader, node: fx.Node, indices: Indices) -> Expression | None:
+    """What each element is more than the one before; before the first stands what is prepended, if anything is."""
+    given = arguments(node)
+    if given["n"] != 1 or given["append"] is not None or dtype(node) not in (torch.int32, torch.int64):
+        return None
+    source, axis, first = given["self"], given["dim"] % len(indices), given["prepend"]
+
+    def at(tensor: fx.Node, place: Sum) -> Expression:
+        return reader.read(tensor, (*indices[:axis], place, *indices[axis + 1 :]))
+
+    place, next_place = indices[axis], e.add(indices[axis], e.whole(1))
+    if first is None:
+        minuend, subtrahend = at(source, next_place), at(source, place)
+    elif same_sizes(shape(first)[axis : axis + 1], (1,)) and dtype(first) == dtype(source):
+        before = at(source, e.add(place, e.whole(-1)))
+        at_first = e.equal(place, e.whole(0), reader.extents)
+        minuend, subtrahend = at(source, place), chosen(at_first, at(first, e.whole(0)), before)
+    else:
+        return None
+    both = isinstance(minuend, Sum) and isinstance(subtrahend, Sum)
+    return e.add(minuend, subtrahend, -1) if both else None  # type: ignore[arg-type]
+
+
+def _running_sum(reader: Reader, node: fx.Node, indices: Indices) -> Expression | None:
+    """A sum of equal numbers is a multiple of how many there are."""
+    given = arguments(node)
+    axis = given["dim"] % len(indices)
+    if kind(node) != "int" or kind(given["self"]) == "float":
+        return None
+    found = number(reader.read(given["self"], (*indices[:axis], e.index(e.SUMMED), *indices[axis + 1 :])))
+    if found is None or found.terms:
+        return None
+    return e.scale(e.add(indices[axis], e.whole(1)), found.constant)
+
+
 # --- elements of elements --------------------------------------------------------------------------------------
 
 
@@ -207,6 +245,8 @@ VIEWS: dict[Any, Rule] = {
                      aten.scalar_tensor.default), _filled(None)),
     aten.tril.default: _triangle(lower=True),
     aten.triu.default: _triangle(lower=False),
+    aten.diff.default: _difference,
+    aten.cumsum.default: _running_sum,
     aten.index.Tensor: _index,
     aten.gather.default: _gather,
     aten.index_select.default: _index_select,

@@ -41,7 +41,9 @@ RULES = (
         "conv1d",
         p.Call(
             aten.reshape.default,
-            self=p.Call(aten.addmm.default, self=p.Weight("bias"), mat1=p.Any("rows"), mat2=p.Weight("weight")),
+            self=p.Call(
+                aten.addmm.default, anchor=True, self=p.Weight("bias"), mat1=p.Any("rows"), mat2=p.Weight("weight")
+            ),
             shape=p.Any("sizes"),
         ),
         _conv1d_condition,

@@ -1,15 +1,14 @@
-"""Which columns of which tensor a value is: what slice, chunk, split and narrow along the last axis have in common."""
+"""Which columns of which tensor a value is: what slices of the last axis and selections from its halves or pairs share."""
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..graph import arguments, shape
+from ..graph import arguments, same_sizes, shape
 
 aten = torch.ops.aten
 
@@ -24,47 +23,50 @@ class Piece:
     step: int = 1
     nodes: frozenset[fx.Node] = frozenset()
 
+    @property
+    def width(self) -> int:
+        """How many columns these are."""
+        return len(range(self.start, self.stop, self.step))
+
 
 def piece(node: Any) -> Piece | None:
-    """The piece that a node is, cut by one call; the whole of itself if by none. None: its width is not known."""
+    """The piece that a node is, however it is cut; the whole of itself if it is not. None: its width is not known."""
     width = shape(node)[-1] if isinstance(node, fx.Node) and shape(node) else None
     if not isinstance(width, int):
         return None
-    return _sliced(node) or _part(node) or Piece(node, 0, width)
-
-
-def _is_last(axis: int, source: Any) -> bool:
-    return axis % len(shape(source)) == len(shape(source)) - 1 and isinstance(shape(source)[-1], int)
+    return _sliced(node) or _selected(node) or Piece(node, 0, width)
 
 
 def _sliced(node: fx.Node) -> Piece | None:
-    if node.target not in (aten.slice.Tensor, aten.narrow.default):
+    """x[..., start:stop:step]."""
+    if node.target is not aten.slice.Tensor:
         return None
     given = arguments(node)
     source = given["self"]
-    if not _is_last(given["dim"], source):
-        return None
     width = shape(source)[-1]
-    if node.target is aten.narrow.default:
-        start, stop, step = given["start"], given["start"] + given["length"], 1
-    else:
-        start, stop, step = given["start"] or 0, given["end"], given["step"]
+    if given["dim"] % len(shape(source)) != len(shape(source)) - 1 or not isinstance(width, int):
+        return None
+    start, stop, step = given["start"] or 0, given["end"], given["step"]
     if not all(isinstance(bound, int) for bound in (start, step)) or not isinstance(stop, int | None):
         return None
     start, stop, step = slice(start, stop, step).indices(width)
     return Piece(source, start, stop, step, frozenset((node,)))
 
 
-def _part(node: fx.Node) -> Piece | None:
-    if node.target is not operator.getitem:
+def _selected(node: fx.Node) -> Piece | None:
+    """One of the columns [..., n, k] that x [..., n * k] is folded into, or one of its rows."""
+    if node.target is not aten.select.int or arguments(node)["self"].target is not aten.reshape.default:
         return None
-    cut: Any = node.args[0]
-    index: Any = node.args[1]
-    if cut.target not in (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes):
+    folded, place = arguments(node)["self"], arguments(node)["index"]
+    source = folded.args[0]
+    before, after = shape(source), shape(folded)
+    if len(after) != len(before) + 1 or not same_sizes(after[:-2], before[:-1]):
         return None
-    given = arguments(cut)
-    if not _is_last(given["dim"], given["self"]):
+    rows, columns = after[-2:]
+    axis = arguments(node)["dim"] % len(after) - len(after)
+    if axis not in (-1, -2) or not all(isinstance(item, int) for item in (rows, columns, place)):
         return None
-    sizes = [value.shape[-1] for value in cut.meta["val"]]
-    start = sum(sizes[:index])
-    return Piece(given["self"], start, start + sizes[index], 1, frozenset((node, cut)))
+    place, nodes = place % after[axis], frozenset((node, folded))
+    if axis == -1:
+        return Piece(source, place, rows * columns, columns, nodes)
+    return Piece(source, place * columns, (place + 1) * columns, 1, nodes)

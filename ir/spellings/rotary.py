@@ -33,7 +33,7 @@ def joined(node: Any) -> tuple[Any, Any, bool, frozenset[fx.Node]] | None:
     if _is_call(node, aten.cat.default):
         parts, axis = arguments(node)["tensors"], arguments(node)["dim"]
         return (*parts, False, frozenset((node,))) if len(parts) == 2 and _is_last(axis, node) else None
-    if _is_call(node, aten.flatten.using_ints, aten.reshape.default, aten.reshape_as.default):
+    if _is_call(node, aten.reshape.default):
         stack: Any = node.args[0]
         if not _is_call(stack, aten.stack.default):
             return None
@@ -186,7 +186,7 @@ def _doubled(program: Program, angle: Any, interleaved: bool, before: fx.Node) -
 
 def _complex(node: fx.Node) -> Match | Refusal | None:
     """view_as_real(view_as_complex(pairs) * angles), flattened: interleaved rotation (Llama's first release)."""
-    if not _is_call(node, aten.flatten.using_ints, aten.reshape.default):
+    if not _is_call(node, aten.reshape.default):
         return None
     real: Any = node.args[0]
     if not _is_call(real, aten.view_as_real.default):

@@ -60,7 +60,7 @@ def weights(names: str, *shape: int) -> dict[str, Tensor]:
 def gated(function: Callable[..., Any]) -> Program:
     """A program of x [.., 8], gate and up weights g and u [6, 8], and packed ones p and r [12, 8]."""
     given = {"g": normal(6, 8), "u": normal(6, 8, seed=1), "p": normal(12, 8, seed=2), "r": normal(12, 8, seed=3)}
-    return program(function, normal(*X), **given, c=normal(6, seed=4), d=normal(12, seed=5))
+    return canonical(function, normal(*X), **given, c=normal(6, seed=4), d=normal(12, seed=5))
 
 
 def gate_of(m: Any, x: Tensor) -> Tensor:
@@ -81,9 +81,10 @@ GATED: dict[str, Callable[..., Tensor]] = {
     "silu": lambda m, x: F.silu(F.linear(x, m.g)) * F.linear(x, m.u),
     "gelu_swapped": lambda m, x: F.linear(x, m.u, m.c) * F.gelu(F.linear(x, m.g)),
     "gelu_tanh": lambda m, x: F.gelu(F.linear(x, m.g, m.c), approximate="tanh") * F.linear(x, m.u, m.c),
-    "relu_tied": lambda m, x: F.relu(F.linear(x, m.g)) * F.linear(x, m.g),
+    "relu_tied": lambda m, x: F.relu(F.linear(x, m.g)) * F.linear(x, m.g, m.c),
     "packed_chunk": packed_gate,
     "packed_split": lambda m, x: (lambda up, gate: F.gelu(gate) * up)(*F.linear(x, m.p).split(6, -1)),
+    "packed_unbind": lambda m, x: (lambda gate, up: F.relu(gate) * up)(*gate_of(m, x).unflatten(-1, (2, 6)).unbind(-2)),
     "packed_slices": lambda m, x: (lambda y: F.relu(y[..., 6:]) * y[..., :6])(gate_of(m, x)),
 }
 
@@ -264,6 +265,18 @@ REFUSALS: dict[str, tuple[Callable[[], Program], str, str]] = {
         "gated_linear",
         "gate and up projection are parts of different linears",
     ),
+    "packed_gate_of_pairs": (
+        lambda: gated(
+            lambda m, x: (lambda gate, up: F.relu(gate) * up)(*gate_of(m, x).unflatten(-1, (6, 2)).unbind(-1))
+        ),
+        "gated_linear",
+        "gate and up projection are not the halves of linear",
+    ),
+    "gate_of_itself": (
+        lambda: gated(lambda m, x: (lambda y: F.relu(y) * y)(F.linear(x, m.g))),
+        "linear_relu",
+        "linear is also read by mul",
+    ),
     "gate_reads_another": (
         lambda: gated(lambda m, x: F.silu(F.linear(x, m.g)) * F.linear(x.exp(), m.u)),
         "gated_linear",
@@ -364,7 +377,7 @@ def test_packed_gates_are_cut_into_trainable_weights() -> None:
 def test_gated_half_precision_is_equal(name: str, dtype: torch.dtype) -> None:
     given = {"g": (6, 8), "u": (6, 8), "p": (12, 8), "c": (6,), "d": (12,)}
     weights = {key: normal(*size, dtype=dtype, seed=index) for index, (key, size) in enumerate(given.items())}
-    after, _ = check(program(GATED[name], normal(*X, dtype=dtype), **weights), Fuse())
+    after, _ = check(canonical(GATED[name], normal(*X, dtype=dtype), **weights), Fuse())
     assert len(after.calls(gated_linear)) == 1
 
 

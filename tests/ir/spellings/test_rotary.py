@@ -92,6 +92,18 @@ def pairwise_every_two(m: Any, x: Tensor, angles: Tensor) -> Tensor:
     return torch.stack((first * cos - second * sin, first * sin + second * cos), -1).flatten(-2)
 
 
+def pairwise_unbind(m: Any, x: Tensor, angles: Tensor) -> Tensor:
+    cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+    first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    return torch.stack((first * cos - second * sin, first * sin + second * cos), -1).reshape(x.shape)
+
+
+def unflattened_halves(m: Any, x: Tensor, angles: Tensor) -> Tensor:
+    cos, sin = halves(angles)
+    first, second = x.unflatten(-1, (2, 4)).unbind(-2)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
 def complex_numbers(m: Any, x: Tensor, angles: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     turn = torch.polar(torch.ones_like(angles), angles) * 1.5
@@ -114,7 +126,7 @@ SPELLINGS = {
     function.__name__: function
     for function in (
         hugging_face, chunked, every_two, roformer, partial, partial_every_two, all_columns, pairwise,
-        pairwise_every_two, complex_numbers, complex_input, length_first,
+        pairwise_every_two, pairwise_unbind, unflattened_halves, complex_numbers, complex_input, length_first,
     )
 }  # fmt: skip
 
@@ -140,8 +152,8 @@ def test_found(case: str, golden: Callable[[str], None]) -> None:
     golden(before_after(before, after, result))
 
 
-INTERLEAVED = ("every_two", "roformer", "partial_every_two", "pairwise_every_two", "complex_numbers", "complex_input",
-               "length_first")  # fmt: skip
+INTERLEAVED = ("every_two", "roformer", "partial_every_two", "pairwise_every_two", "pairwise_unbind", "complex_numbers",
+               "complex_input", "length_first")  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -191,7 +203,7 @@ def test_pieces_read_elsewhere_stay() -> None:
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1), first.exp()
 
     after, _ = check(made(forward), Canonicalize())
-    assert len(after.calls(rotary)) == len(after.calls(aten.chunk.default)) == 1
+    assert len(after.calls(rotary)) == len(after.calls(aten.slice.Tensor)) == 1
 
 
 # --- refusals and others ---------------------------------------------------------------------------------------
