@@ -28,7 +28,7 @@ class Canonicalize(Pass):
 
     Folded: dropout in evaluation, casts and copies to the same type, full slices, expansions and reshapes to the same
     shape, chains of transpositions and of reshapes, equal computations. Respelled: view, flatten and unflatten as
-    reshape, einsum and bmm as matmul, chunk and split as slice, unbind as select, addmm on flattened rows (Hugging
+    reshape, einsum and bmm as matmul, chunk and split as slice, unbind as select, rsub as sub, addmm on flattened rows (Hugging
     Face's Conv1D) as linear; attention, RMSNorm and tanh-GELU written out as one operator.
     Masks of attention become its arguments (`masks`), as far as they can be read.
     """
@@ -76,6 +76,13 @@ def _cast(program: Program, node: fx.Node) -> fx.Node | None:
 def _respelled(target: Any) -> Edit:
     """An edit that calls another operator with the same arguments."""
     return lambda program, node: program.call(target, *node.args, before=node)
+
+
+def _subtracted(program: Program, node: fx.Node) -> fx.Node:
+    """number - x as a subtraction."""
+    given = arguments(node)
+    options = {} if given["alpha"] == 1 else {"alpha": given["alpha"]}
+    return program.call(aten.sub.Tensor, given["other"], given["self"], before=node, **options)
 
 
 def _dropout(program: Program, node: fx.Node) -> fx.Node | None:
@@ -317,6 +324,7 @@ SIMPLIFICATIONS: dict[Any, Edit] = {
     aten.bmm.default: _respelled(aten.matmul.default),
     aten.baddbmm.default: _product,
     aten.einsum.default: _einsum,
+    aten.rsub.Scalar: _subtracted,
     aten.mul.Scalar: _respelled(aten.mul.Tensor),
     aten.div.Scalar: _respelled(aten.div.Tensor),
 }

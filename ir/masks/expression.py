@@ -251,12 +251,10 @@ def largest(value: Sum, extents: Mapping[int, Sum]) -> int | None:
     """An upper bound, given the extent of each axis; None where none is known."""
     total = value
     for part, factor in value.terms:
-        if isinstance(part, Index) and part.axis in extents:
+        if isinstance(part, Index | Absolute | Remainder) and factor < 0:
             total = add(total, atom(part), -factor)
-            if factor > 0:
-                total = add(total, add(extents[part.axis], whole(-1)), factor)
-        elif isinstance(part, Absolute | Remainder) and factor < 0:
-            total = add(total, atom(part), -factor)
+        elif isinstance(part, Index) and part.axis in extents:
+            total = add(add(total, atom(part), -factor), add(extents[part.axis], whole(-1)), factor)
     if any(not isinstance(part, Size) or factor > 0 for part, factor in total.terms):
         return None
     return total.constant + sum(factor for _, factor in total.terms)  # sizes are at least 1

@@ -1,4 +1,4 @@
-"""Which columns of which tensor a value is: what slices of the last axis and selections from its halves or pairs share."""
+"""Which columns of which tensor a value is: a slice of the last axis, or a selection from its halves or pairs."""
 
 from __future__ import annotations
 

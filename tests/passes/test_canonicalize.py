@@ -73,6 +73,9 @@ SIMPLE: dict[str, Callable[..., Any]] = {
     "einsum_of_one": lambda m, x: torch.einsum("bnd->dbn", x),
     "einsum_that_sums_two_axes": lambda m, x: torch.einsum("bnd,bnd->b", x, x),
     "permute_of_three": lambda m, x: x.permute(2, 0, 1),
+    "number_less_a_tensor": lambda m, x: 1.0 - x.exp(),
+    "number_less_a_multiple": lambda m, x: torch.rsub(x, 3, alpha=2),
+    "reshape_as": lambda m, x: x.exp().reshape_as(x.mT) + x.mT.exp().reshape(-1).view_as(x.mT),
     "equal_calls": lambda m, x: x.exp() * x.exp() + x.relu(),
 }
 W, B = normal(8, 6), normal(6, seed=1)

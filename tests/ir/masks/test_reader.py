@@ -55,6 +55,16 @@ def columns(mask: Tensor) -> Tensor:
     return torch.arange(mask.shape[1])[None, :]
 
 
+def packed(positions: Tensor) -> Tensor:
+    """The number of the prompt that each token belongs to, as transformers counts them: positions jump between two."""
+    return (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+
+
+def same_prompt(prompts: Tensor) -> Tensor:
+    """[B, N] -> [B, 1, N, N]: earlier tokens of one prompt."""
+    return (prompts[:, None, :, None] == prompts[:, None, None, :]) & (columns(prompts) <= rows(prompts))
+
+
 LOWEST = torch.finfo(torch.float32).min
 TABLE = torch.ones(30, 30, dtype=torch.bool).tril()
 SPELLINGS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
@@ -125,6 +135,45 @@ SPELLINGS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "selected": (lambda m, pad: pad.bool()[:, -1][:, None, None, None], None),
     "reshaped": (lambda m, pad: pad.reshape(pad.shape[0], 1, 1, -1).bool(), "pad[b, j] != 0"),
     "counted": (lambda m, pad: (pad.cumsum(-1) > 2)[:, None, None, :], "3 <= cumsum[b, j]"),
+    "running_sum_of_a_number": (
+        lambda m, pad: torch.full((pad.shape[1],), 2).cumsum(0) <= rows(pad),
+        "2*j + 2 <= i",
+    ),
+    "running_sum_of_a_truth": (lambda m, pad: (columns(pad) >= 0).cumsum(-1) > rows(pad), "i <= j"),
+    "running_sum_of_what_changes": (lambda m, pad: (columns(pad) >= 1).cumsum(-1) > 1, "2 <= cumsum[0, j]"),
+    "running_sum_up_to_a_number": (lambda m, pad: (columns(pad) >= 1).cumsum(-1)[:, 1:2] > 1, "2 <= cumsum[0, 1]"),
+    "running_sum_of_a_diagonal": (
+        lambda m, pad: (columns(pad) <= rows(pad)).cumsum(-1).diagonal()[None] > 1,
+        None,
+    ),
+    "differences": (lambda m, pad: columns(pad).diff() == 1, "True"),
+    "differences_after_a_number": (
+        lambda m, pad: (3 * columns(pad)).diff(prepend=columns(pad)[:, :1] - 3) == 3,
+        "True",
+    ),
+    "differences_after_another_number": (
+        lambda m, pad: columns(pad).diff(prepend=columns(pad)[:, :1]) > 0,
+        "(0 if j == 0 else j - 1) + 1 <= j",
+    ),
+    "differences_of_rows": (lambda m, pad: (rows(pad) * 2).diff(dim=0, prepend=rows(pad)[:1]) == 2, None),
+    "differences_of_differences": (lambda m, pad: columns(pad).diff(n=2) == 0, "diff[0, j] == 0"),
+    "differences_before_a_number": (
+        lambda m, pad: columns(pad).diff(append=columns(pad)[:, :1]) == 1,
+        "diff[0, j] == 1",
+    ),
+    "differences_of_two_before": (
+        lambda m, pad: columns(pad).diff(prepend=columns(pad)[:, :2]) == 1,
+        "diff[0, j] == 1",
+    ),
+    "differences_of_elements": (
+        lambda m, pad: (pad.diff(prepend=pad[:, :1] - 1) != 1)[:, None, None, :],
+        None,
+    ),
+    "packed_prompts": (lambda m, pad: same_prompt(packed(columns(pad).expand(*pad.shape))), "j <= i"),
+    "packed_prompts_of_a_user": (
+        lambda m, pad: same_prompt(packed(pad)),
+        "cumsum[b, i] == cumsum[b, j] & j <= i",
+    ),
     "position_bias": (
         lambda m, pad: -0.5 * (rows(pad) - columns(pad)).abs().float(),
         "mul(_to_copy(|i - j|), -0.5)",
