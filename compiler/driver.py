@@ -119,16 +119,18 @@ class Compiled:
             inputs: a dict of named or a tuple of positional inputs.
 
         Raises:
-            InputError: inputs that it was not compiled for, or it was compiled with verify=False.
+            InputError: inputs that it was not compiled for or that its graph does not hold at, or it was compiled
+                with verify=False.
         """
-        made = self._product
-        if made.traced is None:
-            raise InputError("the model was compiled with verify=False, which keeps nothing to judge by")
+        made, traced = self._product, self.traced
         args = _as_arguments(inputs)
         tensors = made.program.signature.bind(*args)
         module = self._model.module() if isinstance(self._model, ExportedProgram) else self._model
         eager = pytree.tree_leaves(_run_model(module, args))
-        judge = run_float64(made.traced, tensors)
+        try:
+            judge = run_float64(traced, tensors)
+        except RuntimeError as error:  # torch.export may fix what depends on a size, such as a number of chunks
+            raise InputError(f"the traced graph does not hold at these sizes: {one_line(error)}") from error
         return compare(made.runner.run(tensors), eager, judge, made.program.signature.outputs)
 
     @property
@@ -140,6 +142,17 @@ class Compiled:
     def program(self) -> Program:
         """The rewritten program; `program.module` is a trainable torch.fx.GraphModule."""
         return self._product.program
+
+    @property
+    def traced(self) -> Program:
+        """The program before the passes; its weights are those of `program`.
+
+        Raises:
+            InputError: the model was compiled with verify=False, which keeps none.
+        """
+        if self._product.traced is None:
+            raise InputError("the model was compiled with verify=False, which keeps nothing to judge by")
+        return self._product.traced
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save as a new folder that `fxpress.load` reads.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..ir.errors import FxpressError, InputError, TraceError, one_line
-from . import hf, survey_attention, survey_inputs, survey_models
+from . import hf, survey_attention, survey_inputs, survey_masks, survey_models
 from .driver import Compiled, compile
 
 EXAMPLE = (2, 12)
@@ -43,8 +43,8 @@ class Outcome:
     present: int = 0
     found: int = 0
     read: int = 0
-    inside: int = 0
-    masks: tuple[str, ...] = ()  # what stays a tensor
+    unread: tuple[str, ...] = ()  # where the reading of masks ends
+    tensors: tuple[str, ...] = ()  # masks that are read, but that no argument says
     misses: tuple[str, ...] = ()  # why an attention was not found
     fused: dict[str, int] | None = None
     seconds: float = 0.0  # of processor time
@@ -76,8 +76,8 @@ def _examine(family: str, outcome: Outcome) -> None:
         if not isinstance(error, TraceError):
             outcome.stage = "equal" if "is not that of the model" in str(error) else "compile"
         raise
-    _count(compiled, example, outcome)
     outcome.stage = "equal"
+    _count(compiled, [example, make(*SIZES[1])], outcome)
     for size in SIZES:
         inputs = make(*size)
         if not survey_inputs.failure_of(model, inputs):
@@ -85,9 +85,18 @@ def _examine(family: str, outcome: Outcome) -> None:
     outcome.stage = "ok"
 
 
-def _count(compiled: Compiled, example: dict[str, Any], outcome: Outcome) -> None:
-    masks = survey_attention.masks(compiled.program, compiled.program.signature.bind((), example))
-    outcome.found, outcome.read, outcome.inside, outcome.masks = masks.found, masks.read, masks.inside, masks.reasons
+def _count(compiled: Compiled, batches: Sequence[dict[str, Any]], outcome: Outcome) -> None:
+    given = []
+    for batch in batches:
+        with contextlib.suppress(InputError):  # a size that is fixed
+            given.append([torch.as_tensor(value) for value in compiled.traced.signature.bind((), batch)])
+    try:
+        masks = survey_masks.masks(compiled.traced, compiled.program, given)
+    except RuntimeError:  # the graph does not hold at the second size, which `_compare` will tell
+        masks = survey_masks.masks(compiled.traced, compiled.program, given[:1])
+    outcome.found, outcome.read, outcome.unread, outcome.tensors = masks.found, masks.read, masks.unread, masks.tensors
+    if masks.wrong:
+        raise FxpressError(f"masks are read wrongly: {'; '.join(masks.wrong)}")
     if outcome.found < outcome.present:
         outcome.misses = tuple(dict.fromkeys(
             refusal["reason"] for item in compiled.report.passes for refusal in item.refusals

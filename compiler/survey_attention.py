@@ -1,4 +1,4 @@
-"""How many attentions a model has, counted without the compiler; and what became of the mask of each one found.
+"""How many attentions a model has, counted without the compiler.
 
 The count watches the model run in eager PyTorch, below every Python spelling: torch's own attention kernels count one
 each, and so does a softmax over the last axis whose operand comes, through element-wise operations and changes of shape
@@ -9,18 +9,15 @@ model's result does not depend on is not counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..ir.graph import Program
-from ..ir.graph import arguments as arguments_of
-from ..ir.ops.attention import attention
 from .trace import plain_attention
 
 aten = torch.ops.aten
@@ -127,74 +124,3 @@ def _is_softmax_of_attention(step: _Step, users: dict[_Step, list[_Step]]) -> bo
             waiting += users.get(user, ()) if user.passes_on else ()
     return all(any(item.packet in _PRODUCTS and all(map(_computed, item.operands)) for item in side)
                for side in (before, after))  # fmt: skip
-
-
-# --- what became of the masks ----------------------------------------------------------------------------------
-
-_VERY_NEGATIVE = -1e4  # and below: a mask, no bias
-
-
-@dataclass(frozen=True)
-class Masks:
-    """What the attentions of a compiled program have in place of a tensor for their mask."""
-
-    found: int  # attentions
-    read: int  # no bias, or a bias that masks nothing: the mask is in the arguments
-    inside: int  # the mask is added into a learned or position bias
-    reasons: tuple[str, ...]  # one for each mask that stays a tensor, without repetition
-
-
-def masks(program: Program, tensors: Sequence[Tensor]) -> Masks:
-    """How the masks of a program's attentions are given, seen on inputs that are padded."""
-    nodes = program.calls(attention)
-    biases = {node: arguments_of(node)["bias"] for node in nodes}
-    values = _Values(program, [bias for bias in biases.values() if bias is not None])
-    values.run(*tensors)
-    read = inside = 0
-    reasons = []
-    for bias in biases.values():
-        value = None if bias is None else values.found[bias]
-        if value is None or not _masks(value):
-            read += 1
-        elif value.is_floating_point() and (_learned(bias) or (value[value > _VERY_NEGATIVE] != 0).any()):
-            inside += 1
-        else:
-            kind = "boolean" if value.dtype == torch.bool else "additive"
-            origin = getattr(bias.target, "_opname", bias.target)
-            reasons.append(f"{kind} mask {list(bias.meta['val'].shape)} from {origin}")
-    return Masks(len(nodes), read, inside, tuple(dict.fromkeys(reasons)))
-
-
-def _masks(bias: Tensor) -> bool:
-    return not bias.is_floating_point() or bool((bias <= _VERY_NEGATIVE).any())
-
-
-class _Values(fx.Interpreter):
-    """Runs a program and keeps some nodes' values."""
-
-    def __init__(self, program: Program, wanted: list[fx.Node]) -> None:
-        super().__init__(program.module)
-        self.wanted = set(wanted)
-        self.found: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run a node, and keep its value if it is wanted."""
-        value = super().run_node(n)
-        if n in self.wanted:
-            self.found[n] = value
-        return value
-
-
-def _learned(bias: fx.Node) -> bool:
-    """Whether a floating weight or input of more than one element is behind a bias."""
-    seen, waiting = set(), [bias]
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        value: Any = node.meta.get("val")
-        if node.op in ("get_attr", "placeholder") and value.is_floating_point() and value.numel() > 1:
-            return True
-        waiting += node.all_input_nodes
-    return False

@@ -163,7 +163,10 @@ def maker(model: torch.nn.Module, batch: int, length: int) -> Callable[[int, int
     failure = ""
     config = model.config
     for makers in itertools.islice(_combinations(model), _ATTEMPTS):
-        inputs = {name: make(config, batch, length) for name, make in makers.items()}
+        try:
+            inputs = {name: make(config, batch, length) for name, make in makers.items()}
+        except (TypeError, ValueError, RuntimeError):  # what this maker reads has another meaning in this configuration
+            continue
         failed = failure_of(model, inputs)
         if not failed:
             return lambda batch, length, makers=makers: {  # type: ignore[misc]

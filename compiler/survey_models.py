@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import inspect
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -191,12 +192,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 95}},
 }  # fmt: skip
 
+_PART = re.compile(r"[_-](vision|text|audio|image|encoder|decoder|model|qformer|vq|vqgan|talker|thinker|code2wav|dit)")
 _MAPPINGS = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_SPEECH_SEQ_2_SEQ", "MODEL_FOR_CAUSAL_LM", "MODEL")
 
 
 def families() -> list[str]:
-    """The keys of CONFIG_MAPPING, in alphabetical order."""
-    return sorted(hf.import_transformers().CONFIG_MAPPING)
+    """The keys of CONFIG_MAPPING; models before their parts."""
+    return sorted(hf.import_transformers().CONFIG_MAPPING, key=lambda name: (bool(_PART.search(name)), name))
 
 
 def check_names(wanted: Sequence[str]) -> None:
@@ -326,4 +328,13 @@ def tiny_model(family: str) -> torch.nn.Module:
     size = sum(weight.numel() for weight in model.parameters())
     if size > 30_000_000:
         raise InputError(f"{kind.__name__}: the tiny configuration has {size:,} weights")
+    _break_ties(model)
     return model
+
+
+def _break_ties(model: torch.nn.Module) -> None:
+    """Random numbers for matrices of zeros: a router of zeros gives all experts one score, and topk may take any."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1 and weight.is_floating_point() and not weight.any():
+                weight.normal_(std=0.02)

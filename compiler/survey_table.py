@@ -27,8 +27,9 @@ by torch.export, {ours} by fxpress; {wrong} give a wrong result; {missing} canno
   length vary in batch only.
 - *Attentions*: found / present. Present is counted without the compiler, while the eager model runs: attention kernels
   of torch, and softmaxes over the last axis between two products of computed tensors.
-- *Mask read*: yes where no attention keeps a tensor that only masks. *In bias*: the mask is added into a learned or
-  position bias (T5, ALiBi, Swin), which stays a tensor.
+- *Mask read*: yes where the mask of every attention is read as an expression over batch, head, query and key, which is
+  worth what the graph computes at every index, at (2, 12) and (3, 17). *Tensor*: read, but no argument of the operator
+  says it (a mask that depends on the user's values for query and key, blocks, a mask added to a mask), so it stays one.
 - *Inputs*: what the model was given. Models of several parts get the fewest inputs that they run on, which may leave a
   part out; the parts are mostly families of their own.
 """
@@ -79,7 +80,7 @@ def _group(outcome: Outcome) -> str:
 def _totals(compiled: Sequence[Outcome]) -> str:
     attending = [item for item in compiled if item.present]
     complete = sum(item.found >= item.present for item in attending)
-    masks = Counter(_mask_read(item).split(":")[0] for item in attending if item.found)
+    masks = Counter(re.split("[:;]", _mask_read(item))[0] for item in attending if item.found)
     return (
         f"Of {sum(item.present for item in attending)} attentions in {len(attending)} families, "
         f"{sum(min(item.found, item.present) for item in attending)} are found; {complete} families have all of theirs "
@@ -108,9 +109,9 @@ def _cells(outcome: Outcome) -> list[str]:
 
 
 def _mask_read(outcome: Outcome) -> str:
-    if outcome.masks:
-        return f"no: {_escaped('; '.join(outcome.masks))}"
-    return "in bias" if outcome.inside else "yes"
+    if outcome.unread:
+        return f"no: {_escaped('; '.join(outcome.unread))}"
+    return f"yes; tensor: {_escaped('; '.join(outcome.tensors))}" if outcome.tensors else "yes"
 
 
 def _escaped(text: str) -> str:

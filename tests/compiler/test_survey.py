@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from fxpress.compiler import survey, survey_table
 from fxpress.compiler.driver import compile
 from fxpress.compiler.survey import Outcome
-from fxpress.compiler.survey_attention import Masks, count, masks
+from fxpress.compiler.survey_attention import count
+from fxpress.compiler.survey_masks import Masks, masks
 from fxpress.ir.errors import InputError
 
 # --- the count, independent of the compiler --------------------------------------------------------------------
@@ -95,24 +96,23 @@ BIASES = {
     "a position bias": lambda m, keep: m.position,
     "a position bias that masks": lambda m, keep: m.position + additive(keep),
     "an additive mask": lambda m, keep: additive(keep),
+    "an operator that is not known": lambda m, keep: (keep[:, None, :, None] * keep[:, None, None, :]).flip(2) > 0,
 }
 READ = {
-    "none": Masks(1, 1, 0, ()),
-    "a position bias": Masks(1, 1, 0, ()),
-    "a position bias that masks": Masks(1, 0, 1, ()),
+    "none": Masks(1, 1),
+    "a position bias": Masks(1, 1),
+    "a position bias that masks": Masks(1, 1, tensors=("(cumsum[b, i]) // 2 == (cumsum[b, j]) // 2",)),
+    "an additive mask": Masks(1, 1, tensors=("(cumsum[b, i]) // 2 == (cumsum[b, j]) // 2",)),
+    "an operator that is not known": Masks(1, 0, ("int64 of flip",), ("1 <= flip[b, 0, i, j]",)),
 }
 
 
 @pytest.mark.parametrize("kind", BIASES)
 def test_masks(kind: str) -> None:
     inputs = {"x": torch.randn(2, 6, 8), "keep": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
-    program = compile(Masked(kind).eval(), example_inputs=inputs, backend="eager").program
-    found = masks(program, program.signature.bind((), inputs))
-    if kind in READ:
-        assert found == READ[kind]
-    else:
-        assert (found.found, found.read, found.inside) == (1, 0, 0)
-        assert found.reasons[0].startswith("additive mask [")
+    compiled = compile(Masked(kind).eval(), example_inputs=inputs, backend="eager")
+    tensors = [torch.as_tensor(value) for value in compiled.traced.signature.bind((), inputs)]
+    assert masks(compiled.traced, compiled.program, [tensors]) == READ[kind]
 
 
 # --- the record and the table ----------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_masks(kind: str) -> None:
 OUTCOMES = [
     Outcome("bert", "BertModel", ("input_ids",), sizes=survey.SIZES, sqnr_db=130.0, present=2, found=2, read=2,
             fused={}),
-    Outcome("t5", "T5Model", ("input_ids",), sizes=((2, 12),), sqnr_db=120.0, present=3, found=2, inside=2, fused={},
+    Outcome("t5", "T5Model", ("input_ids",), sizes=((2, 12),), sqnr_db=120.0, present=3, found=2, fused={},
             misses=("a|b",)),
     Outcome("odd", "OddModel", stage="trace", reason="cannot trace OddModel: it loops"),
     Outcome("view", "ViewModel", stage="trace", reason="the model changes a view in place"),
@@ -147,7 +147,7 @@ def test_table() -> None:
     assert "Tried: 6 of the" in text
     assert "Of 5 attentions in 2 families, 4 are found; 1 families have all of theirs found." in text
     assert "| bert | BertModel | input_ids | all | 130.0 dB | 2/2 | yes |  |  |" in text
-    assert "| t5 | T5Model | input_ids | (2, 12) | 120.0 dB | 2/3 | in bias |  | a\\|b |" in text
+    assert "| t5 | T5Model | input_ids | (2, 12) | 120.0 dB | 2/3 | yes |  | a\\|b |" in text
     for title, row in {
         "## Wrong result": "| off |",
         "## Refused by fxpress": "| view |",

@@ -90,11 +90,10 @@ class Attention:
         """Which rows have a key at all, [B or 1, H or 1, N or 1, 1]; None: all."""
         if not self.has_empty_rows:
             return None
-        if self.bias is None and not self.is_banded:
-            assert self.key_mask is not None
-            return self.key_mask.any(1)[:, None, None, None]
+        if self.bias is None:
+            return self._some_of_band() if self.is_banded else self._keys().any(1)[:, None, None, None]
         allowed = self.allowed()
-        if self.bias is None or self.bias.dtype == torch.bool:
+        if self.bias.dtype == torch.bool:
             assert allowed is not None
             return _rank4(allowed.any(-1, keepdim=True))
         bias = self.bias if allowed is None else torch.where(allowed, self.bias, -math.inf)
@@ -102,19 +101,34 @@ class Attention:
         lowest = torch.finfo(self.query.dtype).min if self.empty == "mean" else -math.inf
         return _rank4(bias.amax(-1, keepdim=True) > lowest)
 
+    def _keys(self) -> Tensor:
+        """The key mask, [B, M]; [1, M] of True where there is none."""
+        return torch.ones((1, self.key.shape[2]), dtype=torch.bool) if self.key_mask is None else self.key_mask
+
+    def _some_of_band(self) -> Tensor:
+        """`some` of a band and a key mask, from counts of keys: no tensor of all rows and keys."""
+        rows, keys = torch.arange(self.query.shape[2]), self.key.shape[2]
+        counts = torch.nn.functional.pad(_cast(self._keys(), torch.int64).cumsum(1), (1, 0))  # before each key
+        first = torch.zeros_like(rows) if self.left is None else (rows - self.left).clamp(0, keys)
+        last = torch.full_like(rows, keys) if self.right is None else (rows + self.right + 1).clamp(0, keys)
+        return (counts.index_select(1, last) > counts.index_select(1, first))[:, None, :, None]
+
     def finish(self, result: Tensor) -> Tensor:
         """What rows without any key give, where the kernel gave them any finite number; `result` is [B, N, H, E]."""
         some = self.some()
-        return result if some is None else self.mend(result, some.transpose(1, 2))
-
-    def mend(self, result: Tensor, some: Tensor) -> Tensor:
-        """`finish` where it is known which rows have a key; `some` broadcasts to [B, N, H, E]."""
+        if some is None:
+            return result
+        some = some.transpose(1, 2)
         if self.empty == "zeros":
             return result * _cast(some, result.dtype)  # several times faster than a choice
         if self.empty == "nan":
             return torch.where(some, result, torch.nan)
         groups = self.query.shape[1] // self.key.shape[1]
         return torch.where(some, result, self.value.mean(2)[:, None].repeat_interleave(groups, 2))
+
+    def without_masks(self) -> Attention:
+        """The same, where the kernel itself has seen to its masks and to rows without any key."""
+        return replace(self, bias=None, key_mask=None, left=None, right=None)
 
 
 def _lowering(function: Callable[[Attention], Tensor]) -> Callable[..., Tensor]:
@@ -186,8 +200,7 @@ def _attention_onnx(given: Attention) -> Tensor:
     if given.is_causal:
         return _heads_second(_attention_node(given), given)
     if given.empty == "zeros" and (given.bias is None or given.bias.dtype == torch.bool):
-        zeros = replace(given, bias=None, key_mask=None, left=None, right=None)
-        return _heads_second(_attention_node(given, _full_rows(given.allowed(), given)), zeros)
+        return _heads_second(_attention_node(given, _full_rows(given.allowed(), given)), given.without_masks())
     return _heads_second(_attention_node(given, _full_rows(given.additive(), given)), given)
 
 
@@ -212,7 +225,7 @@ def _blocks(given: Attention) -> Tensor:
     batch, heads, length, _ = given.query.shape
     assert given.left is not None and given.right is not None
     keys = torch.ones((batch, length), dtype=torch.bool) if given.key_mask is None else given.key_mask
-    result, some = banded.band_attention(
+    result = banded.band_attention(
         _tokens_first(given.query),
         _tokens_first(given.key),
         _tokens_first(given.value),
@@ -221,10 +234,7 @@ def _blocks(given: Attention) -> Tensor:
         given.right,
         {"q_num_heads": heads, "kv_num_heads": given.key.shape[1], "scale": given.factor, "softcap": given.softcap},
     )
-    result = result.reshape(batch, length, heads, given.value.shape[3])
-    if given.empty != "zeros" and given.has_empty_rows:
-        result = given.mend(result, some[:, :, None, None])
-    return result.transpose(1, 2)
+    return _heads_second(result, given.without_masks() if given.empty == "zeros" else given)
 
 
 def _attention_node(given: Attention, mask: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Attention within a band of fixed width, in blocks: time and memory grow with N, not with N^2.
 
-Beyond a few widths of the band, the queries are cut into blocks; each reads the keys of its own block and the `left`
+Beyond twice the keys of a block, the queries are cut into blocks; each reads the keys of its own block and the `left`
 before and `right` after it. The blocks become the batch of one ordinary attention whose mask is the band:
 [B, N, H * D] -> [B * blocks, size, H * D] and [B * blocks, size + left + right, G * D]
 (the sliding chunks of Longformer, Beltagy et al., 2020).
@@ -19,7 +19,7 @@ from onnxscript import opset23 as op
 from onnxscript import script
 from onnxscript.values import Opset
 from torch import Tensor, fx
-from torch.onnx.ops import symbolic_multi_out
+from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments, same_sizes, shape
 
@@ -59,9 +59,8 @@ def settles(node: fx.Node) -> bool:
 
 def band_attention(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor, left: int, right: int, attributes: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Query, key and value as [B, N, heads * size], key_mask [B, N] -> [B, N, H * E], zeros in rows without any key,
-    and which rows have a key, [B, N].
+) -> Tensor:
+    """Query, key and value as [B, N, heads * size], key_mask [B, N] -> [B, N, H * E]; zeros in rows without any key.
 
     `attributes` are those of ai.onnx::Attention.
     """
@@ -69,16 +68,14 @@ def band_attention(
     size, span = block_size(left + right), left + right
     rows, columns = torch.arange(size), torch.arange(size + span) - left
     distance = columns[None, :] - rows[:, None]
-    result, some = symbolic_multi_out(
+    return symbolic(
         f"{DOMAIN}::{BandAttention.name}",
         (query, key, value, key_mask, rows, columns, (distance >= -left) & (distance <= right)),
-        {"left": left, "right": right, "least": 3 * (size + span), **attributes},
-        dtypes=(query.dtype, torch.bool),
-        shapes=((batch, length, attributes["q_num_heads"] * (value.shape[2] // attributes["kv_num_heads"])),
-                (batch, length)),
+        {"left": left, "right": right, "least": 2 * (size + span), **attributes},
+        dtype=query.dtype,
+        shape=(batch, length, attributes["q_num_heads"] * (value.shape[2] // attributes["kv_num_heads"])),
         version=1,
-    )  # fmt: skip
-    return result, some
+    )
 
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
@@ -127,19 +124,14 @@ def BandAttention(  # type: ignore[no-untyped-def]
         )
         joined = op.Concat(op.Shape(query, start=0, end=1), count * size, op.Shape(found, start=2), axis=0)
         result = op.Slice(op.Reshape(found, joined), zero, length, one)
-        seen = op.Cast(op.ReduceMax(op.Cast(mask, to=6), [3], keepdims=0), to=9)
-        some = op.Slice(op.Reshape(seen, op.Concat(op.Shape(query, start=0, end=1), count * size, axis=0)),
-                        zero, length, one)  # fmt: skip
     else:
-        place = op.Range(op.Squeeze(zero), op.Squeeze(length), op.Squeeze(one))
-        away = op.Unsqueeze(place, zero) - op.Unsqueeze(place, one)
-        allowed = op.And(away >= op.Neg(op.Constant(value_int=left)), away <= op.Constant(value_int=right))
-        full = op.And(op.Unsqueeze(key_mask, [1, 2]), allowed)
+        keys = op.Expand(op.Unsqueeze(key_mask, one), op.Concat(one, length, length, axis=0))
+        below = op.Trilu(keys, op.Constant(value_int=right), upper=0)
+        full = op.Unsqueeze(op.Trilu(below, op.Neg(op.Constant(value_int=left)), upper=1), one)
         result = op.Attention(
             query, key, value, full, q_num_heads=q_num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap
         )
-        some = op.Cast(op.ReduceMax(op.Cast(full, to=6), [1, 3], keepdims=0), to=9)
-    return result, some
+    return result
 
 
 def write_out(model: onnx_ir.Model) -> None:

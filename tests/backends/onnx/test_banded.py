@@ -67,7 +67,7 @@ def test_equals_the_reference_at_every_length(groups: int, options: dict[str, An
     run = session(traced, tmp_path).run
     span = options["left"] + options["right"]
     size = block_size(span)
-    least = 3 * (size + span)
+    least = 2 * (size + span)
     for batch, length in ((2, 6), (1, 1), (3, least), (2, least + 1), (1, 10 * size - 1), (2, 10 * size)):
         tensors = inputs(batch, length)
         found = [torch.from_numpy(array) for array in run([tensor.numpy() for tensor in tensors])]
