@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 from ...ir.errors import LoweringError, one_line
 from ...ir.graph import Program, identifier, source_of
 from ...ir.printer import target_name
-from .lowerings import banded
+from .lowerings import banded, causal, functions
 from .lowerings.lowering import Lowering
 from .lowerings.table import LOWERINGS, supported
 
@@ -128,7 +128,7 @@ def write_onnx(exported: ExportedProgram, inputs: Sequence[str], outputs: Sequen
             output_names=outputs,
         )
     assert result is not None
-    banded.write_out(result.model)
+    functions.write_out(result.model, (*banded.FUNCTIONS, *causal.FUNCTIONS))
     _fold_constants(result.model)
     return result.model
 

@@ -13,7 +13,7 @@ from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments, dtype, same_sizes, shape
 from ....ir.ops.attention import band
-from . import banded
+from . import banded, causal
 from .lowering import Lowering, Probe, always
 
 _LOW = -1e30  # a score beside which every other is zero, and finite in every sum
@@ -237,6 +237,21 @@ def _blocks(given: Attention) -> Tensor:
     return _heads_second(result, given.without_masks() if given.empty == "zeros" else given)
 
 
+@_lowering
+def _steps(given: Attention) -> Tensor:
+    """Causal attention in steps, see `causal`."""
+    heads, groups = given.query.shape[1], given.key.shape[1]
+    result = causal.causal_attention(
+        _tokens_first(given.query),
+        _tokens_first(given.key),
+        _tokens_first(given.value),
+        given.key_mask,
+        {"q_num_heads": heads, "kv_num_heads": groups, "scale": given.factor, "softcap": given.softcap},
+    )
+    mended = given.without_masks() if given.empty == "zeros" else given
+    return _heads_second(result, mended)
+
+
 def _attention_node(given: Attention, mask: Tensor | None = None) -> Tensor:
     """The node itself, [B, N, H * E]."""
     batch, heads, length, _ = given.query.shape
@@ -377,13 +392,15 @@ def _as_in_models(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _whole(name: str, function: Callable[..., Tensor], refuses: Callable[[fx.Node], str | None] = always) -> Lowering:
-    """A lowering whose time grows with the square of the length: not for a band in a sequence of any length.
+    """A lowering that computes every score: not for a band, or causal attention, in a sequence of any length.
 
-    The example's length says nothing about those to come; blocks lose little on short ones.
+    The example's length says nothing about those to come; blocks and steps lose little on short ones.
     """
 
     def refuses_long(node: fx.Node) -> str | None:
-        return "blocks serve a band at every length" if banded.settles(node) else refuses(node)
+        if banded.settles(node):
+            return "blocks serve a band at every length"
+        return "steps serve causal attention at every length" if causal.settles(node) else refuses(node)
 
     return Lowering(name, function, refuses_long)
 
@@ -396,6 +413,7 @@ ATTENTION = (
     _whole("MultiHeadAttention", _multi_head_attention, _refuses_multi_head),
     _whole("MatMul+Softmax", _unfused),
     Lowering("Attention by blocks", _blocks, banded.refuses),
+    Lowering("Attention in steps", _steps, causal.refuses),
 )
 # Projections give [B, N, H, D] and the output projection reads [B, N, H * D]: transpositions count.
 PROBE = Probe(_rows_first, _as_in_models)

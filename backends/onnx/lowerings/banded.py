@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import onnx_ir
 import torch
 from onnxscript import opset23 as op
 from onnxscript import script
@@ -22,8 +21,8 @@ from torch import Tensor, fx
 from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments, same_sizes, shape
+from .functions import DOMAIN
 
-DOMAIN = "fxpress"
 _FXPRESS = Opset(DOMAIN, 1)
 
 
@@ -134,11 +133,4 @@ def BandAttention(  # type: ignore[no-untyped-def]
     return result
 
 
-def write_out(model: onnx_ir.Model) -> None:
-    """Replace the calls of `BandAttention` in a model by its nodes."""
-    if not any(node.domain == DOMAIN for node in model.graph):
-        return
-    function = onnx_ir.serde.deserialize_function(BandAttention.to_function_proto())
-    model.functions[function.identifier()] = function
-    onnx_ir.passes.common.InlinePass()(model)
-    del model.opset_imports[DOMAIN]
+FUNCTIONS = (BandAttention,)

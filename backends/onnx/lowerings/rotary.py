@@ -26,7 +26,10 @@ def _rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) 
 
 
 def _rotary_embedding(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """The kernel takes the angle of a pair once, for every row of the batch: [B, N, R / 2]."""
+    """The kernel takes the angle of a pair once, for every row of the batch: [B, N, R / 2].
+
+    Its rows are [B, N, H * D], as projections give them and attention reads them: transpositions around it cancel.
+    """
     columns = cos.shape[-1]
     once = slice(None, None, 2) if interleaved else slice(columns // 2)
     caches = [item[:, 0, :, once].expand(input.shape[0], -1, -1) for item in (cos, sin)]
@@ -35,15 +38,18 @@ def _rotary_embedding(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
         "num_heads": input.shape[1],
         "rotary_embedding_dim": 0 if columns == input.shape[-1] else columns,
     }
-    return symbolic("RotaryEmbedding", (input, *caches), attributes,
-                    dtype=input.dtype, shape=input.shape, version=23)  # fmt: skip
+    rows = input.transpose(1, 2).flatten(2)
+    result = symbolic("RotaryEmbedding", (rows, *caches), attributes,
+                      dtype=rows.dtype, shape=rows.shape, version=23)  # fmt: skip
+    batch, heads, length, size = input.shape
+    return result.reshape(batch, length, heads, size).transpose(1, 2)
 
 
 def _refuses_kernel(node: fx.Node) -> str | None:
     given = arguments(node)
     size, cos, sin = (shape(given[name]) for name in ("input", "cos", "sin"))
-    if len(size) != 4 or not isinstance(size[1], int):
-        return "the kernel takes [batch, heads, length, size] only"
+    if len(size) != 4 or not (isinstance(size[1], int) and isinstance(size[3], int)):
+        return "the kernel takes [batch, heads, length, size] only, heads of a fixed number and size"
     for angle in (cos, sin):
         if len(angle) != 4 or not same_sizes(angle[1:3], (1, size[2])):
             return "cos and sin are not [batch, 1, length, columns]"
