@@ -8,8 +8,21 @@ from torch import Tensor, fx
 from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments
-from ....ir.ops.linear import ACTIVATIONS, gated_linear, linear_act, split_linear
+from ....ir.ops.linear import ACTIVATIONS, gated_linear, split_linear
 from .lowering import Lowering, reference
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Rows as one matrix where there is a bias: Gemm adds it on the way, and takes matrices only."""
+    if bias is None or input.dim() == 2:
+        return F.linear(input, weight, bias)
+    rows = F.linear(input.reshape(-1, input.shape[-1]), weight, bias)
+    return rows.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def _linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](_linear(input, weight, bias))
+
 
 _BIAS_ACTIVATIONS = {"gelu": "BiasGelu", "gelu_tanh": "FastGelu"}
 
@@ -52,12 +65,13 @@ def _separate_linears(input: Tensor, weight: Tensor, bias: Tensor | None, sizes:
     results, start = [], 0
     for size in sizes:  # slices, not a split: those of constants are computed once, at export
         part = slice(start, start := start + size)
-        results.append(F.linear(input, weight[part], None if bias is None else bias[part]))
+        results.append(_linear(input, weight[part], None if bias is None else bias[part]))
     return results
 
 
+LINEAR = (Lowering("Gemm or MatMul", _linear),)
 LINEAR_ACT = (
-    Lowering("Linear+Activation", reference(linear_act)),
+    Lowering("Linear+Activation", _linear_act),
     Lowering("MatMul+BiasActivation", _linear_bias_act, _refuses_bias_act),
 )
 GATED_LINEAR = (
