@@ -219,15 +219,15 @@ def _matches(pattern: Object, value: Object, state: _State, trace: _Trace) -> It
     elif isinstance(pattern, Any | Weight | Literal):
         is_weight = isinstance(value, fx.Node) and value.op == "get_attr"
         if isinstance(pattern, Weight) and not is_weight:
-            trace.note(state, f"{pattern.name} must be a weight, found {_spell(value)}")
+            trace.note(state, f"{pattern.name} must be a weight, found {spell(value)}")
         elif isinstance(pattern, Literal) and isinstance(value, fx.Node):
-            trace.note(state, f"{pattern.name} must be a literal, found {_spell(value)}")
+            trace.note(state, f"{pattern.name} must be a literal, found {spell(value)}")
         elif (captured := state.capture(pattern.name, value)) is not None:
             yield captured
         else:
-            trace.note(state, f"{pattern.name} must be {_spell(state.captures[pattern.name])}, found {_spell(value)}")
+            trace.note(state, f"{pattern.name} must be {spell(state.captures[pattern.name])}, found {spell(value)}")
     elif isinstance(value, fx.Node) or type(value) is not type(pattern) or value != pattern:
-        trace.note(state, f"expected {pattern!r}, found {_spell(value)}")
+        trace.note(state, f"expected {pattern!r}, found {spell(value)}")
     else:
         yield state
 
@@ -235,7 +235,7 @@ def _matches(pattern: Object, value: Object, state: _State, trace: _Trace) -> It
 def _matches_call(pattern: Call, value: Object, state: _State, trace: _Trace) -> Iterator[_State]:
     wanted = " or ".join(_target_name(target) for target in pattern.targets)
     if not isinstance(value, fx.Node) or value.op != "call_function" or value.target not in pattern.targets:
-        trace.note(state, f"expected {wanted}, found {_spell(value)}")
+        trace.note(state, f"expected {wanted}, found {spell(value)}")
         return
     given = arguments(value)
     entered: _State | None = replace(
@@ -247,14 +247,14 @@ def _matches_call(pattern: Call, value: Object, state: _State, trace: _Trace) ->
     if pattern.name is not None and entered is not None:
         entered = entered.capture(pattern.name, value)
     if entered is None:
-        trace.note(state, f"{pattern.name} must be one node, found another: {_spell(value)}")
+        trace.note(state, f"{pattern.name} must be one node, found another: {spell(value)}")
         return
     default = _defaults(value)
     for name, found in given.items():
         if name not in pattern.arguments and not (
             found is default.get(name) or (not isinstance(found, fx.Node) and found == default.get(name))
         ):
-            trace.note(entered, f"{value.name} has {name}={_spell(found)}, expected {default.get(name)!r}")
+            trace.note(entered, f"{value.name} has {name}={spell(found)}, expected {default.get(name)!r}")
             return
     for variant in pattern.variants():
         yield from _matches_arguments(list(variant.items()), given, entered, trace)
@@ -281,7 +281,8 @@ def _target_name(target: Object) -> str:
     return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
 
 
-def _spell(value: Object) -> str:
+def spell(value: Object) -> str:
+    """A value for a reason: a node's name and operator, or the literal."""
     if isinstance(value, fx.Node):
         kind = _target_name(value.target) if value.op == "call_function" else value.op
         return f"{value.name} ({kind})" if kind != value.name else value.name

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..graph import Program, arguments, dtype, shape
-from ..ops.attention import attention
+from ..ops.attention import ABSORBING, attention
 from ..pattern import Refusal
 from ..rewrite import Applied, Context, PassResult
 from . import expression as e
@@ -22,9 +22,6 @@ from .reader import Reader
 
 aten = torch.ops.aten
 BATCH, HEAD, QUERY, KEY = range(4)
-
-# Added to a score in fp32, such a number leaves nothing of it: every masked key gets the same score.
-ABSORBING = -1e30
 
 
 @dataclass(frozen=True)

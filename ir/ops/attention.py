@@ -10,6 +10,7 @@ from torch import Tensor
 from .table import operator
 
 EMPTY = ("zeros", "nan", "mean")  # what a row without any allowed key gives
+ABSORBING = -1e30  # in fp32 nothing is left of a score that such a number, or a lower one, is added to
 
 
 @operator(
@@ -48,6 +49,8 @@ def attention(
     NaN, as a softmax over -inf does; "mean" the mean of all values, as a softmax over equal, finite numbers does.
     Half precision is computed in fp32 and rounded once at the end.
     """
+    if empty not in EMPTY:
+        raise ValueError(f"empty must be one of {', '.join(EMPTY)}, found {empty!r}")
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()

@@ -11,13 +11,11 @@ from torch import fx
 
 from .. import pattern as p
 from ..graph import Program, arguments, dtype, same_sizes, shape
-from ..ops.attention import attention
+from ..ops.attention import ABSORBING, attention
 from ..pattern import Match, Refusal, Rule
 from .scores import Reading, Term, find, number
 
 aten = torch.ops.aten
-
-ABSORBING = -1e30  # added to this, a score is lost in fp32
 
 
 # --- torch's operator ------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..graph import arguments, attribute, dtype, same_sizes, shape, source_of
-from ..pattern import Match, Refusal
+from ..pattern import Match, Refusal, spell
 
 aten = torch.ops.aten
 
@@ -409,10 +409,3 @@ def _per_head(sinks: Any) -> fx.Node:
     if not isinstance(node, fx.Node) or not same_sizes(shape(node), wanted):
         raise Mismatch(f"expected sinks that are one number for each head, found {spell(node)}")
     return node
-
-
-def spell(value: Any) -> str:
-    """A value for a reason: a node's name and operator, or the literal."""
-    if not isinstance(value, fx.Node):
-        return repr(value)
-    return f"{value.name} ({value.target})" if value.op == "call_function" else value.name

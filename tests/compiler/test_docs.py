@@ -27,11 +27,14 @@ class FeedForward(nn.Module):
 
 
 @pytest.mark.slow
-def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_examples_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
+    examples = "".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+    exec(compile(examples, "README.md", "exec"), {})
+    assert capsys.readouterr().out.endswith(re.findall(r"```\n(program.*?)```", README, re.DOTALL)[-1] + "\n")
     assert (tmp_path / "encoder" / "manifest.json").is_file()
     assert (tmp_path / "encoder.onnx").is_file()
 

@@ -125,7 +125,7 @@ def CausalAttention(  # type: ignore[no-untyped-def]
     else:
         count = op.Cast(length, to=6)
         last = op.Expand(count - op.Cast(op.Constant(value_ints=[1]), to=6), batch)
-        result, _, _ = _MICROSOFT.GroupQueryAttention(
+        result = _MICROSOFT.GroupQueryAttention(  # one output: its caches would be copies
             query, key, value, None, None, last, op.Squeeze(count),
             num_heads=q_num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap,
         )  # fmt: skip

@@ -8,12 +8,20 @@ from torch import Tensor, fx
 from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments
-from ....ir.ops.linear import ACTIVATIONS
-from .lowering import Lowering
+from ....ir.ops.linear import ACTIVATIONS, gated_linear, split_linear
+from .lowering import Lowering, reference
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Rows as one matrix where there is a bias: Gemm adds it on the way, and takes matrices only."""
+    if bias is None or input.dim() == 2:
+        return F.linear(input, weight, bias)
+    rows = F.linear(input.reshape(-1, input.shape[-1]), weight, bias)
+    return rows.reshape(*input.shape[:-1], weight.shape[0])
 
 
 def _linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    return ACTIVATIONS[activation](F.linear(input, weight, bias))
+    return ACTIVATIONS[activation](_linear(input, weight, bias))
 
 
 _BIAS_ACTIVATIONS = {"gelu": "BiasGelu", "gelu_tanh": "FastGelu"}
@@ -31,17 +39,6 @@ def _refuses_bias_act(node: fx.Node) -> str | None:
     if given["activation"] not in _BIAS_ACTIVATIONS:
         return f"no kernel joins a bias and {given['activation']}"
     return "there is no bias" if given["bias"] is None else None
-
-
-def _gated_linear(
-    input: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    activation: str,
-) -> Tensor:
-    return ACTIVATIONS[activation](F.linear(input, gate_weight, gate_bias)) * F.linear(input, up_weight, up_bias)
 
 
 def _packed_gated_linear(
@@ -63,28 +60,25 @@ def _refuses_packing(node: fx.Node) -> str | None:
     return "one of the two has no bias" if (given["gate_bias"] is None) != (given["up_bias"] is None) else None
 
 
-def _split_linear(input: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> list[Tensor]:
-    return list(F.linear(input, weight, bias).split(sizes, -1))
-
-
 def _separate_linears(input: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> list[Tensor]:
     """A matmul for each part: no pass over the joint result to cut it."""
     results, start = [], 0
     for size in sizes:  # slices, not a split: those of constants are computed once, at export
         part = slice(start, start := start + size)
-        results.append(F.linear(input, weight[part], None if bias is None else bias[part]))
+        results.append(_linear(input, weight[part], None if bias is None else bias[part]))
     return results
 
 
+LINEAR = (Lowering("Gemm or MatMul", _linear),)
 LINEAR_ACT = (
     Lowering("Linear+Activation", _linear_act),
     Lowering("MatMul+BiasActivation", _linear_bias_act, _refuses_bias_act),
 )
 GATED_LINEAR = (
-    Lowering("two MatMuls", _gated_linear),
+    Lowering("two MatMuls", reference(gated_linear)),
     Lowering("MatMul+Split", _packed_gated_linear, _refuses_packing),
 )
 SPLIT_LINEAR = (
     Lowering("separate MatMuls", _separate_linears),
-    Lowering("MatMul+Split", _split_linear),
+    Lowering("MatMul+Split", reference(split_linear)),
 )

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from ....ir.ops.table import OPERATORS
 
 
 def always(node: fx.Node) -> str | None:
@@ -26,6 +29,11 @@ class Lowering:
     name: str
     function: Callable[..., Any]
     refuses: Callable[[fx.Node], str | None] = always
+
+
+def reference(operator: OpOverload) -> Callable[..., Any]:
+    """An operator's own reference, for a lowering to what torch's exporter makes of it."""
+    return OPERATORS[operator].reference
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,9 @@ from torch import Tensor, fx
 from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments, dtype, same_sizes, shape
+from ....ir.ops.rotary import rotary
 from ....ir.spellings.rotary import states_pairs_twice
-from .lowering import Lowering
-
-
-def _rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    columns = cos.shape[-1]
-    turned = input[..., :columns]
-    if interleaved:
-        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
-    else:
-        first, second = turned.chunk(2, -1)
-        partner = torch.cat((-second, first), -1)
-    result = turned * cos + partner * sin
-    return result if columns == input.shape[-1] else torch.cat((result, input[..., columns:]), -1)
+from .lowering import Lowering, reference
 
 
 def _rotary_embedding(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -61,6 +50,6 @@ def _refuses_kernel(node: fx.Node) -> str | None:
 
 
 ROTARY = (
-    Lowering("Mul+Add", _rotary),
+    Lowering("Mul+Add", reference(rotary)),
     Lowering("RotaryEmbedding", _rotary_embedding, _refuses_kernel),
 )

@@ -1,9 +1,10 @@
-"""The lowerings of each fxpress operator, in order of preference; operators that are not here are torch's own."""
+"""The lowerings of each operator, in order of preference; operators that are not here are left to torch's exporter."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from ....ir.ops import attention, linear, norm, rotary
@@ -18,6 +19,7 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     norm.add_layer_norm: norms.ADD_LAYER_NORM,
     norm.rms_norm: norms.RMS_NORM,
     norm.add_rms_norm: norms.ADD_RMS_NORM,
+    torch.ops.aten.linear.default: linears.LINEAR,
     linear.linear_act: linears.LINEAR_ACT,
     linear.gated_linear: linears.GATED_LINEAR,
     linear.split_linear: linears.SPLIT_LINEAR,

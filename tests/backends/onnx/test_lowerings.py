@@ -277,6 +277,8 @@ OTHERS = [
         Case(f"linear_act, {name}", linear_act, rows, linear(24), (("activation", name),))
         for name in sorted(ACTIVATIONS)
     ],
+    Case("linear", torch.ops.aten.linear.default, rows, linear(24)),
+    Case("linear, no bias", torch.ops.aten.linear.default, rows, linear(24, bias=False)),
     Case("linear_act, no bias", linear_act, rows, linear(24, bias=False), (("bias", None), ("activation", "gelu"))),
     Case("split_linear", split_linear, rows, linear(24), (("sizes", [12, 4, 8]),)),
     Case("split_linear, no bias", split_linear, rows, linear(24, bias=False), (("bias", None), ("sizes", [20, 4]))),
