@@ -135,7 +135,7 @@ class Emitter:
                 return self._call(aten.unsqueeze.default, source, 1 - place)
         return (
             self._call(aten.index.Tensor, source, [self._as_tensor(self._emit(item)) for item in indices])
-            if (indices)
+            if indices
             else source
         )
 
@@ -144,11 +144,14 @@ def size_node(program: Program, size: Any, before: fx.Node) -> Any:
     """A size (a number, torch.SymInt, its sympy expression) as a number or a node; None: it is no size of an input."""
     if isinstance(size, int):
         return size
-    wanted = size.node.expr if isinstance(size, torch.SymInt) else size
-    for node in program.graph.nodes:
-        if node.op != "placeholder":
-            continue
+    place = input_of_size(program, size.node.expr if isinstance(size, torch.SymInt) else size)
+    return None if place is None else program.call(aten.sym_size.int, *place, before=before)
+
+
+def input_of_size(program: Program, symbol: Any) -> tuple[fx.Node, int] | None:
+    """An input and its axis whose size is a sympy expression."""
+    for node in program.graph.find_nodes(op="placeholder"):
         for axis, extent in enumerate(shape(node)):
-            if isinstance(extent, torch.SymInt) and extent.node.expr == wanted:
-                return program.call(aten.sym_size.int, node, axis, before=before)
+            if isinstance(extent, torch.SymInt) and extent.node.expr == symbol:
+                return node, axis
     return None

@@ -67,7 +67,7 @@ class Index(Expression):
 
 
 class Size(Expression):
-    """A symbolic size; `symbol` is torch's sympy expression, at least 1."""
+    """A symbolic size, or what is computed from sizes; `symbol` is torch's sympy expression."""
 
     def __init__(self, symbol: Any) -> None:
         super().__init__(symbol)
@@ -255,9 +255,10 @@ def largest(value: Sum, extents: Mapping[int, Sum]) -> int | None:
             total = add(total, atom(part), -factor)
         elif isinstance(part, Index) and part.axis in extents:
             total = add(add(total, atom(part), -factor), add(extents[part.axis], whole(-1)), factor)
-    if any(not isinstance(part, Size) or factor > 0 for part, factor in total.terms):
+    # The sizes of inputs are at least 1, which sympy calls positive; what is computed from them may be 0.
+    if any(not isinstance(part, Size) or not part.symbol.is_positive or factor > 0 for part, factor in total.terms):
         return None
-    return total.constant + sum(factor for _, factor in total.terms)  # sizes are at least 1
+    return total.constant + sum(factor for _, factor in total.terms)
 
 
 def never_negative(value: Sum, extents: Mapping[int, Sum]) -> bool:

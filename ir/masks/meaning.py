@@ -16,7 +16,7 @@ from ..ops.attention import ABSORBING, attention
 from ..pattern import Refusal
 from ..rewrite import Applied, Context, PassResult
 from . import expression as e
-from .emit import Emitter, size_node
+from .emit import Emitter, input_of_size, size_node
 from .expression import Constant, Element, Expression, Index, Sum
 from .reader import Reader
 
@@ -268,6 +268,9 @@ def _as_arguments(
             if changes[side] is None:
                 return Refusal(f"the band's limit {e.spell(limit)} is made of more than sizes of inputs")
     if found.key_mask is not None:
+        unknown = [size for size in _sizes(found.key_mask) if input_of_size(program, size.symbol) is None]
+        if unknown:
+            return Refusal(f"the size {unknown[0]} is that of no input")
         changes["key_mask"] = _key_mask(program, found.key_mask, node, made)
     return changes, found
 
@@ -284,6 +287,14 @@ def _key_mask(program: Program, condition: Expression, node: fx.Node, made: dict
         ]
         made[place] = Emitter(program, (BATCH, KEY), (sizes[0], sizes[1]), node).matrix(condition)
     return made[place]
+
+
+def _sizes(value: Expression) -> Iterator[e.Size]:
+    """The sizes in an expression."""
+    if isinstance(value, e.Size):
+        yield value
+    for part in e.parts(value):
+        yield from _sizes(part)
 
 
 def _limit_node(program: Program, limit: Sum, node: fx.Node) -> Any:
