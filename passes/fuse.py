@@ -13,7 +13,7 @@ from torch import fx
 from ..ir import pattern as p
 from ..ir.graph import Program, arguments, dtype, same_sizes, shape
 from ..ir.ops.attention import attention
-from ..ir.ops.linear import gated_linear, linear_act, split_linear
+from ..ir.ops.linear import gated_linear, linear_act, mlp, split_linear
 from ..ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from ..ir.ops.rotary import rotary
 from ..ir.pattern import Match, Refusal, Rule
@@ -37,6 +37,9 @@ class Fuse(Pass):
     before:  %y = aten.mul.Tensor(aten.silu(aten.linear(%x, @gate)), aten.linear(%x, @up))
     after:   %y = fxpress.gated_linear(%x, @gate, @up, None, None, 'silu')
 
+    before:  %y = aten.linear(fxpress.linear_act(%x, @up, @up_bias, 'gelu'), @down, @down_bias)
+    after:   %y = fxpress.mlp(%x, @up, @up_bias, @down, @down_bias, 'gelu')
+
     before:  %q = aten.linear(%x, @q);  %k = aten.linear(%x, @k);  %v = aten.linear(%x, @v)
     after:   %q, %k, %v = fxpress.split_linear(%x, @qkv, None, [n, n, n])
     """
@@ -45,7 +48,7 @@ class Fuse(Pass):
         """Rewrite the program in place."""
         result = PassResult()
         _pack_projections(program, context, result)
-        for rules in ((GATED_LINEAR,), (ADD_LAYER_NORM, ADD_RMS_NORM, *LINEAR_ACT)):
+        for rules in ((GATED_LINEAR,), (ADD_LAYER_NORM, ADD_RMS_NORM, *LINEAR_ACT), (MLP, GATED_MLP)):
             rest = apply_rules(program, rules, context)
             result.rewrites += rest.rewrites
             result.matches += rest.matches
@@ -330,3 +333,38 @@ def _rows(program: Program, part: Piece, name: str) -> fx.Node | None:
 
 
 GATED_LINEAR = Rule("gated_linear", _gated, lambda _: True, _gated_replace)
+
+
+# --- feed-forward blocks ---------------------------------------------------------------------------------------
+
+
+def _down(hidden: p.Call) -> p.Call:
+    """The second linear layer of a block, on the hidden values of the first."""
+    return p.Call(aten.linear.default, input=hidden, weight=p.Any("down_weight"), bias=p.Any("down_bias"))
+
+
+def _mlp_replace(program: Program, found: Match, _: Any) -> None:
+    names = ("x", "up_weight", "up_bias", "down_weight", "down_bias", "activation")
+    gate = [found[name] for name in ("gate_weight", "gate_bias") if found.get(name) is not None]
+    program.replace(found.root, program.call(mlp, *map(found.__getitem__, names), *gate, before=found.root))
+
+
+MLP = Rule(
+    "mlp",
+    _down(p.Call(
+        linear_act, anchor=True,
+        input=p.Any("x"), weight=p.Any("up_weight"), bias=p.Any("up_bias"), activation=p.Literal("activation"),
+    )),
+    lambda _: True,
+    _mlp_replace,
+)  # fmt: skip
+GATED_MLP = Rule(
+    "gated_mlp",
+    _down(p.Call(
+        gated_linear, anchor=True,
+        input=p.Any("x"), gate_weight=p.Any("gate_weight"), up_weight=p.Any("up_weight"),
+        gate_bias=p.Any("gate_bias"), up_bias=p.Any("up_bias"), activation=p.Literal("activation"),
+    )),
+    lambda _: True,
+    _mlp_replace,
+)  # fmt: skip

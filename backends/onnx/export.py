@@ -20,9 +20,10 @@ from torch.export import Dim, ExportedProgram
 from ...ir.errors import LoweringError, one_line
 from ...ir.graph import Program, identifier, source_of
 from ...ir.printer import target_name
-from .lowerings import banded, causal, functions
+from .lowerings import banded, causal, functions, padded
 from .lowerings.lowering import Lowering
 from .lowerings.table import LOWERINGS, supported
+from .views import join_views
 
 OPSET = 23
 Choices = Mapping[fx.Node, Lowering]
@@ -128,7 +129,8 @@ def write_onnx(exported: ExportedProgram, inputs: Sequence[str], outputs: Sequen
             output_names=outputs,
         )
     assert result is not None
-    functions.write_out(result.model, (*banded.FUNCTIONS, *causal.FUNCTIONS))
+    functions.write_out(result.model, (*banded.FUNCTIONS, *causal.FUNCTIONS, *padded.FUNCTIONS))
+    join_views(result.model)
     _fold_constants(result.model)
     return result.model
 

@@ -20,6 +20,21 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](F.linear(input, weight, bias))
+
+
+def _gated_linear(
+    input: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return _linear_act(input, gate_weight, gate_bias, activation) * F.linear(input, up_weight, up_bias)
+
+
 @operator(
     "linear_act(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor",
     meaning="activation(input weight^T + bias)",
@@ -29,7 +44,7 @@ def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activation: s
 
     Shapes: input [..., K], weight [N, K], bias [N]; result [..., N].
     """
-    return ACTIVATIONS[activation](F.linear(input, weight, bias))
+    return _linear_act(input, weight, bias, activation)
 
 
 @operator(
@@ -49,7 +64,34 @@ def gated_linear(
 
     Shapes: input [..., K], both weights [N, K], both biases [N]; result [..., N].
     """
-    return ACTIVATIONS[activation](F.linear(input, gate_weight, gate_bias)) * F.linear(input, up_weight, up_bias)
+    return _gated_linear(input, gate_weight, up_weight, gate_bias, up_bias, activation)
+
+
+@operator(
+    "mlp(Tensor input, Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias, str activation, "
+    "Tensor? gate_weight=None, Tensor? gate_bias=None) -> Tensor",
+    meaning="hidden down_weight^T + down_bias, hidden = linear_act, or gated_linear where there is a gate_weight",
+)
+def mlp(
+    input: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+) -> Tensor:
+    """Feed-forward block of a Transformer (Vaswani et al., 2017), or a gated one (Shazeer, 2020).
+
+    Shapes: input [..., K], up_weight and gate_weight [I, K], their biases [I], down_weight [N, I], down_bias [N];
+    result [..., N]. `activation`, one of `ACTIVATIONS`, is of the gate where there is one, else of the up projection.
+    """
+    if gate_weight is None:
+        hidden = _linear_act(input, up_weight, up_bias, activation)
+    else:
+        hidden = _gated_linear(input, gate_weight, up_weight, gate_bias, up_bias, activation)
+    return F.linear(hidden, down_weight, down_bias)
 
 
 @operator(

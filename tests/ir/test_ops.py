@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxpress.ir import graph  # noqa: F401  # registers every family
 from fxpress.ir.ops.attention import attention
-from fxpress.ir.ops.linear import ACTIVATIONS, gated_linear, linear_act, split_linear
+from fxpress.ir.ops.linear import ACTIVATIONS, gated_linear, linear_act, mlp, split_linear
 from fxpress.ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from fxpress.ir.ops.rotary import rotary
 from fxpress.ir.ops.table import OPERATORS, operator
@@ -124,6 +124,14 @@ def test_gated_linear(bias: Tensor | None) -> None:
     close(gated_linear(x, gate, up, None, bias, "silu"), expected)
 
 
+@pytest.mark.parametrize("gate", [None, normal(6, 8, seed=5)])
+def test_mlp(gate: Tensor | None) -> None:
+    up, down = torch.nn.Linear(8, 6), torch.nn.Linear(6, 4)
+    x = normal(2, 3, 8)
+    hidden = torch.tanh(up(x)) if gate is None else torch.tanh(x @ gate.T) * up(x)
+    close(mlp(x, up.weight, up.bias, down.weight, down.bias, "tanh", gate), down(hidden))
+
+
 def turned(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
     """Rotary embedding as a product of complex numbers, on the first columns."""
     columns = 2 * angles.shape[-1]
@@ -195,6 +203,10 @@ GRADIENTS: dict[str, Callable[[], tuple[Any, tuple[Tensor, ...]]]] = {
     "linear_act": lambda: (
         lambda x, w, b: linear_act(x, w, b, "gelu"),
         (wide(2, 4), wide(3, 4, seed=1), wide(3, seed=2)),
+    ),
+    "mlp": lambda: (
+        lambda x, u, d, g, b: mlp(x, u, None, d, None, "silu", g, b),
+        (wide(2, 4), wide(3, 4, seed=1), wide(2, 3, seed=2), wide(3, 4, seed=3), wide(3, seed=4)),
     ),
     "split_linear": lambda: (
         lambda x, w, b: tuple(split_linear(x, w, b, [1, 2])),

@@ -12,7 +12,7 @@ from build import before_after, check, normal, program, reasons, rewritten
 from torch import Tensor, nn
 
 from fxpress.ir.graph import Program
-from fxpress.ir.ops.linear import gated_linear, linear_act, split_linear
+from fxpress.ir.ops.linear import gated_linear, linear_act, mlp, split_linear
 from fxpress.ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from fxpress.ir.rewrite import Context
 from fxpress.passes import Canonicalize, Fuse
@@ -100,6 +100,21 @@ def activated(name: str) -> Program:
     return program(lambda m, x: acts[name](F.linear(x, m.w, m.b)), normal(*X), w=normal(6, 8), b=normal(6))
 
 
+def block(m: Any, x: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, m.w, m.b)), m.d, m.c)
+
+
+def gated_block(m: Any, x: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x, m.g)) * F.linear(x, m.w, m.b), m.d)
+
+
+BLOCK = {
+    "w": normal(6, 8),
+    "b": normal(6),
+    "d": normal(8, 6, seed=1),
+    "c": normal(8, seed=2),
+    "g": normal(6, 8, seed=3),
+}
 NORM = {"w": normal(8), "b": normal(8, seed=4)}
 PROJECTIONS = weights("qkv", 8, 8)
 CASES: dict[str, tuple[Callable[[], Program], Any]] = {
@@ -118,6 +133,12 @@ CASES: dict[str, tuple[Callable[[], Program], Any]] = {
     "add_layer_norm": (lambda: program(normed, normal(*X), normal(*X, seed=1), **NORM), add_layer_norm),
     **{f"gated_{name}": (lambda function=function: gated(function), gated_linear) for name, function in GATED.items()},
     "linear_quick_gelu": (lambda: gated(quick_gelu), linear_act),
+    "mlp": (lambda: program(block, normal(*X), **BLOCK), mlp),
+    "mlp_gated": (lambda: program(gated_block, normal(*X), **BLOCK), mlp),
+    "mlp_tied": (
+        lambda: program(lambda m, x: F.linear(F.relu(F.linear(x, m.w)), m.w), normal(2, 5, 8), w=normal(8, 8)),
+        mlp,
+    ),
     "add_rms_norm_gemma": (
         lambda: program(
             lambda m, x, y: rms_norm((y + x).relu() + x, 1.0 + m.w, 1e-6), normal(*X), normal(*X, seed=1), w=normal(8)
@@ -297,6 +318,22 @@ REFUSALS: dict[str, tuple[Callable[[], Program], str, str]] = {
         "gated_linear",
         "linear is also read by add",
     ),
+    "hidden_read_twice": (
+        lambda: program(
+            lambda m, x: (lambda h: F.linear(h, m.d) + h.sum())(F.gelu(F.linear(x, m.w))), normal(*X), **BLOCK
+        ),
+        "mlp",
+        "linear_act is also read by sum_1",
+    ),
+    "hidden_of_a_gate_returned": (
+        lambda: program(
+            lambda m, x: (lambda h: (F.linear(h, m.d), h))(F.silu(F.linear(x, m.g)) * F.linear(x, m.w)),
+            normal(*X),
+            **BLOCK,
+        ),
+        "gated_mlp",
+        "gated_linear is returned by the model",
+    ),
     "quick_gelu_of_no_linear": (
         lambda: gated(lambda m, x: (lambda y: y * torch.sigmoid(1.702 * y))(x.exp())),
         "linear_quick_gelu",
@@ -415,11 +452,11 @@ class Layer(nn.Module):
 def test_all_of_12_layers_are_rewritten() -> None:
     torch.manual_seed(0)
     _, result = check(canonical(nn.Sequential(*(Layer() for _ in range(12))), normal(*X)), Fuse())
-    expected = {"pack_projections": 12, "add_layer_norm": 24, "linear_gelu": 12}
+    expected = {"pack_projections": 12, "add_layer_norm": 24, "linear_gelu": 12, "mlp": 12}
     assert dict(result.rewrites) == expected
 
 
-@pytest.mark.parametrize("budget", [0, 1, 2, 3])
+@pytest.mark.parametrize("budget", [0, 1, 2, 3, 4])
 def test_budget_stops(budget: int) -> None:
     torch.manual_seed(0)
     _, result = rewritten(canonical(Layer(), normal(*X)), Fuse(), Context(max_rewrites=budget))
@@ -436,7 +473,7 @@ def test_half_precision_is_equal(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     before = canonical(Layer().to(dtype), normal(*X, dtype=dtype))
     _, result = check(before, Fuse())
-    assert result.changes == 4
+    assert result.changes == 5
 
 
 def test_pass_is_printed_by_its_name() -> None:

@@ -13,10 +13,8 @@ from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments, dtype, same_sizes, shape
 from ....ir.ops.attention import band
-from . import banded, causal
+from . import banded, causal, padded
 from .lowering import Lowering, Probe, always
-
-_LOW = -1e30  # a score beside which every other is zero, and finite in every sum
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,8 @@ def _full_rows(mask: Tensor | None, given: Attention) -> Tensor | None:
 
 def _tokens_first(tensor: Tensor) -> Tensor:
     """[B, H, N, D] as [B, N, H * D]; torch's transpositions around it cancel."""
-    return tensor.transpose(1, 2).flatten(2)
+    batch, heads, length, size = tensor.shape
+    return tensor.transpose(1, 2).reshape(batch, length, heads * size)  # flatten would ask a tensor for its shape
 
 
 def _heads_second(result: Tensor, given: Attention) -> Tensor:
@@ -205,18 +204,19 @@ def _attention_onnx(given: Attention) -> Tensor:
 
 
 @_lowering
-def _key_channel(given: Attention) -> Tensor:
-    """ai.onnx::Attention without a mask: the key mask is one more channel of the keys, which the queries read as 1.
-
-    A key that is not allowed gets a score so low that the others are lost in it; ONNX Runtime's kernels take twice
-    the time where a mask is given.
-    """
+def _key_masked(given: Attention) -> Tensor:
+    """A key mask that is not read where a long batch has no padding, see `padded`."""
     assert given.key_mask is not None
-    shut = torch.where(given.key_mask, torch.zeros(()), _LOW / given.factor)[:, :, None, None]
-    query, key = (item.transpose(1, 2) for item in (given.query, given.key))
-    query = torch.cat([query, torch.ones_like(query[..., :1])], -1).transpose(1, 2)
-    key = torch.cat([key, shut.expand(*key.shape[:3], 1)], -1).transpose(1, 2)
-    return _heads_second(_attention_node(replace(given, query=query, key=key, scale=given.factor)), given)
+    result = padded.key_masked_attention(
+        _tokens_first(given.query),
+        _tokens_first(given.key),
+        _tokens_first(given.value),
+        given.key_mask,
+        given.empty,
+        given.query.shape[1],
+        given.factor,
+    )
+    return _heads_second(result, given.without_masks())
 
 
 @_lowering
@@ -350,19 +350,6 @@ def _refuses_multi_head(node: fx.Node) -> str | None:
     return None
 
 
-def _refuses_key_channel(node: fx.Node) -> str | None:
-    given = arguments(node)
-    if _refuses_fused(node):
-        return _refuses_fused(node)
-    if given["key_mask"] is None or any(given[name] is not None for name in ("bias", "left", "right")):
-        return "the key mask is not the only mask"
-    if given["softcap"]:
-        return "a soft cap would cap the mask too"
-    if dtype(given["query"]) != torch.float32:
-        return "the mask's number needs the range of float32"
-    return None if given["scale"] is None or given["scale"] > 0 else "the scale is not positive"
-
-
 def _refuses_group_query(node: fx.Node) -> str | None:
     given = arguments(node)
     query, key, value = (shape(given[name]) for name in ("query", "key", "value"))
@@ -392,28 +379,29 @@ def _as_in_models(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _whole(name: str, function: Callable[..., Tensor], refuses: Callable[[fx.Node], str | None] = always) -> Lowering:
-    """A lowering that computes every score: not for a band, or causal attention, in a sequence of any length.
+    """A lowering that is as good at every length: not for a band, causal attention or a key mask, in any sequence.
 
-    The example's length says nothing about those to come; blocks and steps lose little on short ones.
+    The example's length says nothing about those to come; blocks, steps and branches lose little on short ones.
     """
 
     def refuses_long(node: fx.Node) -> str | None:
         if banded.settles(node):
             return "blocks serve a band at every length"
-        return "steps serve causal attention at every length" if causal.settles(node) else refuses(node)
+        if causal.settles(node):
+            return "steps serve causal attention at every length"
+        return "a mask read where there is padding serves every length" if padded.settles(node) else refuses(node)
 
     return Lowering(name, function, refuses_long)
 
 
 ATTENTION = (
-    # As fast as a mask at length 128 and a fifth faster at 512: it comes first, for examples are short.
-    _whole("Attention, mask in the keys", _key_channel, _refuses_key_channel),
     _whole("Attention", _attention_onnx, _refuses_fused),
     _whole("GroupQueryAttention", _group_query_attention, _refuses_group_query),
     _whole("MultiHeadAttention", _multi_head_attention, _refuses_multi_head),
     _whole("MatMul+Softmax", _unfused),
     Lowering("Attention by blocks", _blocks, banded.refuses),
     Lowering("Attention in steps", _steps, causal.refuses),
+    Lowering("Attention, masked where padded", _key_masked, padded.refuses),
 )
 # Projections give [B, N, H, D] and the output projection reads [B, N, H * D]: transpositions count.
 PROBE = Probe(_rows_first, _as_in_models)

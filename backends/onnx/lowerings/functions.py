@@ -20,3 +20,5 @@ def write_out(model: onnx_ir.Model, functions: Iterable[Any]) -> None:
     onnx_ir.passes.common.InlinePass()(model)
     model.functions.clear()
     del model.opset_imports[DOMAIN]
+    for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):  # onnxscript names no domains of nested graphs
+        model.opset_imports.setdefault(node.domain, 1)

@@ -23,6 +23,7 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     linear.linear_act: linears.LINEAR_ACT,
     linear.gated_linear: linears.GATED_LINEAR,
     linear.split_linear: linears.SPLIT_LINEAR,
+    linear.mlp: linears.MLP,
     rotary.rotary: rotaries.ROTARY,
 }
 

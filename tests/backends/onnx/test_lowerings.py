@@ -21,7 +21,7 @@ from fxpress.ir.equality import compare, run_float64
 from fxpress.ir.errors import LoweringError
 from fxpress.ir.graph import Program
 from fxpress.ir.ops.attention import attention
-from fxpress.ir.ops.linear import ACTIVATIONS, gated_linear, linear_act, split_linear
+from fxpress.ir.ops.linear import ACTIVATIONS, gated_linear, linear_act, mlp, split_linear
 from fxpress.ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from fxpress.ir.ops.rotary import rotary
 
@@ -217,6 +217,23 @@ def gates(bias: str) -> Callable[[], Inputs]:
     )
 
 
+def wide_rows(batch: int, length: int) -> Inputs:
+    """Rows of 1024 numbers: 4096 bytes."""
+    torch.manual_seed(batch * 100 + length)
+    return {"input": torch.randn(batch, length, 1024)}
+
+
+def wide_weights(names: str) -> Callable[[], Inputs]:
+    """Weights [8, 1024] and biases [8]."""
+    return lambda: {name: torch.randn(*((8,) if "bias" in name else (8, 1024))) for name in names.split()}
+
+
+def block(hidden: int, names: str) -> Callable[[], Inputs]:
+    """The weights of a feed-forward block of 16 columns, those in `names`."""
+    shapes = {"down_weight": (16, hidden), "down_bias": (16,), "up_bias": (hidden,), "gate_bias": (hidden,)}
+    return lambda: {name: torch.randn(shapes.get(name, (hidden, 16))) for name in names.split()}
+
+
 def no_bias(*names: str) -> tuple[tuple[str, Any], ...]:
     return tuple((name, None) for name in names)
 
@@ -277,6 +294,43 @@ OTHERS = [
         Case(f"linear_act, {name}", linear_act, rows, linear(24), (("activation", name),))
         for name in sorted(ACTIVATIONS)
     ],
+    *[
+        Case(
+            f"mlp, {name}, {hidden} hidden columns",
+            mlp,
+            rows,
+            block(hidden, names),
+            (*no_bias(*missing), ("activation", activation)),
+        )
+        for hidden in (24, 1024)
+        for name, names, missing, activation in (
+            ("gelu", "up_weight up_bias down_weight down_bias", (), "gelu"),
+            ("no bias", "up_weight down_weight", ("up_bias", "down_bias"), "relu"),
+            ("gated", "gate_weight up_weight down_weight", ("up_bias", "down_bias"), "silu"),
+            ("gated, biases", "gate_weight gate_bias up_weight up_bias down_weight down_bias", (), "gelu_tanh"),
+        )
+    ],
+    Case(
+        "mlp of a matrix",
+        mlp,
+        lambda b, n: {"input": rows(b, n)["input"].flatten(0, 1)},
+        block(24, "up_weight up_bias down_weight"),
+        (*no_bias("down_bias"), ("activation", "gelu")),
+    ),
+    Case("linear, rows of 4096 bytes", torch.ops.aten.linear.default, wide_rows, wide_weights("weight bias")),
+    Case(
+        "split_linear, rows of 4096 bytes", split_linear, wide_rows, wide_weights("weight bias"), (("sizes", [3, 5]),)
+    ),
+    Case(
+        "linear_act, rows of 4096 bytes", linear_act, wide_rows, wide_weights("weight bias"), (("activation", "silu"),)
+    ),
+    Case(
+        "gated_linear, rows of 4096 bytes",
+        gated_linear,
+        wide_rows,
+        wide_weights("gate_weight up_weight"),
+        (*no_bias("gate_bias", "up_bias"), ("activation", "silu")),
+    ),
     Case("linear", torch.ops.aten.linear.default, rows, linear(24)),
     Case("linear, no bias", torch.ops.aten.linear.default, rows, linear(24, bias=False)),
     Case("linear_act, no bias", linear_act, rows, linear(24, bias=False), (("bias", None), ("activation", "gelu"))),
@@ -325,6 +379,31 @@ def test_every_operator_has_a_lowering_that_takes_anything() -> None:
 def test_grouped_heads_are_refused_by_the_fused_kernel() -> None:
     (node,) = ATTENTIONS[7].program().calls(attention)
     assert "MultiHeadAttention: MultiHeadAttention has no grouped key heads" in supported(node)[1]
+
+
+@pytest.mark.parametrize(("columns", "reason"), [
+    (1024, None),
+    (1000, "rows of 1000 numbers begin in several sets of the cache"),
+])  # fmt: skip
+def test_rows_are_widened_where_they_fall_into_one_cache_set(columns: int, reason: str | None) -> None:
+    linear = torch.ops.aten.linear.default
+    item = Case("linear", linear, lambda b, n: {"input": torch.randn(b, n, columns)},
+                lambda: {"weight": torch.randn(8, columns)})  # fmt: skip
+    candidates, reasons = supported(item.program().calls(linear)[0])
+    assert [candidate.name for candidate in candidates] == ["Gemm or MatMul", "Gemm or MatMul, wider rows"][
+        : 2 - bool(reason)
+    ]
+    assert reasons == [f"Gemm or MatMul, wider rows: {reason}"] * bool(reason)
+
+
+def test_rows_are_not_widened_for_a_weight_that_is_computed() -> None:
+    class Computed(nn.Module):
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, weight * 2)
+
+    program = trace(Computed().eval(), bind_example(Computed(), (torch.rand(2, 1024), torch.rand(3, 1024))), None)
+    (node,) = program.calls(torch.ops.aten.linear.default)
+    assert supported(node)[1] == ["Gemm or MatMul, wider rows: mul is no weight: it would be copied at each run"]
 
 
 def test_the_skip_kernels_refuse_other_ranks() -> None:

@@ -13,6 +13,7 @@ from fxpress.compiler.families import text
 from fxpress.compiler.trace import bind_example, trace
 from fxpress.ir.graph import Program, arguments
 from fxpress.ir.ops.attention import attention
+from fxpress.ir.ops.linear import mlp
 from fxpress.passes import Canonicalize, Fuse
 
 SIZE = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -91,8 +92,11 @@ def test_all_are_found(name: str) -> None:
     after = fused(before)
     found = operators(after)
     norms = sum(found[f"{norm}.default"] for norm in NORMS)
-    counts = (norms, *(found[f"{kind}.default"] for kind in ("linear_act", "gated_linear", "rotary")))
-    assert counts == MODELS[name][2:]
+    gated = [arguments(node)["gate_weight"] is not None for node in after.calls(mlp)]
+    activations = found["linear_act.default"] + gated.count(False)
+    assert (norms, activations, found["gated_linear.default"] + gated.count(True), found["rotary.default"]) == (
+        MODELS[name][2:]
+    )
     assert {kind: count for kind, count in found.items() if kind in SPELLED_OUT} == LEFT.get(name, {})
     for size in ((2, 12), (3, 17)):
         assert_equal(before, after, before.signature.bind((), text(*size)))
