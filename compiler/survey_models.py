@@ -63,7 +63,7 @@ SIZES: dict[str, int] = {
         "num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads",
         "attention_heads", "encoder_num_attention_heads", "decoder_num_attention_heads", "swa_num_attention_heads",
         "speech_encoder_attention_heads", "t2u_encoder_attention_heads", "t2u_decoder_attention_heads",
-        "decoder_self_attention_heads", "decoder_cross_attention_heads", "index_n_heads", "linear_num_heads",
+        "decoder_self_attention_heads", "decoder_cross_attention_heads", "linear_num_heads",
         "linear_num_value_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "resampler_n_heads",
         "resampler_heads", "memory_attention_num_attention_heads", "ssm_num_heads", "num_self_attention_heads",
         "num_cross_attention_heads", "num_register_tokens",
@@ -103,7 +103,7 @@ SIZES: dict[str, int] = {
     "sliding_window": 8, "local_attention": 8, "num_position_embeddings": 16, "num_frames": 2, "resampler_n_latents": 4,
     "num_latents": 8, "d_latents": 32, "num_input_codes": 8, "resampler_num_latents": 4, "codebook_size": 16,
     "codebook_dim": 8, "num_filters": 8, "num_denoising": 2, "num_embeddings": 16, "upsample_initial_channel": 32,
-    "attention_chunk_size": 8, "index_topk": 4, "mm_tokens_per_image": 4, "num_codebooks": 2,
+    "attention_chunk_size": 8, "index_topk": 4, "index_n_heads": 16, "mm_tokens_per_image": 4, "num_codebooks": 2,
 }  # fmt: skip
 
 # Fields whose default is one number a stage -> the first number; the others keep their ratio to it.

@@ -259,9 +259,14 @@ def _export(program: Program, lowered: fx.GraphModule) -> ExportedProgram:
     return exported
 
 
+_UNKNOWN = 16  # rows, say, of what a model chooses by its values: the tokens that a router gives to one expert
+
+
 def hint(size: Any) -> int:
-    """The size that the example has where a size is symbolic."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    """The size that the example has where a size is symbolic; a guess where it depends on values."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else _UNKNOWN
 
 
 @contextlib.contextmanager

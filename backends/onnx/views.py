@@ -13,8 +13,11 @@ import onnx_ir
 
 
 def join_views(model: onnx_ir.Model) -> None:
-    """Join each Reshape with the Reshape before it, each Transpose with the Transpose before it; drop those that
-    change nothing. What nothing reads any more is left in place."""
+    """Join each Reshape with the Reshape before it, each Transpose with the Transpose before it, and drop those that
+    change nothing.
+
+    What nothing reads any more is left in place.
+    """
     for node in model.graph:
         if node.op_type == "Transpose":
             _join_transposes(node)
@@ -50,6 +53,11 @@ def _join_transposes(node: onnx_ir.Node) -> None:
 
 
 def _join_reshapes(node: onnx_ir.Node) -> None:
+    wanted = node.inputs[1]
+    if wanted is not None and wanted.const_value is None:
+        # A computed shape is of sizes, of which a 0 is one: a router may give an expert no token. torch's translation
+        # of reshape leaves it to stand for the input's size.
+        node.attributes["allowzero"] = onnx_ir.AttrInt64("allowzero", 1)
     before = _source(node, "Reshape")
     if before is not None and not _copies_sizes(node):
         node.replace_input_with(0, before.inputs[0])
@@ -64,7 +72,7 @@ def _copies_sizes(node: onnx_ir.Node) -> bool:
     if allows is not None and allows.as_int() == 1:
         return False
     wanted = node.inputs[1].const_value if node.inputs[1] is not None else None
-    return wanted is not None and 0 in wanted.numpy()  # computed shapes are of sizes that the program says
+    return wanted is not None and 0 in wanted.numpy()
 
 
 def _same_shape(first: onnx_ir.Value, second: onnx_ir.Value) -> bool:

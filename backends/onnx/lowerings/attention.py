@@ -61,8 +61,12 @@ class Attention:
         return found
 
     def additive(self) -> Tensor | None:
-        """All masks as one finite additive bias (None: there is none); `finish` mends rows without any key."""
-        allowed, lowest = self.allowed(), torch.finfo(self.query.dtype).min
+        """All masks as one finite additive bias (None: there is none); `finish` mends rows without any key.
+
+        Not of the lowest number: where a row has no other, the kernel of ai.onnx::Attention gives zeros, a softmax the
+        mean.
+        """
+        allowed, lowest = self.allowed(), torch.finfo(self.query.dtype).min / 2
         added = self.bias if self.bias is not None and self.bias.dtype != torch.bool else None
         if added is None:
             zero = torch.zeros((), dtype=self.query.dtype)

@@ -134,6 +134,13 @@ ATTENTIONS = [
     case("bool mask of rank 2", lambda b, n: {**heads(b, n), "bias": bool_mask(1, n, n)[0, 0]}),
     case("float mask", lambda b, n: {**heads(b, n), "bias": float_mask(b, n, n)}),
     case("float mask, empty rows", lambda b, n: {**heads(b, n), "bias": float_mask(b, n, n, none=True)}),
+    case(
+        "float mask, rows of the lowest number",
+        lambda b, n: {
+            **heads(b, n),
+            "bias": float_mask(b, n, n, none=True).clamp(min=torch.finfo(torch.float32).min),
+        },
+    ),
     case("float mask, causal", lambda b, n: {**heads(b, n), "bias": float_mask(b, n, n)}, right=0),
     case(
         "float mask, key mask",

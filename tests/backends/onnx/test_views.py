@@ -5,6 +5,7 @@ from typing import Any
 import numpy
 import onnx.shape_inference
 import onnx_ir
+import onnx_ir.passes.common
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -88,6 +89,27 @@ def test_a_size_copied_from_the_input_keeps_that_input() -> None:
     join_views(given)
     assert kinds(given) == ["Reshape", "Reshape"]
     numpy.testing.assert_array_equal(run(given), expected)
+
+
+def test_a_computed_size_of_zero_is_a_size() -> None:
+    """Rows that a router gives to no expert: [0, 6] as [0, 6 / 3, 3] by a computed shape."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["rows"], start=0, end=1),
+        helper.make_node("Concat", ["rows", "rest"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["x", "shape"], ["y"]),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    rest = numpy_helper.from_array(numpy.array([1, 2, 1], numpy.int64), "rest")
+    graph = helper.make_graph(nodes, "rows", inputs, outputs, [rest])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    given = onnx_ir.serde.deserialize_model(made)
+    join_views(given)
+    session = onnxruntime.InferenceSession(
+        onnx_ir.serde.serialize_model(given).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    for rows in (3, 0):
+        assert session.run(None, {"x": numpy.ones((rows, 2), numpy.float32)})[0].shape == (rows, 1, 2, 1)
 
 
 def test_a_value_read_elsewhere_stays() -> None:
