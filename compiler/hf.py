@@ -56,6 +56,35 @@ def traceable_experts() -> Iterator[None]:
         del ALL_EXPERTS_FUNCTIONS["grouped_mm"]  # transformers' own shows again
 
 
+@contextlib.contextmanager
+def broadcast_masks() -> Iterator[None]:
+    """Within it, transformers computes the masks of models with mask functions of their own by broadcasting.
+
+    Their usual way, torch.vmap, leaves calls in a graph that cannot be replayed. A mask function of indices gives the
+    same both ways; one that does not is found out when the graph is compared with the model.
+    """
+    masking: Any = sys.modules.get("transformers.masking_utils")
+    if masking is None:
+        yield
+        return
+    usual = {name: getattr(masking, name) for name in ("_vmap_expansion_sdpa", "TransformGetItemToIndex")}
+
+    def expansion(mask_function: Any) -> Any:
+        def expanded(*indices: torch.Tensor) -> torch.Tensor:
+            mask: torch.Tensor = mask_function(*masking._non_vmap_expansion_sdpa(*indices))
+            return mask.expand([index.shape[0] for index in indices])
+
+        return expanded
+
+    masking._vmap_expansion_sdpa = expansion
+    masking.TransformGetItemToIndex = contextlib.nullcontext  # what makes indexing fit for vmap
+    try:
+        yield
+    finally:
+        for name, value in usual.items():
+            setattr(masking, name, value)
+
+
 def _all_experts(experts: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """A mixture of E experts: hidden [S, H], the K experts chosen for each token [S, K] and their weights [S, K]."""
 

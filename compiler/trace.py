@@ -148,7 +148,7 @@ def _widened(args: Arguments) -> Iterator[Arguments]:
 
 def _export(model: torch.nn.Module, args: Arguments, dynamic_shapes: Any) -> ExportedProgram:
     try:
-        with torch.no_grad(), _no_mask_inspection(), plain_attention(), hf.traceable_experts():
+        with torch.no_grad(), _no_mask_inspection(), plain_attention(), hf.traceable_experts(), hf.broadcast_masks():
             return torch.export.export(model, *args, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise TraceError(f"cannot trace {type(model).__name__}{_user_line(error)}: {one_line(error)}") from error

@@ -212,6 +212,10 @@ def _lowered(program: Program, choices: Choices) -> tuple[fx.GraphModule, list[s
     for node, original in zip(copy.graph.nodes, program.graph.nodes, strict=True):
         if node.op == "call_function" and node.target in LOWERINGS:
             node.target = choices[original].function
+        elif node.target is torch.ops.aten.sub.Tensor and not isinstance(node.args[0], fx.Node):
+            node.target = _less  # the exporter's decompositions know no number less a tensor
+        elif node.target is torch.ops.aten.chunk.default and len(node.meta["val"]) == node.args[1]:
+            node.target = _chunk  # its translation is a sequence, on which the folding of constants fails
         elif node.op == "output":
             kept = dict.fromkeys(item for item in node.args[0] if isinstance(item, fx.Node))
             node.args = (tuple(kept),)
@@ -227,6 +231,17 @@ def _lowered(program: Program, choices: Choices) -> tuple[fx.GraphModule, list[s
                 unique += "_out"
             names.append(unique)
     return copy.module, names
+
+
+def _less(number: float, tensor: Tensor, alpha: float = 1) -> Tensor:
+    return -tensor * alpha + number if alpha != 1 else -tensor + number
+
+
+def _chunk(tensor: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
+    size = (tensor.shape[dim] + chunks - 1) // chunks
+    return [tensor.narrow(dim, index * size, size) for index in range(chunks - 1)] + [
+        tensor.narrow(dim, (chunks - 1) * size, tensor.shape[dim] - (chunks - 1) * size)
+    ]
 
 
 def _export(program: Program, lowered: fx.GraphModule) -> ExportedProgram:

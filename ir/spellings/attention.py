@@ -293,6 +293,8 @@ class _Emit:
     def placed(self, term: Term) -> fx.Node:
         """A term's tensor, added or True where a key is allowed; it broadcasts to [batch, heads, N, M]."""
         mask = term.tensor
+        if term.fill is not None and dtype(mask) is not torch.bool:  # of zeros and ones
+            mask = self.call(aten.ne.Scalar, mask, 0)
         if term.fill is not None and not term.keeps:
             mask = self.inverse(mask)
         if term.fill is None and dtype(mask) is not dtype(self.reading.value):

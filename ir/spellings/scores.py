@@ -59,7 +59,12 @@ class Reading:
 
 
 def find(root: fx.Node) -> Match | Refusal | None:
-    """Attention whose result is the matmul `root`; captured as `reading`. A Refusal for a softmax that is none."""
+    """Attention whose result is the matmul `root`; captured as `reading`. A Refusal for a softmax that is none.
+
+    Or a matmul times the share of a row's probability that sinks leave it, sigmoid(logsumexp(scores) - sinks).
+    """
+    if root.target is aten.mul.Tensor:
+        return _find_shared(root)
     if root.target is not aten.matmul.default:
         return None
     softmax = _softmax_behind(root.args[0])
@@ -73,6 +78,46 @@ def find(root: fx.Node) -> Match | Refusal | None:
     except Mismatch as mismatch:
         return Refusal(f"{mismatch}")
     return Match(root, {"reading": reading}, frozenset(reader.nodes))
+
+
+def _find_shared(root: fx.Node) -> Match | Refusal | None:
+    """Attention with sinks as Granite writes it: the probabilities of the sinks are taken off the result."""
+    for matmul, share in (root.args, reversed(root.args)):
+        gate = _chain(share, aten.unsqueeze.default, aten.sigmoid.default, aten.sub.Tensor)
+        if gate is None or not isinstance(matmul, fx.Node) or matmul.target is not aten.matmul.default:
+            continue
+        total, sinks = gate[-1].args[:2]
+        if not isinstance(total, fx.Node) or total.target is not aten.logsumexp.default:
+            continue
+        reader = _Reader(matmul)
+        try:
+            softmax = _softmax_behind(matmul.args[0])
+            if softmax is None or total.args[0] is not softmax.args[0] or not is_last(total.args[1], softmax):
+                raise Mismatch(f"{total.name} is not that of the scores of {spell(softmax)}")
+            reading = reader.read()
+            if reading.sinks is not None or arguments(gate[-1])["alpha"] != 1:
+                raise Mismatch(f"{gate[-1].name} takes sinks from scores that have sinks, or a multiple of them")
+            reading.sinks = _vector(sinks, shape(softmax)[1:2] if len(shape(softmax)) == 4 else ())
+            reader.nodes |= {root, total, *gate}
+            _check_readers(reader.nodes, root)
+        except Mismatch as mismatch:
+            return Refusal(f"{mismatch}")
+        return Match(root, {"reading": reading}, frozenset(reader.nodes))
+    return None
+
+
+def _chain(node: Any, *targets: Any) -> list[fx.Node] | None:
+    """The nodes from one towards its inputs, if they are calls of these operators; casts may stand between."""
+    found: list[fx.Node] = []
+    waiting = list(targets)
+    while waiting:
+        if not isinstance(node, fx.Node) or node.target not in (waiting[0], aten._to_copy.default):
+            return None
+        found.append(node)
+        if node.target is waiting[0]:
+            waiting.pop(0)
+        node = node.args[0]
+    return found
 
 
 def _check_readers(nodes: set[fx.Node], root: fx.Node) -> None:
@@ -263,11 +308,24 @@ class _Reader:
         self._same_shape(node, scores)
         if factor is not None and factor != 0 and math.isfinite(factor):
             self.factor = self.factor / factor if divided else self.factor * factor
+        elif isinstance(by, fx.Node) and not divided and self._keeps(node, by):
+            pass
         elif isinstance(by, fx.Node) and not divided and self.reading.multiplier is None and not self.capped:
             self.reading.multiplier = self._per_row(node, scores, by)
         else:
             raise Mismatch(f"{node.name} scales the scores by {spell(by)}, expected a number")
         return scores
+
+    def _keeps(self, node: fx.Node, mask: fx.Node) -> bool:
+        """Scores times a mask of zeros and ones, to which a low number times (1 - mask) is added next: a fill."""
+        terms = self.reading.terms
+        if not terms or terms[0].fill is not None or not is_zero_or_one(mask):
+            return False
+        low = _times_complement(terms[0].tensor, mask)
+        if low is None or not low * terms[0].factor <= MASKED:
+            return False
+        terms[0] = Term(mask, shape(node), fill=low * terms[0].factor)
+        return True
 
     def _per_row(self, node: fx.Node, scores: fx.Node, by: fx.Node) -> fx.Node:
         """A scale that is the same for all keys, directly after the product: it may as well multiply the query."""
@@ -291,8 +349,9 @@ class _Reader:
     def _sub(self, node: fx.Node, given: dict[str, Any]) -> Any:
         """A mask that is subtracted, or each row's own maximum, which changes no softmax."""
         scores, tensor, alpha = given["self"], given["other"], number(given["alpha"])
-        if _is_row_maximum(tensor, scores):
-            self.nodes |= {tensor, *([tensor.args[0]] if tensor.target is operator.getitem else [])}
+        maximum = _row_maximum(tensor, scores)
+        if maximum:
+            self.nodes |= maximum
             self.reading.safe = False
             return scores
         if alpha is None or not leads_to_product(scores):
@@ -362,6 +421,35 @@ _STEPS: dict[Any, Any] = {
 }
 
 
+def is_zero_or_one(mask: Any) -> bool:
+    """Whether a tensor is known to hold zeros and ones only: a part of such a buffer, or a cast of booleans."""
+    while isinstance(mask, fx.Node) and mask.target in (
+        aten.slice.Tensor, aten.reshape.default, aten.unsqueeze.default, aten.expand.default, aten.select.int,
+    ):  # fmt: skip
+        mask = mask.args[0]
+    if not isinstance(mask, fx.Node):
+        return False
+    if mask.target is aten._to_copy.default:
+        return dtype(mask.args[0]) is torch.bool or is_zero_or_one(mask.args[0])
+    if mask.op != "get_attr":
+        return False
+    value: Any = attribute(mask.graph.owning_module, str(mask.target))  # type: ignore[arg-type]
+    return isinstance(value, torch.Tensor) and not value.requires_grad and bool(((value == 0) | (value == 1)).all())
+
+
+def _times_complement(tensor: fx.Node, mask: fx.Node) -> float | None:
+    """The number c of c * (1 - mask), if a tensor is that."""
+    if tensor.target is not aten.mul.Tensor:
+        return None
+    first, second = tensor.args[:2]
+    difference, low = (first, number(second)) if number(first) is None else (second, number(first))
+    if low is None or not isinstance(difference, fx.Node) or difference.target is not aten.sub.Tensor:
+        return None
+    given = arguments(difference)
+    complement = number(given["self"]) == 1 and given["other"] is mask and number(given["alpha"]) == 1
+    return low if complement else None
+
+
 def leads_to_product(value: Any) -> bool:
     """Whether a value is made of a matmul by steps as they stand between that product and a softmax."""
     seen, waiting = set(), [value]
@@ -382,19 +470,29 @@ def _operands(node: fx.Node) -> Iterator[Any]:
     return (given[name] for name in ("self", "other") if name in given)
 
 
-def _is_row_maximum(value: Any, scores: Any) -> bool:
-    if not isinstance(value, fx.Node) or value.op != "call_function":
-        return False
-    if value.target is operator.getitem and value.args[1] == 0:
+def _row_maximum(value: Any, scores: Any) -> set[fx.Node]:
+    """The nodes that compute the maximum of each row of scores, if that is what a value is."""
+    nodes, kept = set[fx.Node](), True
+    if isinstance(value, fx.Node) and value.target is aten.unsqueeze.default and is_last(value.args[1], value):
+        nodes.add(value)
+        value, kept = value.args[0], False
+    if isinstance(value, fx.Node) and value.target is operator.getitem and value.args[1] == 0:
+        nodes.add(value)
         value = value.args[0]
-    if value.target not in (aten.max.dim, aten.amax.default):
-        return False
+    if not isinstance(value, fx.Node) or value.target not in (aten.max.dim, aten.amax.default):
+        return set()
     given = arguments(value)
-    return given["self"] is scores and bool(given["keepdim"]) and is_last(given["dim"], scores)
+    found = given["self"] is scores and bool(given["keepdim"]) is kept and is_last(given["dim"], scores)
+    return {value, *nodes} if found else set()
 
 
 def _per_head(sinks: Any) -> fx.Node:
     """The vector [H] of which the column of sinks [B, H, N, 1] is made."""
+    return _vector(sinks, (shape(sinks)[1],) if len(shape(sinks)) == 4 else ())
+
+
+def _vector(sinks: Any, wanted: tuple[Any, ...]) -> fx.Node:
+    """The vector of that shape of which a tensor is made by views."""
     node = sinks
     while isinstance(node, fx.Node) and len(shape(node)) > 1:
         if node.target not in (
@@ -405,7 +503,6 @@ def _per_head(sinks: Any) -> fx.Node:
         ):
             raise Mismatch(f"expected sinks that are one number for each head, found {spell(node)}")
         node = node.args[0]
-    wanted = (shape(sinks)[1],) if len(shape(sinks)) == 4 else ()
     if not isinstance(node, fx.Node) or not same_sizes(shape(node), wanted):
         raise Mismatch(f"expected sinks that are one number for each head, found {spell(node)}")
     return node

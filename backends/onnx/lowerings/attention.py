@@ -365,6 +365,8 @@ def _refuses_group_query(node: fx.Node) -> str | None:
         return "the number of queries is not that of the keys"
     if not all(isinstance(size, int) for size in (query[1], key[1], query[3])) or query[3] != value[3]:
         return "GroupQueryAttention takes heads of one fixed size"
+    if query[3] % causal.GROUP_QUERY_SIZES:
+        return f"GroupQueryAttention takes heads of a multiple of {causal.GROUP_QUERY_SIZES}, found {query[3]}"
     if dtype(given["query"]) != torch.float32:
         return "GroupQueryAttention is float32 only here"
     return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from onnxscript import opset23 as op
 from onnxscript import script
 from onnxscript.values import Opset
@@ -18,6 +19,8 @@ from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments, same_sizes, shape
 from .functions import DOMAIN
+
+GROUP_QUERY_SIZES = 8  # GroupQueryAttention takes heads of a multiple of this size
 
 _FXPRESS = Opset(DOMAIN, 1)
 _MICROSOFT = Opset("com.microsoft", 1)
@@ -50,6 +53,8 @@ def causal_attention(
 
     `attributes` are those of ai.onnx::Attention.
     """
+    if key_mask is None and query.shape[2] // attributes["q_num_heads"] % GROUP_QUERY_SIZES:
+        key_mask = torch.ones(key.shape[:2], dtype=torch.bool)  # the function for short sequences takes any size
     function = CausalAttention if key_mask is None else PaddedCausalAttention
     return symbolic(
         f"{DOMAIN}::{function.name}",

@@ -24,6 +24,8 @@ from fxpress.ir.ops.attention import attention
 from fxpress.ir.ops.linear import ACTIVATIONS, gated_linear, linear_act, mlp, split_linear
 from fxpress.ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from fxpress.ir.ops.rotary import rotary
+from fxpress.ir.rewrite import Context
+from fxpress.passes import Canonicalize
 
 Inputs = dict[str, Tensor]
 
@@ -159,6 +161,8 @@ ATTENTIONS = [
     ),
     case("causal, grouped heads", lambda b, n: heads(b, n, groups=2), right=0),
     case("causal, soft cap", lambda b, n: heads(b, n, groups=2), right=0, softcap=2.0),
+    case("causal, heads of an odd size", lambda b, n: heads(b, n, groups=2, size=5), right=0),
+    case("causal window, heads of an odd size", lambda b, n: heads(b, n, groups=2, size=5), left=2, right=0),
     case("causal window", lambda b, n: heads(b, n, groups=2), left=2, right=0),
     case("causal window of one", heads, left=0, right=0),
     case("causal window, all keys", heads, left=50, right=0),
@@ -471,3 +475,28 @@ def test_bfloat16_is_refused_with_what_to_do() -> None:
 
 def test_a_supported_program_has_no_problems() -> None:
     assert check(ATTENTIONS[0].program()) == []
+
+
+# --- what the exporter is given another way --------------------------------------------------------------------
+
+
+class Respelled(nn.Module):
+    """Thirds of a length, and numbers less tensors, beside an operator that the exporter has to decompose."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, _, last = (1 - x).chunk(3, 1)
+        return torch.rsub(first * last, 2, alpha=3) + torch.nn.functional.softshrink(x)[:, :1]
+
+
+def test_respelled_for_the_exporter(tmp_path: Path) -> None:
+    model = Respelled().eval()
+    length = Dim("third", min=1) * 3
+    program = trace(model, bind_example(model, (torch.rand(2, 6),)), {"x": {1: length}})
+    rewritten = program.copy()
+    Canonicalize().apply(rewritten, Context())
+    save(to_onnx(rewritten, {}), tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx", threads=1)
+    for size in (6, 9):
+        x = torch.rand(2, size)
+        (found,) = session.run([x.numpy()])
+        assert compare([torch.from_numpy(found)], program.run([x]), run_float64(program, [x])).equal

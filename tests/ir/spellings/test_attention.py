@@ -320,6 +320,25 @@ def softmax_less_the_row_maximum(m, x, pad, y):
     return merge((scores - scores.amax(-1, keepdim=True)).softmax(-1) @ v)
 
 
+def row_maximum_taken_off_as_in_layoutlmv3(m, x, pad, y):
+    q, k, v = qkv(m, x)
+    scores = (q @ k.mT + additive(pad)) / 32
+    return merge(((scores - scores.amax(dim=-1).unsqueeze(-1)) * 32).softmax(-1) @ v)
+
+
+def mask_multiplied_as_in_gpt(m, x, pad, y):
+    q, k, v = qkv(m, x)
+    allowed = keep(pad).to(x.dtype)
+    return merge(((q @ k.mT) * allowed + -1e4 * (1 - allowed)).softmax(-1) @ v)
+
+
+def sinks_by_logsumexp_as_in_granite(m, x, pad, y):
+    q, k, v = qkv(m, x)
+    scores = q @ k.mT + additive(pad)
+    share = (scores.logsumexp(-1) - m.sinks.view(1, -1, 1)).sigmoid()
+    return merge((scores.softmax(-1) @ v) * share.unsqueeze(-1))
+
+
 def cosine_similarity_as_in_swin2(m, x, pad, y):
     q, k, v = qkv(m, x)
     scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * m.sinks[:, None, None].exp()
@@ -354,6 +373,7 @@ FOUND = (
     flattened_heads_by_bmm, flattened_heads_masked_in_4d_as_in_old_bart, heads_third_by_einsum, grouped_by_einsum,
     grouped_by_view, multi_query, multi_query_expanded, cross_attention, single_head, packed_by_chunk,
     packed_by_split, packed_by_unbind_as_in_timm, safe_softmax, softmax_less_the_row_maximum,
+    row_maximum_taken_off_as_in_layoutlmv3, mask_multiplied_as_in_gpt, sinks_by_logsumexp_as_in_granite,
     cosine_similarity_as_in_swin2, windows_as_in_swin, attention_over_frames_of_rank_5,
 )  # fmt: skip
 

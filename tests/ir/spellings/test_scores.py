@@ -125,6 +125,19 @@ def softmax_in_double_precision(m, x, pad, y):
     return (q @ k.mT).softmax(-1, dtype=torch.float64).to(v.dtype) @ v
 
 
+def multiplied_by_no_mask(m, x, pad, y):
+    q, k, v = qkv(m, x)
+    half = keep(pad).to(x.dtype) * 0.5
+    return ((q @ k.mT) * half + -1e4 * (1 - half)).softmax(-1) @ v
+
+
+def shared_with_sinks_of_other_scores(m, x, pad, y):
+    q, k, v = qkv(m, x)
+    scores = q @ k.mT
+    share = ((scores * 2).logsumexp(-1) - m.sinks.view(1, -1, 1)).sigmoid()
+    return (scores.softmax(-1) @ v) * share.unsqueeze(-1)
+
+
 NEAR_MISSES: dict[Callable[..., Any], str] = {
     weights_returned: "softmax is returned by the model",
     scores_read_too: "matmul is also read by exp",
@@ -145,6 +158,8 @@ NEAR_MISSES: dict[Callable[..., Any], str] = {
     pooling_without_queries: "expected the product of queries and keys, found linear (aten.linear.default)",
     scores_changed_in_between: "expected the product of queries and keys, found index_fill",
     sinks_that_are_not_dropped: "expected the column of the sinks to be dropped from cat",
+    multiplied_by_no_mask: "mul_1 scales the scores by mul (aten.mul.Tensor), expected one number",
+    shared_with_sinks_of_other_scores: "logsumexp is not that of the scores of softmax",
     softmax_in_double_precision: "softmax computes in float64",
 }
 
