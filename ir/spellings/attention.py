@@ -13,7 +13,8 @@ from .. import pattern as p
 from ..graph import Program, arguments, dtype, same_sizes, shape
 from ..ops.attention import ABSORBING, attention
 from ..pattern import Match, Refusal, Rule
-from .scores import Reading, Term, find, number
+from .numbers import number
+from .scores import Reading, Term, find
 
 aten = torch.ops.aten
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import arguments, attribute, dtype, same_sizes, shape, source_of
+from ..graph import arguments, dtype, same_sizes, shape, source_of
 from ..pattern import Match, Refusal, spell
+from .numbers import is_zero_or_one, number, times_complement
 
 aten = torch.ops.aten
 
@@ -148,28 +149,6 @@ def _softmax_behind(value: Any) -> fx.Node | None:
             return node
         if node.target in _AFTER:
             waiting += reversed(node.all_input_nodes)
-    return None
-
-
-def number(value: Any) -> float | None:
-    """The number that a literal, or a tensor of one element that is no trained weight, always is; else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float | fx.Node):
-        return None
-    if not isinstance(value, fx.Node):
-        return float(value)
-    given = arguments(value) if value.op == "call_function" else {}
-    if value.op == "get_attr":
-        weight: Any = attribute(value.graph.owning_module, str(value.target))  # type: ignore[arg-type]
-        constant = isinstance(weight, torch.Tensor) and weight.numel() == 1 and not weight.requires_grad
-        return float(weight) if constant else None
-    if value.target in (aten.full.default, aten.full_like.default):
-        return number(given["fill_value"])
-    if value.target is aten.scalar_tensor.default:
-        return number(given["s"])
-    if value.target in (aten._to_copy.default, aten.sqrt.default):
-        inner = number(given["self"])
-        root = inner is not None and value.target is aten.sqrt.default
-        return math.sqrt(inner) if root and inner is not None and inner >= 0 else inner
     return None
 
 
@@ -321,7 +300,7 @@ class _Reader:
         terms = self.reading.terms
         if not terms or terms[0].fill is not None or not is_zero_or_one(mask):
             return False
-        low = _times_complement(terms[0].tensor, mask)
+        low = times_complement(terms[0].tensor, mask)
         if low is None or not low * terms[0].factor <= MASKED:
             return False
         terms[0] = Term(mask, shape(node), fill=low * terms[0].factor)
@@ -419,35 +398,6 @@ _STEPS: dict[Any, Any] = {
     aten.maximum.default: _Reader._clamped,
     aten.clamp.default: _Reader._clamped,
 }
-
-
-def is_zero_or_one(mask: Any) -> bool:
-    """Whether a tensor is known to hold zeros and ones only: a part of such a buffer, or a cast of booleans."""
-    while isinstance(mask, fx.Node) and mask.target in (
-        aten.slice.Tensor, aten.reshape.default, aten.unsqueeze.default, aten.expand.default, aten.select.int,
-    ):  # fmt: skip
-        mask = mask.args[0]
-    if not isinstance(mask, fx.Node):
-        return False
-    if mask.target is aten._to_copy.default:
-        return dtype(mask.args[0]) is torch.bool or is_zero_or_one(mask.args[0])
-    if mask.op != "get_attr":
-        return False
-    value: Any = attribute(mask.graph.owning_module, str(mask.target))  # type: ignore[arg-type]
-    return isinstance(value, torch.Tensor) and not value.requires_grad and bool(((value == 0) | (value == 1)).all())
-
-
-def _times_complement(tensor: fx.Node, mask: fx.Node) -> float | None:
-    """The number c of c * (1 - mask), if a tensor is that."""
-    if tensor.target is not aten.mul.Tensor:
-        return None
-    first, second = tensor.args[:2]
-    difference, low = (first, number(second)) if number(first) is None else (second, number(first))
-    if low is None or not isinstance(difference, fx.Node) or difference.target is not aten.sub.Tensor:
-        return None
-    given = arguments(difference)
-    complement = number(given["self"]) == 1 and given["other"] is mask and number(given["alpha"]) == 1
-    return low if complement else None
 
 
 def leads_to_product(value: Any) -> bool:
