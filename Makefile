@@ -54,8 +54,8 @@ golden: $(READY) ## rewrite the expected texts under tests/golden/ (read the dif
 families: $(READY) ## try each model family and write the table in README.md
 	@$(BIN)/fxpress families --write-readme
 
-survey: $(READY) ## try every family that transformers knows and write docs/families.md (half an hour)
-	@$(BIN)/fxpress families --all --write docs/families.md
+survey: $(READY) ## try every family that transformers knows and write docs/families.md (an hour; SURVEY="--resume bert": again that family alone)
+	@$(BIN)/fxpress families --all --write docs/families.md $(SURVEY)
 
 size: ## lines of Python in each folder
 	@for folder in $(wildcard $(CODE)); do \
@@ -63,5 +63,5 @@ size: ## lines of Python in each folder
 	done
 
 clean: ## remove build outputs and caches (not .venv)
-	@rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache .survey
+	@rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find $(wildcard $(CODE)) -name __pycache__ -prune -exec rm -rf {} +

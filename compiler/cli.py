@@ -34,7 +34,7 @@ Passes = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; left out: one a core.")]
 Batch = Annotated[int, typer.Option(min=1, help="Batch size of the example (it stays dynamic).")]
-RECORD = Path(".survey/families.jsonl")
+RECORD = Path("docs/families.jsonl")
 Length = Annotated[int, typer.Option(min=1, help="Length in tokens of the example (it stays dynamic).")]
 
 
@@ -148,7 +148,10 @@ def families(
     ] = False,
     write: Annotated[Path | None, typer.Option(help="With --all: the Markdown file to write.")] = None,
     record: Annotated[Path, typer.Option(help="With --all: the outcomes so far, as JSON lines.")] = RECORD,
-    resume: Annotated[bool, typer.Option("--resume", help="With --all: keep the outcomes recorded so far.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="With --all: keep the outcomes recorded so far; families named are retried."),
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="With --all: families at a time.")] = 2,
 ) -> None:
     """Compile a tiny model of each family and compare it with eager PyTorch at several sizes."""
@@ -179,7 +182,7 @@ def _survey(names: list[str], write: Path | None, record: Path, resume: bool, wo
     if not resume:
         record.unlink(missing_ok=True)
     done = survey.recorded(record)
-    waiting = [name for name in names or survey_models.families() if name not in done]
+    waiting = names or [name for name in survey_models.families() if name not in done]
     try:
         with Progress(console=out, auto_refresh=False) as progress:  # no thread may run where processes are forked
             task = progress.add_task("families", total=len(waiting))
@@ -189,6 +192,7 @@ def _survey(names: list[str], write: Path | None, record: Path, resume: bool, wo
                 progress.console.print(f"{outcome.family}: {state}", markup=False, highlight=False, soft_wrap=True)
                 progress.update(task, advance=1, refresh=True)
     finally:  # also what an interrupted run has seen
+        survey.keep(record, done.values())
         if write is not None:
             survey_table.write(write, done.values())
     wrong = [outcome.family for outcome in done.values() if outcome.stage in ("equal", "bug")]

@@ -11,7 +11,7 @@ import resource
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -198,6 +198,14 @@ def recorded(record: Path) -> dict[str, Outcome]:
     lines = record.read_text(encoding="utf-8").splitlines()
     items = ({name: _frozen(value) for name, value in json.loads(line).items()} for line in lines)
     return {item["family"]: Outcome(**item) for item in items}
+
+
+def keep(record: Path, outcomes: Iterable[Outcome]) -> None:
+    """Write a record anew, whole or not at all: one line a family, in the order of their names."""
+    lines = [json.dumps(asdict(outcome)) + "\n" for outcome in sorted(outcomes, key=lambda item: item.family)]
+    temporary = record.with_suffix(".tmp")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, record)
 
 
 def _frozen(value: Any) -> Any:

@@ -141,6 +141,13 @@ def test_record(tmp_path: Path) -> None:
     assert found["bert"].sqnr_db == 130.0
 
 
+def test_a_record_is_kept_with_one_line_a_family(tmp_path: Path) -> None:
+    record = tmp_path / "outcomes.jsonl"
+    survey.keep(record, [Outcome("t5", stage="equal"), Outcome("bert")])
+    assert list(survey.recorded(record)) == ["bert", "t5"]
+    assert [file.name for file in tmp_path.iterdir()] == ["outcomes.jsonl"]
+
+
 def test_table() -> None:
     pytest.importorskip("transformers")
     text = survey_table.as_markdown(OUTCOMES)
