@@ -65,9 +65,11 @@ def _select(reader: Reader, node: fx.Node, indices: Indices) -> Expression | Non
 
 
 def _reshape(reader: Reader, node: fx.Node, indices: Indices) -> Expression | None:
-    """Axes of size 1 come and go; others must stay as they are."""
+    """Axes of size 1 come and go; others must stay as they are, unless all elements are one number."""
     source: Any = node.args[0]
     before, after = shape(source), shape(node)
+    if source.target in FILLED:
+        return reader.read(source, (e.whole(0),) * len(before))
     kept_before = [axis for axis, extent in enumerate(before) if not _is_one(extent)]
     kept_after = [axis for axis, extent in enumerate(after) if not _is_one(extent)]
     if not same_sizes([before[axis] for axis in kept_before], [after[axis] for axis in kept_after]):
@@ -227,6 +229,13 @@ def _element_at(reader: Reader, source: fx.Node, places: Sequence[Expression]) -
     return reader.element(source, tuple(sums)) if source.op == "get_attr" else None
 
 
+FILLED: dict[Any, Rule] = {
+    **dict.fromkeys((aten.ones.default, aten.new_ones.default, aten.ones_like.default), _filled(1)),
+    **dict.fromkeys((aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default), _filled(0)),
+    **dict.fromkeys((aten.full.default, aten.new_full.default, aten.full_like.default,
+                     aten.scalar_tensor.default), _filled(None)),
+}  # fmt: skip
+
 VIEWS: dict[Any, Rule] = {
     aten.unsqueeze.default: _unsqueeze,
     aten.expand.default: _expand,
@@ -239,10 +248,7 @@ VIEWS: dict[Any, Rule] = {
     **dict.fromkeys((aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default,
                      aten.lift_fresh_copy.default), _expand),
     **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), _arange),
-    **dict.fromkeys((aten.ones.default, aten.new_ones.default, aten.ones_like.default), _filled(1)),
-    **dict.fromkeys((aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default), _filled(0)),
-    **dict.fromkeys((aten.full.default, aten.new_full.default, aten.full_like.default,
-                     aten.scalar_tensor.default), _filled(None)),
+    **FILLED,
     aten.tril.default: _triangle(lower=True),
     aten.triu.default: _triangle(lower=False),
     aten.diff.default: _difference,

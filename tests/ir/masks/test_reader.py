@@ -84,6 +84,10 @@ SPELLINGS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
         lambda m, pad: torch.full((pad.shape[1], pad.shape[1]), -math.inf).triu(1),
         "(-inf if i + 1 <= j else 0.0)",
     ),
+    "zeros_of_another_shape": (
+        lambda m, pad: torch.zeros(4 * pad.shape[0], pad.shape[1] ** 2).view(-1, 4, pad.shape[1], pad.shape[1]),
+        "0.0",
+    ),
     "anti_causal": (lambda m, pad: columns(pad) >= rows(pad), "i <= j"),
     "window": (
         lambda m, pad: (columns(pad) <= rows(pad)) & (columns(pad) > rows(pad) - 4),
