@@ -157,6 +157,8 @@ def _aliased(weight: fx.Node) -> str | None:
     width = shape(weight)[-1]
     if weight.op != "get_attr":
         return f"{weight.name} is no weight: it would be copied at each run"
+    if len(weight.users) > 1:
+        return f"weight {weight.target} is tied: {len(weight.users)} nodes read it, and a second one would be stored"
     if not isinstance(width, int) or width * dtype(weight).itemsize % _SETS:
         return f"rows of {width} numbers begin in several sets of the cache"
     return None

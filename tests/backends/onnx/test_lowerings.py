@@ -417,6 +417,21 @@ def test_rows_are_not_widened_for_a_weight_that_is_computed() -> None:
     assert supported(node)[1] == ["Gemm or MatMul, wider rows: mul is no weight: it would be copied at each run"]
 
 
+def test_rows_are_not_widened_for_a_tied_weight() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(7, 1024)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(self.words(x), self.words.weight)
+
+    program = trace(Tied().eval(), bind_example(Tied(), (torch.tensor([[1, 2]]),)), None)
+    (node,) = program.calls(torch.ops.aten.linear.default)
+    (reason,) = supported(node)[1]
+    assert "weight words.weight is tied: 2 nodes read it" in reason
+
+
 def test_the_skip_kernels_refuse_other_ranks() -> None:
     flat = Case("flat", add_rms_norm, lambda b, n: {k: v[0] for k, v in two_rows(b, n).items()}, vectors("weight"),
                 (("eps", 1e-6),))  # fmt: skip
