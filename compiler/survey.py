@@ -7,6 +7,7 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import time
@@ -56,7 +57,7 @@ def examine(family: str) -> Outcome:
     try:
         _examine(family, outcome)
     except FxpressError as error:
-        outcome.reason = one_line(error)
+        outcome.reason = re.sub(r"\S*/fxpress-\w+/", "", one_line(error))  # without names of temporary folders
     outcome.seconds = round(time.process_time() - start, 1)
     return outcome
 

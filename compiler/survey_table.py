@@ -115,7 +115,7 @@ def _mask_read(outcome: Outcome) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text for a cell: one line, without the bars that separate cells, and without names of temporary files."""
+    """Text for a cell: one line, without the bars that separate cells."""
     return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")[:300]
 
 
