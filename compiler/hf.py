@@ -64,10 +64,11 @@ def broadcast_masks() -> Iterator[None]:
     same both ways; one that does not is found out when the graph is compared with the model.
     """
     masking: Any = sys.modules.get("transformers.masking_utils")
-    if masking is None:
-        yield
+    replaced = ("_vmap_expansion_sdpa", "TransformGetItemToIndex")
+    if not all(hasattr(masking, name) for name in (*replaced, "_non_vmap_expansion_sdpa")):
+        yield  # not loaded, or a version that has other names for them: those models are refused as before
         return
-    usual = {name: getattr(masking, name) for name in ("_vmap_expansion_sdpa", "TransformGetItemToIndex")}
+    usual = {name: getattr(masking, name) for name in replaced}
 
     def expansion(mask_function: Any) -> Any:
         def expanded(*indices: torch.Tensor) -> torch.Tensor:
