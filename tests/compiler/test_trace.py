@@ -450,3 +450,32 @@ def test_an_axis_that_the_trace_fixes_is_a_number_in_the_signature() -> None:
     assert program.signature.inputs[0].shape[-1] == 8
     with pytest.raises(InputError, match="must be 8, found 7"):
         program(torch.randn(2, 5, 7))
+
+
+# --- masks of mask functions -----------------------------------------------------------------------------------
+
+
+class MaskFunction(nn.Module):
+    """The mask of a mask function of the model's own, as transformers makes it: by torch.vmap."""
+
+    def forward(self, padding: Tensor) -> Tensor:
+        from transformers import masking_utils
+
+        def allowed(batch: Any, head: Any, row: Any, column: Any) -> Any:
+            return (column <= row + 2) & padding[batch, column]
+
+        places = [torch.arange(size) for size in (padding.shape[0], 1, padding.shape[1], padding.shape[1])]
+        with masking_utils.TransformGetItemToIndex():
+            mask: Tensor = masking_utils._vmap_expansion_sdpa(allowed)(*places)
+        return mask
+
+
+def test_masks_of_mask_functions_are_traced_by_broadcasting() -> None:
+    masking = pytest.importorskip("transformers.masking_utils")
+    usual = masking._vmap_expansion_sdpa
+    model = MaskFunction().eval()
+    program = trace(model, bind_example(model, (torch.rand(2, 5) > 0.3,)))
+    assert masking._vmap_expansion_sdpa is usual
+    for batch, length in ((2, 5), (3, 8)):
+        padding = torch.rand(batch, length) > 0.3
+        assert torch.equal(program.run([padding])[0], model(padding))
