@@ -1,0 +1,203 @@
+"""Weights on a grid of integers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from build import normal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxpress.ir.quantization.grid import Clip, Grid, Quantized, find_scale, nearest, quantize, spread
+
+GRIDS = [Grid(bits, symmetric, group) for bits in (8, 4, 3, 2) for symmetric in (True, False) for group in (None, 16)]
+
+
+def error(quantized: Quantized, weight: Tensor, importance: float | Tensor = 1.0) -> float:
+    return float(((quantized.dequantize() - weight).square() * importance).sum())
+
+
+def test_symmetric_eight_bits() -> None:
+    quantized = nearest(torch.tensor([[-254.0, 1.0, 3.0, 2.0], [0.5, -0.25, 0.0, 0.0]]), Grid())
+    # 1 / 2 and 3 / 2 lie half way between two integers: the even one is taken
+    assert quantized.integers.tolist() == [[-127, 0, 2, 1], [127, -64, 0, 0]]
+    torch.testing.assert_close(quantized.scale, torch.tensor([[2.0], [0.5 / 127]]))
+    assert quantized.zero_point is None
+
+
+def test_four_bits_use_all_sixteen_integers() -> None:
+    quantized = nearest(torch.tensor([[-7.5, 7.5, 3.0]]), Grid(4))
+    assert quantized.integers.tolist() == [[-8, 7, 3]]
+    assert quantized.scale.tolist() == [[1.0]]
+
+
+def test_asymmetric_range_contains_zero() -> None:
+    quantized = nearest(torch.tensor([[255.0, 100.0], [-255.0, -100.0], [-100.0, 155.0]]), Grid(symmetric=False))
+    assert quantized.scale.tolist() == [[1.0], [1.0], [1.0]]
+    assert quantized.zero_point is not None
+    assert quantized.zero_point.tolist() == [[-128], [127], [-28]]
+    assert quantized.integers.tolist() == [[127, -28], [-128, 27], [-128, 127]]
+
+
+def test_last_group_may_be_shorter() -> None:
+    weight = torch.tensor([[127.0, 1.0, 254.0, 2.0, 508.0]])
+    quantized = nearest(weight, Grid(group=2))
+    assert quantized.scale.tolist() == [[1.0, 2.0, 4.0]]
+    assert torch.equal(quantized.dequantize(), weight)
+
+
+@pytest.mark.parametrize("group", [5, 100])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_group_as_long_as_a_row_is_the_row(group: int, symmetric: bool) -> None:
+    whole = nearest(normal(3, 5), Grid(symmetric=symmetric))
+    grouped = nearest(normal(3, 5), Grid(symmetric=symmetric, group=group))
+    assert torch.equal(grouped.dequantize(), whole.dequantize())
+    assert grouped.scale.shape == (3, 1)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_error_is_at_most_half_a_step(grid: Grid) -> None:
+    weight = normal(20, 50)
+    quantized = nearest(weight, grid)
+    steps = (quantized.dequantize() - weight).abs() / spread(quantized.scale, grid.group, 50)
+    assert steps.max() < 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_dequantizing_undoes_the_rounding_only(grid: Grid) -> None:
+    once = nearest(normal(20, 50), grid)
+    again = quantize(once.dequantize(), once.scale, once.zero_point, grid)
+    assert torch.equal(again.integers, once.integers)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_mse_is_no_worse_in_any_row(grid: Grid) -> None:
+    weight = normal(20, 50)
+    weight[:, 7] *= 4
+    for row in weight.split(1):
+        assert error(nearest(row, grid, clip="mse"), row) <= error(nearest(row, grid), row)
+
+
+def test_mse_clips_a_lonely_outlier() -> None:
+    weight = normal(1, 1000)
+    weight[0, 3] = 6.0
+    assert error(nearest(weight, Grid(4), clip="mse"), weight) < 0.8 * error(nearest(weight, Grid(4)), weight)
+
+
+def test_importance_decides_what_is_clipped() -> None:
+    weight = normal(1, 1000)
+    weight[0, 3] = 8.0
+    importance = torch.ones(1000)
+    importance[3] = 1e4
+    plain, weighted = (nearest(weight, Grid(3), clip="mse", importance=given) for given in (None, importance))
+    assert error(weighted, weight, importance) < error(plain, weight, importance)
+    assert error(plain, weight) < error(weighted, weight)
+
+
+@pytest.mark.parametrize("clip", ["minmax", "mse"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("value", [0.0, 1e-42], ids=["zero", "subnormal"])
+def test_zeros_have_scale_one(value: float, symmetric: bool, clip: Clip) -> None:
+    weight = torch.cat([torch.full((1, 6), value), torch.ones(1, 6)], dim=1)
+    quantized = nearest(weight, Grid(symmetric=symmetric, group=6), clip=clip)
+    assert quantized.scale[0, 0] == 1
+    assert quantized.dequantize()[0, :6].tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("clip", ["minmax", "mse"])
+@pytest.mark.parametrize("size", [2.0**-120, 2.0**-70, 2.0**70, 2.0**127])
+def test_size_of_the_numbers_changes_no_integer(size: float, clip: Clip) -> None:
+    weight = normal(4, 30)
+    weight /= weight.abs().max()
+    expected = nearest(weight, Grid(4), clip=clip)
+    quantized = nearest(weight * size, Grid(4), clip=clip)
+    assert torch.equal(quantized.integers, expected.integers)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "computed"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_half_precision_is_computed_in_fp32(dtype: torch.dtype, computed: torch.dtype) -> None:
+    weight = normal(4, 30).to(dtype)
+    quantized, expected = nearest(weight, Grid(symmetric=False)), nearest(weight.to(computed), Grid(symmetric=False))
+    assert quantized.integers.dtype == torch.int8
+    assert quantized.dequantize().dtype == computed
+    assert torch.equal(quantized.dequantize(), expected.dequantize())
+
+
+def test_gradients_are_left_behind() -> None:
+    quantized = nearest(torch.nn.Parameter(normal(2, 3)), Grid())
+    assert not quantized.scale.requires_grad
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    row=st.lists(st.floats(-(2.0**120), 2.0**120, width=32), min_size=1, max_size=12),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    group=st.none() | st.integers(1, 5),
+    clip=st.sampled_from(["minmax", "mse"]),
+)
+def test_any_row_of_finite_numbers_is_representable(
+    row: list[float], bits: int, symmetric: bool, group: int | None, clip: Clip
+) -> None:
+    grid = Grid(bits, symmetric, group)
+    quantized = nearest(torch.tensor([row], dtype=torch.float32), grid, clip=clip)
+    smallest, largest = grid.limits
+    assert smallest <= quantized.integers.min() <= quantized.integers.max() <= largest
+    assert (quantized.scale > 0).all()
+    assert quantized.scale.isfinite().all()
+    assert quantized.dequantize().isfinite().all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(bits=st.integers(2, 8), symmetric=st.booleans(), value=st.floats(-1e3, 1e3, width=32))
+def test_zero_stays_zero(bits: int, symmetric: bool, value: float) -> None:
+    assert nearest(torch.tensor([[0.0, value, 1.0]]), Grid(bits, symmetric)).dequantize()[0, 0] == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_number_that_is_not_finite_is_named(value: float) -> None:
+    weight = torch.zeros(3, 4)
+    weight[1, 2] = value
+    with pytest.raises(ValueError, match=rf"weight is {value} at \[1, 2\], expected finite numbers"):
+        nearest(weight, Grid())
+
+
+@pytest.mark.parametrize(
+    ("weight", "kind"),
+    [
+        (torch.zeros(3), r"float32\[3\]"),
+        (torch.zeros(3, 0), r"float32\[3, 0\]"),
+        (torch.zeros(3, 2, dtype=torch.int8), r"int8\[3, 2\]"),
+    ],
+)
+def test_weight_is_a_float_matrix(weight: Tensor, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"weight is {kind}, expected a float matrix"):
+        nearest(weight, Grid())
+
+
+@pytest.mark.parametrize("importance", [torch.tensor([1.0, -1.0]), torch.tensor([1.0, math.nan]), torch.ones(3)])
+def test_importance_is_one_number_for_each_input(importance: Tensor) -> None:
+    with pytest.raises(ValueError, match="importance"):
+        find_scale(torch.ones(1, 2), Grid(), clip="mse", importance=importance)
+
+
+def test_unknown_clip_is_an_error() -> None:
+    with pytest.raises(ValueError, match="clip is 'entropy', expected 'minmax' or 'mse'"):
+        nearest(torch.ones(1, 2), Grid(), clip="entropy")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("bits", "group"), [(1, None), (9, None), (8, 0)])
+def test_grid_that_does_not_exist_is_an_error(bits: int, group: int | None) -> None:
+    with pytest.raises(ValueError, match="grid has"):
+        Grid(bits, group=group)
