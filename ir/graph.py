@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from .errors import RewriteError
-from .ops import attention, linear, norm, quantize, rotary, table  # noqa: F401  # the families register their operators
+from .ops import attention, integer, linear, norm, quantize, rotary, table  # noqa: F401  # the families register their operators
 from .signature import Signature
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ....ir.ops import attention, linear, norm, rotary
+from ....ir.ops import attention, integer, linear, norm, rotary
 from . import attention as attentions
+from . import integer as integers
 from . import linear as linears
 from . import norm as norms
 from . import rotary as rotaries
@@ -25,6 +26,13 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     linear.split_linear: linears.SPLIT_LINEAR,
     linear.mlp: linears.MLP,
     rotary.rotary: rotaries.ROTARY,
+    integer.requantize: integers.REQUANTIZE,
+    integer.integer_add: integers.INTEGER_ADD,
+    integer.integer_linear: integers.INTEGER_LINEAR,
+    integer.integer_matmul: integers.INTEGER_MATMUL,
+    integer.integer_gelu: integers.INTEGER_GELU,
+    integer.integer_softmax: integers.INTEGER_SOFTMAX,
+    integer.integer_layer_norm: integers.INTEGER_LAYER_NORM,
 }
 
 PROBES: dict[Any, Probe] = {attention.attention: attentions.PROBE}
