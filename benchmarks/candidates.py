@@ -2,18 +2,32 @@
 
 `open` runs in the process that is measured and gives what prepares one shape. Candidates that need files have a
 `build`, which runs before that in a process of its own, so that no exporter's memory is taken for the runtime's.
+Here are those in fp32; lineup.py has all by name.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from workloads import COMPILED, EAGER, ONNX, ONNX_23, OPTIMIZED, OURS, TUNED, Inputs, Shape, Workload
+import numpy
+from workloads import (
+    COMPILED,
+    EAGER,
+    ONNX,
+    ONNX_23,
+    OPTIMIZED,
+    OURS,
+    TUNED,
+    Inputs,
+    Shape,
+    Workload,
+    model_folder,
+)
 
 Run = Callable[[], Any]  # one run; gives last_hidden_state
 Prepare = Callable[[Shape, Inputs], Run]
@@ -21,15 +35,25 @@ Prepare = Callable[[Shape, Inputs], Run]
 
 @dataclass(frozen=True)
 class Candidate:
-    """How to run a workload; `build` writes the files of one shape into the folder and gives a note for the report."""
+    """How to run a workload; `build` writes the files of one shape into the folder and gives a note for the report.
+
+    A run reads the arrays that its shape was prepared with: other tokens written into them are what it runs next.
+    """
 
     open: Callable[[Workload, Path], Prepare]
     build: Callable[[Workload, Path, Shape, Inputs], str] | None = None
+    files: Callable[[Path], Iterable[Path]] = lambda work: ()  # the model and its weights, for one shape
 
 
 def named(shape: Shape) -> str:
     """How files and options write a shape: 8x128."""
     return f"{shape[0]}x{shape[1]}"
+
+
+def saved_inputs(work: Path, shape: Shape) -> Inputs:
+    """The inputs of a shape, as worker.py's first task leaves them in the folder that all share."""
+    with numpy.load(work / f"inputs-{named(shape)}.npz") as file:
+        return dict(file)
 
 
 def tensors_of(inputs: Inputs) -> dict[str, Any]:
@@ -111,7 +135,7 @@ def build_onnx(name: str, opset: int | None, workload: Workload, work: Path, sha
     return ""
 
 
-def build_optimized(workload: Workload, work: Path, shape: Shape, inputs: Inputs) -> str:
+def build_optimized(name: str, workload: Workload, work: Path, shape: Shape, inputs: Inputs) -> str:
     """onnxruntime.transformers' optimizer as it fuses most: on what the older exporter makes of eager attention.
 
     With the optimizer's default opt_level of 1, ONNX Runtime first folds constants, and then no attention matches.
@@ -133,7 +157,7 @@ def build_optimized(workload: Workload, work: Path, shape: Shape, inputs: Inputs
             named_args.setdefault("attention_mask", torch.ones_like(named_args["input_ids"]))
             return self.model(**named_args, return_dict=False)
 
-    file = onnx_file(work, OPTIMIZED, shape)
+    file = onnx_file(work, name, shape)
     with torch.no_grad():
         args = tuple(tensors_of(inputs).values())
         torch.onnx.export(Positional().eval(), args, file, dynamo=False, opset_version=17, input_names=list(inputs))
@@ -145,7 +169,7 @@ def build_optimized(workload: Workload, work: Path, shape: Shape, inputs: Inputs
     attention = (
         "" if any("Attention" in op for op in fused) else "; no attention: its patterns do not know this spelling"
     )
-    return f"{OPTIMIZED} fused: {kinds}{attention}"
+    return f"{name} fused: {kinds}{attention}"
 
 
 def open_onnx(name: str, workload: Workload, work: Path) -> Prepare:
@@ -158,20 +182,25 @@ def open_onnx(name: str, workload: Workload, work: Path) -> Prepare:
     return prepare
 
 
-def open_fxpress(workload: Workload, work: Path) -> Prepare:
+def open_fxpress(artifact: str, workload: Workload, work: Path) -> Prepare:
     """The one saved artefact, loaded once, for every shape; numpy arrays, no torch."""
     from fxpress import load
 
-    model = load(work / "artifact", threads=1)
+    model = load(work / artifact, threads=1)
     return lambda shape, inputs: lambda: model(**inputs)["last_hidden_state"]
 
 
-CANDIDATES = {
-    EAGER: Candidate(partial(open_torch, as_it_is)),
+def artifact_files(artifact: str, work: Path) -> list[Path]:
+    """The graph and its weights."""
+    return [file for file in (work / artifact).iterdir() if file.suffix in (".onnx", ".safetensors")]
+
+
+FLOAT32 = {
+    EAGER: Candidate(partial(open_torch, as_it_is), files=lambda work: [model_folder() / "model.safetensors"]),
     COMPILED: Candidate(partial(open_torch, compiled)),
     TUNED: Candidate(partial(open_torch, max_autotuned)),
     ONNX: Candidate(partial(open_onnx, ONNX), partial(build_onnx, ONNX, None)),
     ONNX_23: Candidate(partial(open_onnx, ONNX_23), partial(build_onnx, ONNX_23, 23)),
-    OPTIMIZED: Candidate(partial(open_onnx, OPTIMIZED), build_optimized),
-    OURS: Candidate(open_fxpress),
+    OPTIMIZED: Candidate(partial(open_onnx, OPTIMIZED), partial(build_optimized, OPTIMIZED)),
+    OURS: Candidate(partial(open_fxpress, "artifact"), files=partial(artifact_files, "artifact")),
 }

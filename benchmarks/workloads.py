@@ -19,7 +19,14 @@ Inputs = dict[str, Any]  # by name: numpy arrays
 EAGER, COMPILED, TUNED = "eager", "torch.compile", "torch.compile max-autotune"
 ONNX, ONNX_23, OPTIMIZED = "ONNX Runtime", "ONNX Runtime, opset 23", "ONNX Runtime + optimizer"
 OURS = "fxpress"
+DYNAMIC, DYNAMIC_23 = "quantize_dynamic", "quantize_dynamic, opset 23"
+DYNAMIC_OPTIMIZED, STATIC = "quantize_dynamic + optimizer", "static QDQ"
+TORCHAO, TORCHAO_TUNED = "torchao", "torchao max-autotune"
+INT8, INT8_CLOSE = "fxpress int8", "fxpress int8, cosine 0.999"
+INT4, INT4_NEAREST = "fxpress int4, GPTQ", "fxpress int4, nearest"
 ALL = (EAGER, COMPILED, TUNED, ONNX, ONNX_23, OPTIMIZED, OURS)
+QUANTIZED_PEERS = (DYNAMIC, DYNAMIC_23, DYNAMIC_OPTIMIZED, STATIC, TORCHAO, TORCHAO_TUNED)
+POINTS = (INT8_CLOSE, INT8, INT4, INT4_NEAREST)  # ours, in the order of the plot's line
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Workload:
     targets: dict[Shape, Target] = field(default_factory=dict)
     window: int | None = None  # each token sees this many others on either side
     memory: tuple[Shape, ...] = ()  # shapes at which memory is measured
+    packages: tuple[str, ...] = ()  # whose versions matter here alone
+    quantized: bool = False  # calibrated and judged on the corpus: batches.py, quality.py, report_int8.py
 
 
 def model_folder() -> Path:
@@ -92,6 +101,13 @@ def random_ids(shape: Shape) -> Inputs:
 def random_rows(shape: Shape) -> Inputs:
     """Random ids with an attention mask, as a tokenizer gives it."""
     return {**random_ids(shape), "attention_mask": padding(shape)}
+
+
+def sentence(shape: Shape) -> Inputs:
+    """Texts of the corpus, cut to size."""
+    from batches import samples
+
+    return samples(shape)[0]
 
 
 # --- models ----------------------------------------------------------------------------------------------------
@@ -168,6 +184,21 @@ WORKLOADS = {
             hidden_size=384,
             model_type="bert",
             targets={shape: Target(floor_share=0.90, over_onnx=1.10) for shape in ((1, 128), (8, 128), (1, 512))},
+        ),
+        Workload(
+            "minilm-int8",
+            "all-MiniLM-L6-v2 with its trained weights in fewer bits, on docstrings and functions of Python's standard "
+            "library; at batch 8 half of the rows are padded in the last third",
+            minilm,
+            sentence,
+            shapes=((1, 32), (1, 128), (8, 128), (1, 512)),
+            example=(2, 128),
+            num_heads=12,
+            hidden_size=384,
+            model_type="bert",
+            candidates=(EAGER, OURS, *QUANTIZED_PEERS, *POINTS),
+            packages=("torchao",),
+            quantized=True,
         ),
         Workload(
             "bert",
