@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from candidates import CANDIDATES, named
-from workloads import OURS, TUNED, Shape, Workload
+from batches import EVALUATION_SHAPE, load
+from candidates import named
+from lineup import CANDIDATES
+from quality import Closeness, Usefulness, closeness, pooled, usefulness
+from workloads import EAGER, OURS, POINTS, TORCHAO_TUNED, TUNED, Shape, Workload
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 LOADS = 5  # fresh processes that load the artefact
@@ -45,6 +48,17 @@ class Row:
 
 
 @dataclass
+class Quality:
+    """What was found for one candidate with many inputs: at each shape, and on the texts of the evaluation."""
+
+    shapes: dict[Shape, Closeness] = field(default_factory=dict)
+    closeness: Closeness | None = None
+    usefulness: Usefulness | None = None
+    megabytes: float = 0.0
+    failure: str | None = None  # on the texts
+
+
+@dataclass
 class Results:
     """What was found for a workload."""
 
@@ -54,6 +68,7 @@ class Results:
     compile: dict[str, float] | None = None
     loads: list[dict[str, float]] = field(default_factory=list)
     memory: dict[str, dict[str, float | str]] = field(default_factory=dict)  # by candidate and shape: MB or failure
+    quality: dict[str, Quality] = field(default_factory=dict)  # by candidate
 
 
 class Worker:
@@ -119,10 +134,10 @@ class Measurement:
         """Inputs, reference, exported files (at the shapes where memory is measured too) and fxpress's artefact."""
         self.tell("inputs and fp64 reference")
         self._single("reference")
-        shapes = sorted({*self.shapes, *memory})
+        shapes = sorted({*self.shapes, *memory, *([EVALUATION_SHAPE] if self.workload.quantized else [])})
         built = [name for name in self.names if CANDIDATES[name].build]
-        for pair in pairs(built):
-            self.tell("export: " + " and ".join(pair))
+        for pair in groups(built):
+            self.tell("build: " + " and ".join(pair))
             for name, answer in self._answers("build", shapes, pair).items():
                 self.results.notes += answer.get("notes", [])
                 self._note_failures(name, answer["errors"])
@@ -175,6 +190,32 @@ class Measurement:
             found = answer["megabytes"] if answer else dict.fromkeys(map(named, shapes), failure)
             self.results.memory[name] = found
 
+    def measure_quality(self) -> None:
+        """How far each candidate is from eager fp32 on many inputs, and how large its files are."""
+        for group in [[EAGER], *groups([name for name in self.names if name != EAGER])]:
+            self.tell("quality: " + " and ".join(group))
+            for name, answer in self._answers("embed", self.shapes, group).items():
+                self.results.quality[name] = self._quality(name, answer["errors"])
+
+    def _quality(self, name: str, errors: dict[str, str | None]) -> Quality:
+        found = Quality(failure=errors.get("evaluation", next(iter(errors.values()))))
+        parts: dict[str, Shape | None] = {f"samples-{named(shape)}": shape for shape in self.shapes}
+        for part, shape in {**parts, "evaluation": None}.items():
+            file = self.work / f"{name}-{part}.npy"
+            if not file.exists():
+                continue
+            states, truth = numpy.load(file), numpy.load(self.work / f"{EAGER}-{part}.npy")
+            mask = numpy.concatenate([batch["attention_mask"] for batch in load(self.work / f"{part}.npz")])
+            near = closeness(states, truth, mask)
+            if shape is not None:
+                found.shapes[shape] = near
+            else:
+                found.closeness, found.usefulness = near, usefulness(pooled(states, mask), pooled(truth, mask))
+                found.megabytes = sum(path.stat().st_size for path in CANDIDATES[name].files(self.work)) / 1e6
+            if name != EAGER:
+                file.unlink()
+        return found
+
     def _single(self, task: str) -> Any:
         """What a task says that must not fail."""
         worker = Worker(task, self.workload, self.work, self.shapes)
@@ -207,8 +248,9 @@ def pairs(names: list[str]) -> list[list[str]]:
 
 
 def groups(names: list[str]) -> list[list[str]]:
-    """Two workers prepare at a time, but the one that tunes itself by measuring does so alone."""
-    return [[name] for name in names if name == TUNED] + pairs([name for name in names if name != TUNED])
+    """Two workers prepare at a time, but those that tune themselves by measuring do so alone."""
+    alone = {TUNED, TORCHAO_TUNED, *POINTS}
+    return [[name] for name in names if name in alone] + pairs([name for name in names if name not in alone])
 
 
 def error_of(work: Path, name: str, shape: Shape) -> tuple[float, float]:

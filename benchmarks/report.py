@@ -27,6 +27,7 @@ example, saved and loaded.
   (dynamo=False, opset 17) makes of eager attention, with opt_level=0; what it fused is listed.
 - Matmul floor: the model's matmul operations, attention included, at the best sgemm rate measured in the same run.
 - Error: last_hidden_state at tokens that are not padding, against eager PyTorch in fp64.
+- In fewer bits (minilm-int8): what is compared, and on which texts, stands in that section.
 """
 SUMMARY = """## Summary
 
@@ -41,12 +42,11 @@ fxpress is to be faster than every peer.
 # --- the file --------------------------------------------------------------------------------------------------
 
 
-def update(old: str, workload: Workload, results: Results, settings: str) -> str:
-    """The file with the section and the summary's rows of one workload replaced; the others stay as they are."""
-    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", old, re.MULTILINE | re.DOTALL))
+def update(old: str, name: str, body: str, lines: list[str]) -> str:
+    """The file with the section and the summary's lines of one workload replaced; the others stay as they are."""
+    sections = dict(re.findall(r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", old, re.MULTILINE | re.DOTALL))
     rows = {name: re.findall(rf"^\| {name} \|.*\n", sections.get("Summary", ""), re.MULTILINE) for name in WORKLOADS}
-    sections[workload.name] = section(workload, results, settings)
-    rows[workload.name] = summary_rows(workload, results)
+    sections[name], rows[name] = body, lines
     summary = SUMMARY + "".join(row for name in WORKLOADS for row in rows[name])
     parts = [f"## {name}\n{sections[name]}".strip() for name in WORKLOADS if name in sections]
     return "\n".join([INTRODUCTION, summary, "\n\n".join(parts)]) + "\n"
@@ -97,15 +97,7 @@ def missed(target: Target, ours: Row, best: Row, share: float, over_onnx: float)
 
 def section(workload: Workload, results: Results, settings: str) -> str:
     """The section of a workload, without its heading."""
-    lines = [
-        "",
-        f"{workload.title[0].upper()}{workload.title[1:]}. fxpress's example: batch {workload.example[0]}, length "
-        f"{workload.example[1]}.",
-        "",
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {settings}. {cpu_model()}, {os.cpu_count()} CPUs, "
-        f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {installed(name)}" for name in PACKAGES) + ".",
-        "",
-    ]
+    lines = opening(workload, settings)
     for shape in results.rows:
         lines += table(shape, results)
     lines += [f"- {note}" for note in sorted(set(results.notes))] + ([""] if results.notes else [])
@@ -114,6 +106,21 @@ def section(workload: Workload, results: Results, settings: str) -> str:
     if results.compile is not None:
         lines += compile_lines(results.compile, results.loads)
     return "\n".join(lines)
+
+
+def opening(workload: Workload, settings: str) -> list[str]:
+    """What was measured, when, how and with what."""
+    return [
+        "",
+        f"{workload.title[0].upper()}{workload.title[1:]}. fxpress's example: batch {workload.example[0]}, length "
+        f"{workload.example[1]}.",
+        "",
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {settings}. {cpu_model()}, {os.cpu_count()} CPUs, "
+        f"Python {sys.version.split()[0]}, "
+        + ", ".join(f"{name} {installed(name)}" for name in (*PACKAGES, *workload.packages))
+        + ".",
+        "",
+    ]
 
 
 def table(shape: Shape, results: Results) -> list[str]:

@@ -11,6 +11,10 @@ with the same inputs (workloads.py). Preparing is not timed. Then the candidates
 each of them runs each shape for half a second, after a run that is not counted, or once if that takes longer than a
 second, and gives the median. The report (report.py) is the median of the rounds' medians, and the spread: their
 largest less their smallest. The matmul floor (floor.py) is measured in the same turns.
+
+A workload in fewer bits (minilm-int8: peers_int8.py, our points.py) is also judged by what its embeddings are good for
+(corpus.py, batches.py, quality.py), against targets (targets_int8.py), in a section and a plot of its own
+(report_int8.py, plot_int8.py). It needs: pip install 'fxpress[bench]'.
 """
 
 from __future__ import annotations
@@ -19,9 +23,12 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from candidates import CANDIDATES, named
+from candidates import named
+from lineup import CANDIDATES
 from measure import Measurement
-from report import update
+from plot_int8 import plot
+from report import section, summary_rows, update
+from report_int8 import PLOT, quantized_section
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -66,11 +73,22 @@ def main() -> None:
             measurement.time(rounds, seconds)
             if memory:
                 measurement.measure_memory(memory)
+            if workload.quantized:
+                measurement.measure_quality()
         old = RESULTS.read_text(encoding="utf-8") if whole and RESULTS.exists() else ""
-        text = update(old, workload, measurement.results, f"{rounds} rounds of {seconds} s")
+        results, settings = measurement.results, f"{rounds} rounds of {seconds} s"
+        if workload.quantized:
+            text = update(old, workload.name, quantized_section(workload, results, settings), [])
+        else:
+            text = update(old, workload.name, section(workload, results, settings), summary_rows(workload, results))
         console.print(Markdown(text))
         if whole:
             RESULTS.write_text(text, encoding="utf-8")
+            if workload.quantized:
+                try:
+                    plot(results, RESULTS.with_name(PLOT))
+                except ImportError:
+                    console.print("no plot without matplotlib: pip install 'fxpress[bench]'")
             console.print(f"written: {RESULTS}")
 
 

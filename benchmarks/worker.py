@@ -15,11 +15,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
-from candidates import CANDIDATES, Run, named, tensors_of
+from batches import EVALUATION_SHAPE, load
+from candidates import Run, named, saved_inputs, tensors_of
+from lineup import CANDIDATES
+from quality import states_of
 from workloads import WORKLOADS, Inputs, Shape, Workload
 
 
@@ -34,8 +38,7 @@ class Job:
     say: Callable[[Any], None]
 
     def inputs(self, shape: Shape) -> Inputs:
-        with numpy.load(self.work / f"inputs-{named(shape)}.npz") as file:
-            return dict(file)
+        return saved_inputs(self.work, shape)
 
 
 # --- before anything is measured -------------------------------------------------------------------------------
@@ -46,7 +49,8 @@ def reference(job: Job) -> None:
     import torch
     from floor import count_operations, linear_sizes
 
-    for shape in {*job.shapes, *job.workload.memory, job.workload.example}:
+    evaluated = [EVALUATION_SHAPE] if job.workload.quantized else []
+    for shape in {*job.shapes, *job.workload.memory, *evaluated, job.workload.example}:
         numpy.savez(job.work / f"inputs-{named(shape)}.npz", **job.workload.tokens(shape))
     model = job.workload.build().double()
     operations: dict[str, int] = {}
@@ -59,6 +63,13 @@ def reference(job: Job) -> None:
 
         truth, operations[named(shape)] = count_operations(run, shape[1], job.workload.window)
         numpy.save(job.work / f"reference-{named(shape)}.npy", truth)
+    if job.workload.quantized:
+        import batches
+
+        batches.save(job.work / "calibration.npz", batches.calibration())
+        batches.save(job.work / "evaluation.npz", batches.evaluation())
+        for shape in job.shapes:
+            batches.save(job.work / f"samples-{named(shape)}.npz", batches.samples(shape))
     facts = {"operations": operations, "linears": linear_sizes(model)}
     (job.work / "facts.json").write_text(json.dumps(facts))
     job.say({})
@@ -164,6 +175,33 @@ def serve_floor(job: Job) -> None:
         job.say({"ms": facts["operations"][named((batch, length))] / rate})
 
 
+# --- quality ---------------------------------------------------------------------------------------------------
+
+
+def embed(job: Job) -> None:
+    """Token states of the samples of each shape and, as the last, of the evaluation's texts."""
+    parts = {f"samples-{named(shape)}": shape for shape in job.shapes} | {"evaluation": EVALUATION_SHAPE}
+    prepare = CANDIDATES[job.candidate].open(job.workload, job.work)
+    errors: dict[str, str | None] = {}
+    for part, shape in parts.items():
+        texts = load(job.work / f"{part}.npz")
+        arrays = {name: array.copy() for name, array in texts[0].items()}
+        try:
+            states, _ = states_of(partial(run_on, prepare(shape, arrays), arrays), texts)
+            numpy.save(job.work / f"{job.candidate}-{part}.npy", states)
+            errors[part] = None
+        except Exception as error:  # noqa: BLE001 - a peer that fails is listed with its error
+            errors[part] = error_text(error)
+    job.say({"errors": errors})
+
+
+def run_on(run: Run, arrays: Inputs, batch: Inputs) -> Any:
+    """A run on another batch, written into the arrays that it was prepared with."""
+    for name, array in batch.items():
+        arrays[name][...] = array
+    return run()
+
+
 # --- memory ----------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +268,7 @@ TASKS: dict[str, Callable[[Job], None]] = {
     "load": load_artifact,
     "serve": serve,
     "floor": serve_floor,
+    "embed": embed,
     "memory": memory,
 }
 

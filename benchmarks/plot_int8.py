@@ -1,0 +1,49 @@
+"""The picture of speed against error: one marker a candidate, ours joined by a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from measure import Results
+from report import row_of
+from workloads import EAGER, OURS, POINTS, Shape
+
+SHAPE: Shape = (1, 128)
+SMALLEST = 1e-5  # fp32 candidates have less error than a logarithmic axis has use for
+
+
+def plot(results: Results, file: Path) -> None:
+    """Write the picture: times as fast as eager at SHAPE, and 1 - pooled cosine on the corpus.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = results.rows[SHAPE]
+    eager = row_of(rows, EAGER)
+    assert eager is not None
+    places: dict[str, tuple[float, float]] = {}
+    for row in rows:
+        found = results.quality[row.name].closeness
+        if row.measured and found is not None:
+            places[row.name] = (eager.ms / row.ms, max(1 - found.pooled_mean, SMALLEST))
+    ours = sorted(places[name] for name in (OURS, *POINTS) if name in places)
+    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    axes.plot(*zip(*ours, strict=True), color="tab:red", linewidth=1, zorder=1)
+    for index, (name, place) in enumerate(places.items()):
+        own = name in (OURS, *POINTS)
+        axes.scatter(*place, color="tab:red" if own else "tab:blue", marker="o" if own else "s", zorder=2)
+        above = index % 2 == 0  # neighbours' labels do not cover each other
+        axes.annotate(name, place, (0, 7 if above else -14), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_yscale("log")
+    axes.invert_yaxis()  # better is further right and further up
+    axes.margins(x=0.12, y=0.12)
+    axes.set_xlabel(f"times as fast as eager fp32 at batch {SHAPE[0]}, length {SHAPE[1]}, one thread")
+    axes.set_ylabel(f"1 − cosine of pooled embeddings with fp32 (at least {SMALLEST:.0e})")
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=130, bbox_inches="tight")
+    pyplot.close(figure)
