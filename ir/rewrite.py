@@ -6,26 +6,36 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
 from .graph import Program, module_path, source_of
 from .pattern import Match, Refusal, Rule, search
 
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
+"""Gives the items of a sequence one by one, and shows how far their work is under a title."""
+
+
+def untracked(items: Sequence[Any], title: str) -> Iterable[Any]:
+    """Shows nothing."""
+    return items
+
 
 @dataclass
 class Context:
     """What a pass may use besides the program.
 
-    `inputs` are flat example tensors; `max_rewrites` is a budget over the whole pipeline (None: no limit) that is
+    `inputs` are flat example tensors, `calibration` such tensors by batch; `track(items, title)` gives the items and
+    shows how far their work is; `max_rewrites` is a budget over the whole pipeline (None: no limit) that is
     used up one rewrite at a time, so that bisecting it finds the rewrite that breaks a model.
     """
 
     inputs: Sequence[Tensor] = ()
-    calibration: Iterable[Sequence[Tensor]] = ()
+    calibration: Sequence[Sequence[Tensor]] = ()
     max_rewrites: int | None = None
     rewrites: int = 0
+    track: Track = untracked
 
     def take(self) -> bool:
         """Use one rewrite of the budget; False if none is left."""

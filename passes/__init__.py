@@ -2,5 +2,6 @@
 
 from .canonicalize import Canonicalize
 from .fuse import Fuse
+from .quantize import Quantize
 
-__all__ = ["Canonicalize", "Fuse"]
+__all__ = ["Canonicalize", "Fuse", "Quantize"]

@@ -2,7 +2,8 @@
 
 Integers of 8 bits are stored as -128..127. A scale (or zero point) belongs to the numbers that it broadcasts over: one
 number for a whole tensor, [N, 1] for each output channel of a weight [N, K], [..., 1] for each token of an activation.
-Where its last axis is shorter than that of the tensor, each of its numbers belongs to a group of neighbours.
+Where its last axis is shorter than that of the tensor, each of its numbers belongs to a group of neighbours, of the
+least power of two for which so many groups suffice.
 
 `quantize` gives its integers in the dtype of its input unless they are `stored`: rounding then passes gradients
 straight through (Bengio et al., 2013), so that a graph with quantize and dequantize can be trained, and its values are
@@ -30,7 +31,7 @@ def _spread(scale: Tensor, width: int) -> Tensor:
     groups = scale.shape[-1] if scale.dim() else 1
     if groups in (1, width):
         return scale
-    size = -(-width // groups)
+    size = 1 << (-(-width // groups) - 1).bit_length()
     return scale.repeat_interleave(size, -1)[..., :width]
 
 

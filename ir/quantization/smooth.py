@@ -39,3 +39,17 @@ def smooth_scale(input_max: Tensor, weights: Sequence[Tensor], alpha: float) -> 
     logarithm = alpha * inputs.clamp(min=_LEAST).log() - (1 - alpha) * columns.clamp(min=_LEAST).log()
     scale = (logarithm - logarithm.mean()).exp()
     return scale.to(torch.float64 if input_max.dtype == torch.float64 else torch.float32)
+
+
+def outlier_scale(input_max: Tensor, quantile: float) -> Tensor:
+    """A scale, [K], that brings the outliers among the input channels down to a quantile of the channels' maxima.
+
+    Channels below it are left alone, and so are their weights: better than `smooth_scale` where a few channels stand
+    out, as behind a GELU, because the weights of all others keep their range.
+
+    Args:
+        input_max: [K], the largest |x| of each input channel.
+        quantile: 0 to 1, how many of the channels are no outliers.
+    """
+    top = input_max.detach().clamp(min=_LEAST)
+    return (top / top.quantile(quantile)).clamp(min=1)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from ....ir.ops import attention, integer, linear, norm, rotary
+from ....ir.ops import attention, integer, linear, norm, quantize, rotary
 from . import attention as attentions
 from . import integer as integers
 from . import linear as linears
 from . import norm as norms
+from . import quantize as quantizes
 from . import rotary as rotaries
 from .lowering import Lowering, Probe
 
@@ -33,9 +34,16 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     integer.integer_gelu: integers.INTEGER_GELU,
     integer.integer_softmax: integers.INTEGER_SOFTMAX,
     integer.integer_layer_norm: integers.INTEGER_LAYER_NORM,
+    quantize.quantize: quantizes.QUANTIZE,
+    quantize.dequantize: quantizes.DEQUANTIZE,
+    quantize.dynamic_quantize: quantizes.DYNAMIC_QUANTIZE,
+    quantize.int8_linear: quantizes.INT8_LINEAR,
 }
 
-PROBES: dict[Any, Probe] = {attention.attention: attentions.PROBE}
+PROBES: dict[Any, Probe] = {
+    attention.attention: attentions.PROBE,
+    quantize.int8_linear: quantizes.PROBE,
+}
 
 
 def supported(node: fx.Node) -> tuple[list[Lowering], list[str]]:

@@ -1,0 +1,128 @@
+"""Quantization: real integer matmuls of ONNX Runtime.
+
+Activations are unsigned bytes there, the integers of the graph language plus 128: with signed ones the same matmul
+takes ten times as long on x86 (measured on Zen 4, onnxruntime 1.32). The sums, and so the results, are the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+from torch.onnx.ops import symbolic
+
+from ....ir.graph import arguments, dtype, shape
+from ....ir.ops.quantize import SMALLEST_SCALE, dequantize, dynamic_quantize, quantize
+from .lowering import Lowering, Probe, reference
+
+_SHIFT = 128  # from the integers of the graph language, -128..127, to those of the kernels, 0..255
+
+
+def _quantize_linear(input: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return symbolic("QuantizeLinear", (input, scale, zero_point), dtype=torch.uint8, shape=input.shape, version=21)
+
+
+def _raised(zero_point: Tensor | None) -> Tensor:
+    """A zero point as the kernels have it."""
+    if zero_point is None:
+        return torch.full((), _SHIFT, dtype=torch.uint8)
+    return zero_point if zero_point.dtype is torch.uint8 else (zero_point.to(torch.int32) + _SHIFT).to(torch.uint8)
+
+
+def _quantize(
+    input: Tensor, scale: Tensor, zero_point: Tensor | None = None, bits: int = 8, stored: bool = False
+) -> Tensor:
+    return _quantize_linear(input, scale, _raised(zero_point))
+
+
+def _refuses_quantize(node: fx.Node) -> str | None:
+    given = arguments(node)
+    if not given["stored"]:
+        return "its integers are kept as floats"
+    if given["bits"] != 8:
+        return f"there is no kernel for {given['bits']} bits"
+    if shape(given["scale"]):
+        return "there is more than one scale"
+    return None
+
+
+def _refuses_stored(node: fx.Node) -> str | None:
+    return "its integers are stored" if arguments(node)["stored"] else None
+
+
+def _dynamic_quantize(
+    input: Tensor, per: str, unsigned: bool = False, stored: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    if per == "tensor":
+        integers, scale, zero_point = torch.onnx.ops.symbolic_multi_out(
+            "DynamicQuantizeLinear",
+            (input,),
+            dtypes=(torch.uint8, torch.float32, torch.uint8),
+            shapes=(input.shape, (), ()),
+            version=11,
+        )
+        return integers, scale, zero_point
+    top = (input if unsigned else input.abs()).amax(-1, keepdim=True)
+    scale = (top * (1 / (255 if unsigned else 127))).clamp(min=SMALLEST_SCALE)
+    zero_point = torch.full((), 0 if unsigned else _SHIFT, dtype=torch.uint8)
+    # Divided first: a QuantizeLinear with a scale for each row takes matrices, and more nodes around it than it saves.
+    return _quantize_linear(input / scale, torch.ones(()), zero_point), scale, zero_point
+
+
+def _refuses_dynamic(node: fx.Node) -> str | None:
+    given = arguments(node)
+    if not given["stored"]:
+        return "its integers are kept as floats"
+    return None if dtype(given["input"]) is torch.float32 else f"no kernel quantizes {dtype(given['input'])}"
+
+
+def _dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """Of activations as the kernels have them; anything else by the reference."""
+    if input.dtype is torch.uint8:
+        zero_point = _raised(zero_point).to(scale.dtype)
+    found: Tensor = reference(dequantize)(input, scale, zero_point)
+    return found
+
+
+def _int8_linear(
+    input: Tensor, scale: Tensor, zero_point: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """MatMulIntegerToFloat; a scale for each token, which the kernel does not take, multiplies its result."""
+    columns = weight_scale.reshape(-1)
+    tokenwise = scale.dim() > 0
+    inside: list[Tensor | None] = [torch.ones(()) if tokenwise else scale, columns, _raised(zero_point), None]
+    result = symbolic(
+        "com.microsoft::MatMulIntegerToFloat",
+        (input, weight.t(), *inside, None if tokenwise else bias),
+        dtype=scale.dtype,
+        shape=(*input.shape[:-1], weight.shape[0]),
+        version=1,
+    )
+    if tokenwise:
+        result = result * scale
+        result = result if bias is None else result + bias
+    return result
+
+
+def _refuses_int8_linear(node: fx.Node) -> str | None:
+    given = arguments(node)
+    if dtype(node) is not torch.float32:
+        return f"the kernel gives float32, not {dtype(node)}"
+    width = shape(given["weight_scale"])[-1]
+    return None if width == 1 else f"the weight has {width} scales a row, the kernel takes one"
+
+
+QUANTIZE = (
+    Lowering("QuantizeLinear", _quantize, _refuses_quantize),
+    Lowering("Div+Round+Clip", reference(quantize), _refuses_stored),
+)
+DYNAMIC_QUANTIZE = (
+    Lowering("DynamicQuantizeLinear", _dynamic_quantize, _refuses_dynamic),
+    Lowering("Div+Round+Clip", reference(dynamic_quantize), _refuses_stored),
+)
+DEQUANTIZE = (Lowering("Cast+Mul", _dequantize),)
+INT8_LINEAR = (Lowering("MatMulIntegerToFloat", _int8_linear, _refuses_int8_linear),)
+
+PROBE = Probe(
+    prepare=lambda name, tensor: (tensor.to(torch.int32) + _SHIFT).to(torch.uint8) if name == "input" else tensor,
+    wrap=lambda function: function,
+)

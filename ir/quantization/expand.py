@@ -1,0 +1,66 @@
+"""Fused linear layers written as the operators that they are made of, so that each can be quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph import Program, arguments
+from ..ops.linear import gated_linear, linear_act, mlp, split_linear
+
+aten = torch.ops.aten
+_ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gelu": (aten.gelu.default, {}),
+    "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
+    "relu": (aten.relu.default, {}),
+    "silu": (aten.silu.default, {}),
+    "tanh": (aten.tanh.default, {}),
+}
+
+
+def expand(program: Program) -> int:
+    """Write every fused linear layer as plain ones. How many there were.
+
+    before:  %y = fxpress.mlp(%x, @up, @b, @down, @c, 'gelu')
+    after:   %h = aten.gelu(aten.linear(%x, @up, @b));  %y = aten.linear(%h, @down, @c)
+    """
+    nodes = program.calls(linear_act, gated_linear, mlp, split_linear)
+    for node in nodes:
+        given = arguments(node)
+        if node.target is split_linear:
+            whole = _linear(program, node, given["input"], given["weight"], given["bias"])
+            new = program.call(aten.split_with_sizes.default, whole, given["sizes"], -1, before=node)
+        elif node.target is mlp:
+            new = _linear(program, node, _hidden(program, node, given), given["down_weight"], given["down_bias"])
+        else:
+            new = _hidden(program, node, given)
+        program.replace(node, new)
+    return len(nodes)
+
+
+def _linear(program: Program, node: fx.Node, x: Any, weight: Any, bias: Any) -> fx.Node:
+    return program.call(aten.linear.default, x, weight, bias, before=node)
+
+
+def _hidden(program: Program, node: fx.Node, given: dict[str, Any]) -> fx.Node:
+    """What a `linear_act`, a `gated_linear`, or the first half of an `mlp` gives."""
+    gated = given.get("gate_weight") is not None
+    first = "gate_" if gated else "" if node.target is linear_act else "up_"
+    x = given["input"]
+    activated = _activation(
+        program, node, _linear(program, node, x, given[f"{first}weight"], given[f"{first}bias"]), given["activation"]
+    )
+    if not gated:
+        return activated
+    up = _linear(program, node, x, given["up_weight"], given["up_bias"])
+    return program.call(aten.mul.Tensor, activated, up, before=node)
+
+
+def _activation(program: Program, node: fx.Node, x: fx.Node, name: str) -> fx.Node:
+    if name == "quick_gelu":
+        gate = program.call(aten.sigmoid.default, program.call(aten.mul.Tensor, x, 1.702, before=node), before=node)
+        return program.call(aten.mul.Tensor, x, gate, before=node)
+    target, options = _ACTIVATIONS[name]
+    return program.call(target, x, before=node, **options)

@@ -1,0 +1,96 @@
+"""Writing quantize and dequantize into the graph."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graph import Program, arguments
+from ..ops.quantize import dequantize, dynamic_quantize, quantize
+from .choice import Activation, Choice
+from .grid import Quantized
+from .sites import Site
+
+aten = torch.ops.aten
+
+
+class Insertion:
+    """Writes quantize and dequantize into a program; a weight that several nodes read is quantized once.
+
+    Args:
+        bits: of the weights' integers.
+    """
+
+    def __init__(self, program: Program, bits: int) -> None:
+        self.program, self.bits = program, bits
+        self._weights: dict[fx.Node, fx.Node] = {}
+
+    def linears(self, site: Site, choice: Choice) -> None:
+        """Let the linears of a site read the quantized activation and their quantized weights.
+
+        before:  %y = aten.linear(%x, @w, @b)
+        after:   %q, %s, %z = fxpress.dynamic_quantize(%x, 'token');  %x' = fxpress.dequantize(%q, %s, %z)
+                 %w' = fxpress.dequantize(fxpress.quantize(@w, @scale), @scale);  %y = aten.linear(%x', %w', @b)
+        """
+        inputs = self._activation(site.source, choice, site.linears[0])
+        for index, linear in enumerate(site.linears):
+            given = arguments(linear)
+            stored, bias = given["weight"], given["bias"]
+            old = None if bias is None else self.program.tensor(bias)
+            new = choice.bias(index, old)
+            if new is not None and new is not old:
+                name = f"{stored.target}_bias" if bias is None else f"{bias.target}_corrected"
+                bias = self.program.add_weight(name, new, trainable=self.program.tensor(stored).requires_grad)
+            if choice.weights is not None:
+                stored = self.weight(stored, choice.weights[index])
+            call = self.program.call(aten.linear.default, inputs, stored, bias, before=linear)
+            self.program.replace(linear, call)
+
+    def table(self, lookup: fx.Node, weight: Quantized) -> None:
+        """Let an embedding look up in a quantized table."""
+        new = self.program.call_again(lookup, weight=self.weight(lookup.args[0], weight))  # type: ignore[arg-type]
+        self.program.replace(lookup, new)
+
+    def weight(self, stored: fx.Node, weight: Quantized) -> fx.Node:
+        """The dequantized integers of a weight, whose floats become what the integers stand for."""
+        if stored in self._weights:
+            return self._weights[stored]
+        program, name = self.program, str(stored.target)
+        first = next(node for node in program.graph.nodes if node.op == "call_function")
+        values = program.add_weight(name, weight.dequantize(), trainable=program.tensor(stored).requires_grad)
+        constants = [program.add_weight(f"{name}_scale", weight.scale)]
+        if weight.zero_point is not None:
+            constants.append(program.add_weight(f"{name}_zero_point", weight.zero_point))
+        options: dict[str, Any] = {} if self.bits == 8 else {"bits": self.bits}
+        integers = program.call(quantize, values, *constants, before=first, **options)
+        self._weights[stored] = program.call(dequantize, integers, *constants, before=first)
+        return self._weights[stored]
+
+    def _activation(self, source: fx.Node, choice: Choice, before: fx.Node) -> fx.Node:
+        program, activation, x = self.program, choice.activation, source
+        if activation.low:
+            x = program.call(aten.sub.Tensor, x, activation.low, before=before)
+        if choice.smooth is not None:
+            inverse = program.add_weight(f"{source.name}_smooth", 1 / choice.smooth)
+            x = program.call(aten.mul.Tensor, x, inverse, before=before)
+        return x if activation.level == "float" else self._rounded(source.name, x, activation, before)
+
+    def _rounded(self, name: str, x: fx.Node, activation: Activation, before: fx.Node) -> fx.Node:
+        program = self.program
+        if activation.level == "static":
+            known: list[Tensor] = [item for item in (activation.scale, activation.zero_point) if item is not None]
+            names = (f"{name}_scale", f"{name}_zero_point")
+            constants = [program.add_weight(label, value) for label, value in zip(names, known, strict=False)]
+            integers = program.call(quantize, x, *constants, before=before)
+            return program.call(dequantize, integers, *constants, before=before)
+        unsigned: dict[str, Any] = {"unsigned": True} if activation.low is not None else {}
+        parts: Any = program.call(dynamic_quantize, x, activation.level, before=before, **unsigned)
+        return program.call(dequantize, *items(program, parts, before), before=before)
+
+
+def items(program: Program, parts: fx.Node, before: fx.Node) -> list[fx.Node]:
+    """The integers, scale and zero point that a `dynamic_quantize` gives."""
+    return [program.call(operator.getitem, parts, index, before=before) for index in range(3)]

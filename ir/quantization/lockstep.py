@@ -1,0 +1,130 @@
+"""Running a program on several batches at once, node by node.
+
+At each node the values of all batches are there, computed from whatever the nodes before were replaced by: what methods
+need that go from layer to layer (GPTQ), and what statistics of activations are taken from. A value is kept until its
+last reader has run, so that the memory is that of the widest place in the graph, times the batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graph import Program, arguments, attribute
+from ..ops.attention import attention
+from ..rewrite import Track, untracked
+
+Visit = Callable[[fx.Node], list[Any] | None]
+
+
+class Lockstep:
+    """One pass over a program with all batches.
+
+    Args:
+        batches: flat inputs, one list of tensors a batch.
+        track, title: how the progress over the nodes is shown, see `Context.track`.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        batches: Sequence[Sequence[Tensor]],
+        track: Track | None = None,
+        title: str = "",
+    ) -> None:
+        self.program, self.batches = program, batches
+        self._track, self._title = track or untracked, title
+        self._values: dict[fx.Node, list[Any]] = {}
+        self._masks = [_computed(program, mask, batches) for mask in _key_masks(program)]
+
+    def run(self, visit: Visit) -> list[list[Any]]:
+        """Run every node, unless `visit(node)`, asked before each call, gives its values. The outputs, by batch."""
+        last = _last_readers(self.program.graph)
+        taken = iter(range(len(self.batches[0])) if self.batches else ())
+        with torch.no_grad():
+            for node in self._track(list(self.program.graph.nodes), self._title):
+                if node.op == "output":
+                    return [self._arguments(node.args[0], index) for index in range(len(self.batches))]
+                if node.op == "placeholder":
+                    place = next(taken)
+                    self._values[node] = [batch[place] for batch in self.batches]
+                elif node.op == "get_attr":
+                    weight = attribute(self.program.module, str(node.target))
+                    self._values[node] = [weight] * len(self.batches)
+                else:
+                    found = visit(node)
+                    self._values[node] = found or [self._call(node, index) for index in range(len(self.batches))]
+                for done in last.get(node, ()):
+                    del self._values[done]
+        raise AssertionError("a graph ends with its output")
+
+    def values(self, node: fx.Node) -> list[Any]:
+        """The values of a node that something still reads, by batch."""
+        return self._values[node]
+
+    def rows(self, node: fx.Node) -> list[Tensor]:
+        """An activation [..., K] as rows [tokens, K], by batch, without the tokens that attention masks as padding."""
+        return [self.unpadded(value, index) for index, value in enumerate(self._values[node])]
+
+    def unpadded(self, value: Tensor, index: int) -> Tensor:
+        """A value [..., K] of a batch as rows [tokens, K], without padding where its sizes are those of a mask."""
+        mask = self._mask(value.shape[:-1], index)
+        rows = value.reshape(-1, value.shape[-1])
+        return rows if mask is None else rows[mask.reshape(-1)]
+
+    def _mask(self, sizes: torch.Size, index: int) -> Tensor | None:
+        return next((masks[index] for masks in self._masks if masks[index].shape == sizes), None)
+
+    def _call(self, node: fx.Node, index: int) -> Any:
+        assert callable(node.target)
+        return node.target(*self._arguments(node.args, index), **self._arguments(node.kwargs, index))
+
+    def _arguments(self, given: Any, index: int) -> Any:
+        return fx.node.map_arg(given, lambda used: self._values[used][index])
+
+
+def _key_masks(program: Program) -> list[fx.Node]:
+    """The padding masks that attention reads, [B, M], True at real tokens."""
+    found = [arguments(node)["key_mask"] for node in program.calls(attention)]
+    return [node for node in dict.fromkeys(found) if node is not None]
+
+
+def _computed(program: Program, wanted: fx.Node, batches: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """One value by batch, computed ahead of everything else."""
+    needed, waiting = set(), [wanted]
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting += node.all_input_nodes
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
+    nodes = [node for node in program.graph.nodes if node in needed and node.op != "placeholder"]
+    found = []
+    with torch.no_grad():
+        for batch in batches:
+            values: dict[fx.Node, Any] = dict(zip(inputs, batch, strict=True))
+            for node in nodes:
+                if node.op == "get_attr":
+                    values[node] = attribute(program.module, str(node.target))
+                else:
+                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                    values[node] = node.target(*args, **kwargs)
+            found.append(values[wanted].bool())
+    return found
+
+
+def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """The nodes that nothing reads after a node."""
+    seen: set[fx.Node] = set()
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(graph.nodes):
+        for used in node.all_input_nodes:
+            if used not in seen:
+                seen.add(used)
+                found.setdefault(node, []).append(used)
+        if node.op != "output" and node not in seen:
+            found.setdefault(node, []).append(node)  # nothing reads it at all
+    return found

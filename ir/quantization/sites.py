@@ -1,0 +1,103 @@
+"""What there is to quantize in a program: linear layers by the activation that they read, and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph import Program, arguments, dtype, module_path, shape
+from ..pattern import Refusal
+
+aten = torch.ops.aten
+
+# The least value of an activation function, rounded down: where it is known, a token's integers need no sign.
+LEAST: dict[Any, float] = {
+    aten.relu.default: 0.0,
+    aten.sigmoid.default: 0.0,
+    aten.gelu.default: -0.17005,
+    aten.silu.default: -0.27847,
+}
+_VIEWS = (aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.clone.default)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linear layers that read one activation [..., K]: it is quantized once for all of them."""
+
+    source: fx.Node
+    linears: tuple[fx.Node, ...]
+
+    @property
+    def name(self) -> str:
+        """The module paths of the linears, shortened to what they share where there are several."""
+        return " + ".join(map(name_of, self.linears))
+
+    @property
+    def multiplications(self) -> int:
+        """Numbers in the weights: multiplications for each token."""
+        return sum(shape(linear.args[1])[0] * shape(linear.args[1])[1] for linear in self.linears)
+
+
+def name_of(node: fx.Node) -> str:
+    """What `skip` names: the path of the module that a weight belongs to."""
+    weight: Any = node.args[0] if node.target is aten.embedding.default else node.args[1]
+    return module_path(node) or str(weight.target).rpartition(".")[0] or str(weight.target)
+
+
+def is_skipped(node: fx.Node, patterns: Sequence[str]) -> bool:
+    """Whether a pattern fits the module's path, or one of its parts or beginnings: 'head' and 'encoder.0' do."""
+    name = name_of(node)
+    parts = name.split(".")
+    begins = {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+    return any(fnmatchcase(item, pattern) for pattern in patterns for item in begins | set(parts))
+
+
+def linear_sites(program: Program, skip: Sequence[str]) -> tuple[list[Site], list[Refusal]]:
+    """The linear layers with a weight of floats, by the activation that they read, in graph order."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    refusals = []
+    for node in program.calls(aten.linear.default):
+        reason = _refuses(node, skip)
+        if reason is None:
+            found.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+        else:
+            refusals.append(Refusal(reason, "quantize", node.name))
+    return [Site(source, tuple(linears)) for source, linears in found.items()], refusals
+
+
+def _refuses(node: fx.Node, skip: Sequence[str]) -> str | None:
+    given = arguments(node)
+    weight, bias = given["weight"], given["bias"]
+    if weight.op != "get_attr":
+        return f"{weight.name} is no weight"
+    if bias is not None and bias.op != "get_attr":
+        return f"{bias.name} is no weight"
+    if dtype(weight) not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"weight {weight.target} is {dtype(weight)}"
+    if len(shape(weight)) != 2:
+        return f"weight {weight.target} is no matrix"
+    return f"{name_of(node)} is to be skipped" if is_skipped(node, skip) else None
+
+
+def embeddings(program: Program, skip: Sequence[str]) -> list[fx.Node]:
+    """The lookups in a table of floats."""
+    return [
+        node
+        for node in program.calls(aten.embedding.default)
+        if isinstance(node.args[0], fx.Node)
+        and node.args[0].op == "get_attr"
+        and dtype(node.args[0]).is_floating_point
+        and not is_skipped(node, skip)
+    ]
+
+
+def least(node: fx.Node) -> float | None:
+    """A number that an activation is never below, whatever the input; None: there is none."""
+    while node.target in _VIEWS:
+        node = node.args[0]  # type: ignore[assignment]
+    return LEAST.get(node.target)

@@ -1,0 +1,300 @@
+"""Quantize: weights, and where asked activations, as integers of few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+
+from ..ir.errors import InputError, RewriteError, nearest
+from ..ir.graph import Program, shape
+from ..ir.ops.quantize import dequantize, dynamic_quantize, int4_linear, int8_linear, quantize
+from ..ir.pattern import Refusal
+from ..ir.quantization import grid as grids
+from ..ir.quantization.choice import UNTOUCHED, Choice
+from ..ir.quantization.expand import expand
+from ..ir.quantization.fold import fold
+from ..ir.quantization.insert import Insertion
+from ..ir.quantization.lockstep import Lockstep
+from ..ir.quantization.options import Data, Way, options, plain, refined
+from ..ir.quantization.precision import Metric, Target, applied, search
+from ..ir.quantization.sites import Site, embeddings, least, linear_sites, name_of
+from ..ir.rewrite import Applied, Context, Pass, PassResult, Track
+
+aten = torch.ops.aten
+BITS = {"int8": 8, "int4": 4}
+RANGES = ("minmax", "percentile", "entropy", "mse")
+IMPROVEMENTS = ("smoothquant", "awq", "gptq", "bias")  # these need calibration data
+COSINE = 0.997  # of the outputs, where no target is given and layers are made finer by their sensitivity
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Quantize linear layers and embeddings to integers, and let real integer matmuls compute the linear layers.
+
+        before:  %y = aten.linear(%x, @w, @b)
+        after:   %q, %s, %z = fxpress.dynamic_quantize(%x, 'token', stored=True)
+                 %y = fxpress.int8_linear(%q, %s, %z, @integers, @scale, @b)
+
+    What `fold=False` leaves in the graph, `quantize` and `dequantize` around activations and weights, gives the same
+    numbers in eager PyTorch and can be trained; the pass `fold` makes integers of it.
+
+    Attributes:
+        weights: "int8", a scale for each output channel; "int4", for each group of a row.
+        activations: "int8"; None: linear layers read floats; "auto": "int8" where the weights are.
+        mode: "dynamic": ranges of activations are taken at run time; "static": from calibration data.
+        granularity: of dynamic activations: "tensor", one range (the fastest), "token", or "auto": with calibration
+            data each layer as coarse as the target allows, without any "token".
+        group_size: numbers of a weight's row that share a scale, a power of two; None: 32 for "int4", else all.
+        symmetric: no zero point; None: for int8 weights and activations by token.
+        method: words joined by "+". "smoothquant": outliers of activations go to the weights, by a scale that is
+            searched; "gptq" and "awq": weights that fit the calibration data; "bias": mean errors go to the bias. One
+            of "minmax", "percentile", "entropy", "mse": ranges of static activations. "auto": with calibration data
+            the first two and "bias", for weights alone "gptq".
+        embeddings: "int8", a scale for each row; None: they stay.
+        skip: names of modules, with * and ?, or of parts of them: those layers stay.
+        sensitive: "auto": with calibration data, layers are made finer until the outputs reach the target; None: no
+            layer is.
+        min_cosine, min_sqnr_db: targets over the calibration data: mean cosine of the output vectors with the model's,
+            or signal to noise in dB; the worst output counts. Neither: 0.997.
+        metric, min_metric: instead, a score of (outputs, the model's outputs) that is to be reached.
+        fold: whether integers are stored and multiplied, or quantize and dequantize left for training.
+    """
+
+    exact: ClassVar[bool] = False
+
+    weights: str = "int8"
+    activations: str | None = "auto"
+    mode: str = "dynamic"
+    granularity: str = "auto"
+    group_size: int | None = None
+    symmetric: bool | None = None
+    method: str = "auto"
+    embeddings: str | None = "int8"
+    skip: Sequence[str] = ()
+    sensitive: str | None = "auto"
+    min_cosine: float | None = None
+    min_sqnr_db: float | None = None
+    metric: Metric | None = field(default=None, repr=False)
+    min_metric: float = 0.0
+    fold: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("weights", self.weights, BITS)
+        _one_of("activations", self.activations, ("auto", "int8", None))
+        _one_of("mode", self.mode, ("dynamic", "static"))
+        _one_of("granularity", self.granularity, ("auto", "tensor", "token"))
+        _one_of("embeddings", self.embeddings, ("int8", None))
+        _one_of("sensitive", self.sensitive, ("auto", None))
+        for word in self._words:
+            _one_of("method", word, ("auto", *RANGES, *IMPROVEMENTS))
+        if isinstance(self.skip, str):
+            raise InputError(f"skip must be a list of names, found {self.skip!r}; write skip=[{self.skip!r}]")
+        size = self.group_size
+        if size is not None and (size < 16 or size & (size - 1)):
+            raise InputError(f"group_size must be a power of two of 16 or more, found {size}")
+        if self.weights == "int4" and self.activations == "int8":
+            raise InputError("weights of 4 bits are multiplied by float activations; give activations=None")
+        if size is not None and self._level != "float":
+            raise InputError("int8 matmuls take one scale a row; give activations=None for a group_size")
+        if self.mode == "static" and self.granularity == "token":
+            raise InputError("static ranges are of the whole tensor; give granularity='tensor' or mode='dynamic'")
+        targets = [self.min_cosine, self.min_sqnr_db, self.metric]
+        if sum(item is not None for item in targets) > 1:
+            raise InputError("give one of min_cosine, min_sqnr_db and metric")
+        if self.min_cosine is not None and not 0 < self.min_cosine < 1:
+            raise InputError(f"min_cosine must lie between 0 and 1, found {self.min_cosine}")
+        if self.sensitive is None and any(item is not None for item in targets):
+            raise InputError("a target needs sensitive='auto': layers are made finer until it is reached")
+
+    @property
+    def needs_calibration(self) -> str | None:
+        """Why calibration data is needed; None: it is not."""
+        if self.mode == "static" and self._level != "float":
+            return "static ranges of activations"
+        if self._has_target:
+            return "a target for the outputs"
+        used = [word for word in self._words if word in IMPROVEMENTS]
+        return f"method {used[0]!r}" if used else None
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        """Rewrite the program in place."""
+        if program.calls(quantize, dequantize, dynamic_quantize, int8_linear, int4_linear):
+            raise RewriteError("the program is quantized already; give one Quantize with all options")
+        result = PassResult()
+        if count := expand(program):
+            result.rewrites["expand"] = count
+        sites, result.refusals = linear_sites(program, self.skip)
+        choices = self._choices(program, sites, context, result)
+        insertion = Insertion(program, BITS[self.weights])
+        for site in sites:
+            choice = choices[site]
+            if choice is UNTOUCHED:
+                result.refusals.append(Refusal("too sensitive: it stays in floats", "linear", site.linears[0].name))
+            elif context.take():
+                insertion.linears(site, choice)
+                result.rewrites[f"linear ({choice.name})"] += len(site.linears)
+                result.matches.append(Applied("linear", site.name, f"{choice.name}: {choice.sqnr_db:.1f} dB"))
+        self._tables(program, insertion, context, result)
+        program.clean()
+        if self.fold:
+            fold(program)
+        return result
+
+    # --- what is chosen ----------------------------------------------------------------------------------------
+
+    @property
+    def _words(self) -> list[str]:
+        return [word.strip() for word in self.method.split("+")]
+
+    @property
+    def _level(self) -> str:
+        """The level of activations that is asked for: "float", "static", "tensor", "token" or "auto"."""
+        activations = self.activations
+        if activations is None or (activations == "auto" and self.weights != "int8"):
+            return "float"
+        return "static" if self.mode == "static" else self.granularity
+
+    def _way(self, level: str, calibrated: bool) -> Way:
+        words = self._words
+        auto = words == ["auto"] or words in [[word] for word in RANGES]
+        bits = BITS[self.weights]
+        symmetric = self.symmetric if self.symmetric is not None else bits == 8
+        group = self.group_size or (None if bits == 8 else 32)
+        return Way(
+            level=level,
+            grid=grids.Grid(bits, symmetric if level == "float" else True, group),
+            clip="minmax" if bits == 8 else "mse",
+            range=next((word for word in words if word in RANGES), "minmax"),
+            symmetric=bool(self.symmetric),
+            smooth=calibrated and level != "float" and ("smoothquant" in words or auto),
+            awq="awq" in words,
+            gptq=calibrated and ("gptq" in words or auto),
+            correct=calibrated and ("bias" in words or (auto and level != "float")),
+        )
+
+    def _choices(
+        self, program: Program, sites: list[Site], context: Context, result: PassResult
+    ) -> Mapping[Site, Choice]:
+        """How each site is quantized."""
+        batches, level = context.calibration, self._level
+        if not batches:
+            if self.needs_calibration is not None:
+                raise InputError(f"{self.needs_calibration} needs calibration data; give compile() calibration=batches")
+            way = self._way("token" if level == "auto" else level, False)
+            return {site: plain(way, _weights(program, site), least(site.source)) for site in sites}
+        fitting, judging = _split(batches)
+        levels = ("tensor", "token") if level == "auto" else (level,)
+        found = self._options(program, sites, fitting, [self._way(item, True) for item in levels], context.track)
+        fitter = _Fitter(self, program, fitting, context.track)
+        if self.sensitive is None or not (level == "auto" or self._has_target):
+            return fitter({site: min(choices, key=lambda item: item.noise) for site, choices in found.items()})
+        cosine = COSINE if self.min_sqnr_db is None and self.min_cosine is None else self.min_cosine
+        target = Target(cosine, self.min_sqnr_db, self.metric, self.min_metric)
+        finest = {site: [*choices, UNTOUCHED] for site, choices in found.items()}
+        outcome = search(program, finest, judging, target, fitter, context.track)
+        detail = f"{target}: error {outcome.error:.2g} on the calibration data"
+        if outcome.reached:
+            result.matches.append(Applied("target", "output", detail))
+        else:
+            result.refusals.append(Refusal(f"not reached: {detail}", "target", "output"))
+        return outcome.choices
+
+    @property
+    def _has_target(self) -> bool:
+        return self.min_cosine is not None or self.min_sqnr_db is not None or self.metric is not None
+
+    def _options(
+        self,
+        program: Program,
+        sites: list[Site],
+        batches: Sequence[Sequence[torch.Tensor]],
+        ways: Sequence[Way],
+        track: Track,
+    ) -> dict[Site, list[Choice]]:
+        """Every way in which each site may be quantized, on what it reads in the model as it is."""
+        lockstep = Lockstep(program, batches, track, "calibrating")
+        found: dict[Site, list[Choice]] = {}
+
+        def choose(site: Site) -> Choice:
+            data, weights = Data(lockstep.rows(site.source)), _weights(program, site)
+            found[site] = [
+                choice for way in ways for choice in options(_for(way, site), weights, least(site.source), data)
+            ]
+            return UNTOUCHED
+
+        lockstep.run(applied(program, lockstep, choose, sites))
+        return found
+
+    def _tables(self, program: Program, insertion: Insertion, context: Context, result: PassResult) -> None:
+        """Quantize embeddings, where nothing else reads their floats."""
+        if self.embeddings is None:
+            return
+        for lookup in embeddings(program, self.skip):
+            stored: Any = lookup.args[0]
+            others = [user for user in stored.users if user.target is not aten.embedding.default]
+            if others:
+                reason = f"its weight is read by {others[0].name}, which stays in floats"
+                result.refusals.append(Refusal(reason, "embedding", lookup.name))
+            elif context.take():
+                insertion.table(lookup, grids.nearest(program.tensor(stored).float(), grids.Grid()))
+                result.rewrites["embedding"] += 1
+                result.matches.append(Applied("embedding", name_of(lookup), f"{shape(stored)[0]} rows"))
+
+
+@dataclass
+class _Fitter:
+    """Fits the weights and biases of choices, each to what it reads behind the quantized layers before it.
+
+    What was fitted for a choice before is used again: hardly anything changes with the other layers' choices.
+    """
+
+    rewrite: Quantize
+    program: Program
+    batches: Sequence[Sequence[torch.Tensor]]
+    track: Track
+    known: dict[int, Choice] = field(default_factory=dict)
+
+    def __call__(self, chosen: Mapping[Site, Choice]) -> dict[Site, Choice]:
+        found: dict[Site, Choice] = {}
+        lockstep = Lockstep(self.program, self.batches, self.track, "fitting weights")
+
+        def choose(site: Site) -> Choice:
+            choice = chosen[site]
+            if id(choice) not in self.known:
+                way = _for(self.rewrite._way(choice.activation.level, True), site)
+                fits = choice is not UNTOUCHED and (way.gptq or way.correct)
+                data = Data(lockstep.rows(site.source)) if fits else None
+                weights = _weights(self.program, site)
+                self.known[id(choice)] = choice if data is None else refined(choice, way, weights, data)
+            found[site] = self.known[id(choice)]
+            return found[site]
+
+        if any(id(choice) not in self.known for choice in chosen.values()):
+            lockstep.run(applied(self.program, lockstep, choose, chosen))
+        return {site: self.known[id(choice)] for site, choice in chosen.items()}
+
+
+def _split(batches: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Batches to fit to, and every fourth to judge by; all for both where there are fewer than four."""
+    if len(batches) < 4:
+        return batches, batches
+    return [batch for place, batch in enumerate(batches) if place % 4 != 3], batches[3::4]
+
+
+def _one_of(option: str, value: Any, valid: Any) -> None:
+    if value not in valid:
+        names = [str(item) for item in valid]
+        raise InputError(f"unknown {option} {value!r}: {nearest(str(value), names)}")
+
+
+def _weights(program: Program, site: Site) -> list[torch.Tensor]:
+    return [program.tensor(linear.args[1]).detach() for linear in site.linears]  # type: ignore[arg-type]
+
+
+def _for(way: Way, site: Site) -> Way:
+    """A way as a site can have it: a weight that others read too is only rounded."""
+    tied = any(len(linear.args[1].users) > 1 for linear in site.linears)  # type: ignore[union-attr]
+    return replace(way, smooth=False, awq=False, gptq=False) if tied else way
