@@ -23,7 +23,7 @@ SMALLEST_SCALE = 1e-12  # of a dynamic scale: a row of zeros has none of its own
 
 def _round(input: Tensor) -> Tensor:
     """Half to even; the gradient of the identity. The sum is exact: the two differ by a factor of at most two."""
-    return input + (input.round() - input).detach()
+    return input + (input.round() - input).detach().nan_to_num(0.0)  # infinity stays
 
 
 def _spread(scale: Tensor, width: int) -> Tensor:
@@ -86,11 +86,14 @@ def dynamic_quantize(
     data = input.detach()
     if per == "tensor":
         low, high = F.pad(data.flatten(), (0, 1)).aminmax()  # with one zero: never empty, and 0 is in the range
-        scale = torch.where(high == low, torch.ones_like(high), (high - low) / 255)
+        wide = torch.promote_types(input.dtype, torch.float32)  # the difference may be beyond float16
+        scale = ((high.to(wide) - low.to(wide)) / 255).to(input.dtype)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         zero_point = (-low / scale).round().clamp(0, 255) - 128
     elif per == "token":
         top = (data if unsigned else data.abs()).amax(-1, keepdim=True)
-        scale = (top * (1 / (255 if unsigned else 127))).clamp(min=SMALLEST_SCALE)
+        least = max(SMALLEST_SCALE, torch.finfo(input.dtype).tiny)  # float16 has no 1e-12
+        scale = (top * (1 / (255 if unsigned else 127))).clamp(min=least)
         zero_point = torch.full((), -128 if unsigned else 0, dtype=input.dtype, device=input.device)
     else:
         raise ValueError(f"per must be 'tensor' or 'token', found {per!r}")
@@ -109,18 +112,19 @@ def int8_linear(
     """Linear layer whose matmul is of integers, with sums of 32 bits and one rescale.
 
     Shapes: input int8 [..., K] with its scale [] or [..., 1] and zero point; weight int8 [N, K], weight_scale [N, 1];
-    bias [N]; result [..., N] in the scale's dtype.
+    bias [N]; result [..., N] in the scale's dtype, rounded to it once.
     """
     centred = input.double() if zero_point is None else input.double() - zero_point.double()
     sums = F.linear(centred, weight.double())  # exact: products of 8 bits, and doubles hold 53
-    result = sums.to(scale.dtype) * (scale * weight_scale.squeeze(-1))
-    return result if bias is None else result + bias
+    wide = torch.promote_types(scale.dtype, torch.float32)  # the sums are beyond float16
+    result = sums.to(wide) * (scale.to(wide) * weight_scale.squeeze(-1).to(wide))
+    return (result if bias is None else result + bias).to(scale.dtype)
 
 
 def pack_int4(integers: Tensor) -> Tensor:
     """Integers of 4 bits, int8 [N, K], as two a byte: uint8 [N, ceil(K / 2)], the lower half first, each plus 8."""
     raised = F.pad(integers + 8, (0, integers.shape[-1] % 2), value=8).to(torch.uint8)
-    return raised[..., 0::2] | (raised[..., 1::2] << 4)
+    return raised[..., 0::2] + raised[..., 1::2] * 16
 
 
 def unpack_int4(packed: Tensor, width: int) -> Tensor:
