@@ -192,10 +192,17 @@ class Measurement:
 
     def measure_quality(self) -> None:
         """How far each candidate is from eager fp32 on many inputs, and how large its files are."""
-        for group in [[EAGER], *groups([name for name in self.names if name != EAGER])]:
+        failures = {name: self._failure_everywhere(name) for name in self.names}
+        self.results.quality = {name: Quality(failure=failure) for name, failure in failures.items()}
+        for group in [[EAGER], *groups([name for name in self.names if name != EAGER and not failures[name]])]:
             self.tell("quality: " + " and ".join(group))
             for name, answer in self._answers("embed", self.shapes, group).items():
                 self.results.quality[name] = self._quality(name, answer["errors"])
+
+    def _failure_everywhere(self, name: str) -> str | None:
+        """Why a candidate ran at no shape; None if it did."""
+        failures = [rows[self.names.index(name)].failure for rows in self.results.rows.values()]
+        return failures[0] if all(failures) else None
 
     def _quality(self, name: str, errors: dict[str, str | None]) -> Quality:
         found = Quality(failure=errors.get("evaluation", next(iter(errors.values()))))

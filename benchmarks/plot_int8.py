@@ -34,11 +34,11 @@ def plot(results: Results, file: Path) -> None:
     ours = sorted(places[name] for name in (OURS, *POINTS) if name in places)
     figure, axes = pyplot.subplots(figsize=(9, 5.5))
     axes.plot(*zip(*ours, strict=True), color="tab:red", linewidth=1, zorder=1)
-    for index, (name, place) in enumerate(places.items()):
+    for index, (name, place) in enumerate(sorted(places.items(), key=lambda item: item[1])):
         own = name in (OURS, *POINTS)
         axes.scatter(*place, color="tab:red" if own else "tab:blue", marker="o" if own else "s", zorder=2)
-        above = index % 2 == 0  # neighbours' labels do not cover each other
-        axes.annotate(name, place, (0, 7 if above else -14), textcoords="offset points", ha="center", fontsize=8)
+        height = (7, -14, 18, -25)[index % 4]  # neighbours' labels do not cover each other
+        axes.annotate(name, place, (0, height), textcoords="offset points", ha="center", fontsize=8)
     axes.set_yscale("log")
     axes.invert_yaxis()  # better is further right and further up
     axes.margins(x=0.12, y=0.12)
