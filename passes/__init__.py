@@ -2,6 +2,7 @@
 
 from .canonicalize import Canonicalize
 from .fuse import Fuse
+from .integer_only import IntegerOnly
 from .quantize import Quantize
 
-__all__ = ["Canonicalize", "Fuse", "Quantize"]
+__all__ = ["Canonicalize", "Fuse", "IntegerOnly", "Quantize"]

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from integers import NoFloats
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxpress.ir.errors import RewriteError
 from fxpress.ir.ops.attention import attention, band
@@ -55,16 +55,6 @@ def random(*sizes: int, seed: int = 0) -> Tensor:
 
 def int8(*sizes: int, seed: int = 0) -> Tensor:
     return torch.randint(-128, 128, sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
-
-
-class NoFloats(TorchDispatchMode):
-    """Fails at the first operation that gives or takes a tensor of floats."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = function(*args, **(kwargs or {}))
-        for value in torch.utils._pytree.tree_leaves((args, kwargs, found)):
-            assert not (isinstance(value, Tensor) and value.is_floating_point()), f"{function} computes in floats"
-        return found
 
 
 # --- requantize and add ----------------------------------------------------------------------------------------
