@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..errors import RewriteError
@@ -76,16 +77,21 @@ def cosines(outputs: Tensor, truth: Tensor) -> Tensor:
 
 
 def run(program: Program, batches: Sequence[Sequence[Tensor]], choices: Mapping[Site, Choice]) -> list[Tensor]:
-    """Each float output's vectors [tokens, D] over all batches, padding left out, with some sites quantized."""
+    """Each float output's vectors [tokens, D] over all batches, padding left out, with some sites quantized.
+
+    Where D differs between batches, as of scores by position, zeros fill it up.
+    """
     lockstep = Lockstep(program, batches)
     outputs = lockstep.run(applied(program, lockstep, choices.get, choices))
     places = [place for place, value in enumerate(outputs[0]) if _is_vectors(value)]
     if not places:
         raise RewriteError("the program has no output of float vectors, by which its error could be measured")
-    return [
-        torch.cat([lockstep.unpadded(batch[place], index) for index, batch in enumerate(outputs)]).float()
-        for place in places
-    ]
+    found = []
+    for place in places:
+        vectors = [lockstep.unpadded(batch[place], index).float() for index, batch in enumerate(outputs)]
+        widest = max(item.shape[-1] for item in vectors)
+        found.append(torch.cat([F.pad(item, (0, widest - item.shape[-1])) for item in vectors]))
+    return found
 
 
 def _is_vectors(value: Any) -> bool:
