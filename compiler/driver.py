@@ -27,6 +27,7 @@ from ..ir.printer import print_program
 from ..ir.rewrite import Context, Pass
 from ..ir.signature import describe, leaves
 from . import artifact, hf, structure
+from .calibration import check_batches, track
 from .pipeline import parse_passes, run_passes
 from .report import Report
 from .trace import Arguments, admit_ones, bind_example, plain_attention, trace
@@ -78,7 +79,7 @@ class _Settings:
     passes: list[Pass]
     dynamic_shapes: Any
     backend: str
-    calibration: Iterable[Any]
+    calibration: Sequence[Any]
     verify: bool
     max_rewrites: int | None
     threads: int | None
@@ -219,7 +220,7 @@ def compile(
         example_inputs: a dict of named or tuple of positional inputs; None: compile at the first call, on its inputs.
         dynamic_shapes: "auto": every axis that can vary stays dynamic; None: all sizes fixed; or torch.export's form.
         backend: "onnx", "eager" or "auto" (onnx).
-        calibration: inputs like `example_inputs`, for passes that need data.
+        calibration: inputs like `example_inputs`, for passes that fit or measure something on data.
         verify: measure the error of each pass and of the result on the example, and fail if exact passes changed it.
         max_rewrites: stop rewriting after so many rewrites, to find the one that breaks a model.
         threads: threads inside one operator; None: one a physical core.
@@ -235,10 +236,11 @@ def compile(
         raise InputError(f"max_rewrites must be 0 or more, found {max_rewrites}")
     if isinstance(model, torch.nn.Module) and any(module.training for module in model.modules()):
         raise InputError("the model is in training mode, where dropout is random; call model.eval() first")
-    compiled = Compiled(
-        model,
-        _Settings(parse_passes(passes), dynamic_shapes, backend, calibration, verify, max_rewrites, threads),
-    )
+    chosen, batches = parse_passes(passes), list(calibration)
+    needed = next((item for item in chosen if item.needs_calibration), None)
+    if needed is not None and not batches:
+        raise InputError(f"pass {needed}: {needed.needs_calibration} needs calibration data; give calibration=batches")
+    compiled = Compiled(model, _Settings(chosen, dynamic_shapes, backend, batches, verify, max_rewrites, threads))
     if isinstance(model, ExportedProgram):
         compiled._make(model.example_inputs or ((), {}))
     elif example_inputs is not None:
@@ -251,6 +253,7 @@ def _compile(model: torch.nn.Module | ExportedProgram, settings: _Settings, exam
     module = model.module() if isinstance(model, ExportedProgram) else model
     backend = "onnx" if settings.backend == "auto" else settings.backend
     report = Report(model=type(module).__name__, backend=backend)
+    check_batches(settings.calibration, example)
     with clock("eager"):
         eager = _run_model(module, example)
     with clock("trace"):
@@ -268,7 +271,7 @@ def _compile(model: torch.nn.Module | ExportedProgram, settings: _Settings, exam
             expected = (pytree.tree_leaves(eager), run_float64(program, flat))
     with clock("passes"):
         calibration = [program.signature.bind(*_as_arguments(batch)) for batch in settings.calibration]
-        context = Context(inputs=flat, calibration=calibration, max_rewrites=settings.max_rewrites)
+        context = Context(flat, calibration, settings.max_rewrites, track=track)
         report.passes = run_passes(program, settings.passes, context, expected)
     runner: Runner = OnnxRunner(program, settings.threads, clock) if backend == "onnx" else EagerRunner(program)
     if isinstance(runner, OnnxRunner):

@@ -77,6 +77,11 @@ class Pass:
 
     exact: ClassVar[bool] = True
 
+    @property
+    def needs_calibration(self) -> str | None:
+        """What calibration data is needed for; None: for nothing."""
+        return None
+
     @classmethod
     def pass_name(cls) -> str:
         """The name on the command line: the pass's file name."""

@@ -25,7 +25,7 @@ from ..ir.rewrite import Applied, Context, Pass, PassResult, Track
 
 aten = torch.ops.aten
 BITS = {"int8": 8, "int4": 4}
-RANGES = ("minmax", "percentile", "entropy", "mse")
+RANGES = ("minmax", "average", "percentile", "entropy", "mse")
 IMPROVEMENTS = ("smoothquant", "awq", "gptq", "bias")  # these need calibration data
 COSINE = 0.997  # of the outputs, where no target is given and layers are made finer by their sensitivity
 
@@ -49,10 +49,11 @@ class Quantize(Pass):
             data each layer as coarse as the target allows, without any "token".
         group_size: numbers of a weight's row that share a scale, a power of two; None: 32 for "int4", else all.
         symmetric: no zero point; None: for int8 weights and activations by token.
-        method: words joined by "+". "smoothquant": outliers of activations go to the weights, by a scale that is
-            searched; "gptq" and "awq": weights that fit the calibration data; "bias": mean errors go to the bias. One
-            of "minmax", "percentile", "entropy", "mse": ranges of static activations. "auto": with calibration data
-            the first two and "bias", for weights alone "gptq".
+        method: words joined by "+". One of "minmax", "average" (moving, over batches), "percentile", "entropy" and
+            "mse" gives static ranges of activations; "minmax" alone rounds everything to nearest. "smoothquant":
+            outliers of activations go to the weights, by a scale that is searched; "gptq" and "awq": weights that fit
+            the calibration data; "bias": mean errors go to the bias. "auto": with calibration data
+            mse+smoothquant+gptq+bias, for weights alone gptq.
         embeddings: "int8", a scale for each row; None: they stay.
         skip: names of modules, with * and ?, or of parts of them: those layers stay.
         sensitive: "auto": with calibration data, layers are made finer until the outputs reach the target; None: no
@@ -159,7 +160,7 @@ class Quantize(Pass):
 
     def _way(self, level: str, calibrated: bool) -> Way:
         words = self._words
-        auto = words == ["auto"] or words in [[word] for word in RANGES]
+        auto = words == ["auto"]
         bits = BITS[self.weights]
         symmetric = self.symmetric if self.symmetric is not None else bits == 8
         group = self.group_size or (None if bits == 8 else 32)
@@ -167,7 +168,7 @@ class Quantize(Pass):
             level=level,
             grid=grids.Grid(bits, symmetric if level == "float" else True, group),
             clip="minmax" if bits == 8 else "mse",
-            range=next((word for word in words if word in RANGES), "minmax"),
+            range=next((word for word in words if word in RANGES), "mse" if auto else "minmax"),
             symmetric=bool(self.symmetric),
             smooth=calibrated and level != "float" and ("smoothquant" in words or auto),
             awq="awq" in words,

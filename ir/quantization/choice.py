@@ -77,8 +77,8 @@ class Choice:
         return shifted if self.smooth is None else shifted * (1 / self.smooth)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """What the quantized linears multiply: [..., K]."""
-        return self.activation.rounded(self.scaled(x))
+        """What the quantized linears multiply: [..., K], float32."""
+        return self.activation.rounded(self.scaled(x.float()))
 
     def bias(self, index: int, bias: Tensor | None) -> Tensor | None:
         """The bias [N] of a linear with what the shift of its input and the correction add; None: there is none."""
@@ -92,10 +92,11 @@ class Choice:
         return added.float() if bias is None else (bias.detach().double() + added).to(bias.dtype)
 
     def output(self, inputs: Tensor, index: int, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What a linear gives for `inputs(x)`; `weight` and `bias` are its own."""
+        """What a linear gives for `inputs(x)`, in the dtype of `weight`; `weight` and `bias` are its own."""
         found = weight if self.weights is None else self.weights[index].dequantize()
         bias = self.bias(index, bias)
-        return F.linear(inputs, found.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
+        result = F.linear(inputs, found.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
+        return result.to(weight.dtype)
 
 
 UNTOUCHED = Choice(Activation("float"), noise=0.0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..graph import Program, arguments
+from ..graph import Program, arguments, dtype
 from ..ops.quantize import dequantize, dynamic_quantize, quantize
 from .choice import Activation, Choice
 from .grid import Quantized
@@ -20,8 +20,10 @@ aten = torch.ops.aten
 class Insertion:
     """Writes quantize and dequantize into a program; a weight that several nodes read is quantized once.
 
+    Linears of half precision take and give it, with float32 in between: scales need its digits.
+
     Args:
-        bits: of the weights' integers.
+        bits: of the integers of linears' weights.
     """
 
     def __init__(self, program: Program, bits: int) -> None:
@@ -35,7 +37,8 @@ class Insertion:
         after:   %q, %s, %z = fxpress.dynamic_quantize(%x, 'token');  %x' = fxpress.dequantize(%q, %s, %z)
                  %w' = fxpress.dequantize(fxpress.quantize(@w, @scale), @scale);  %y = aten.linear(%x', %w', @b)
         """
-        inputs = self._activation(site.source, choice, site.linears[0])
+        source = arguments(site.linears[0])["input"]  # site.source may have been a linear that is replaced by now
+        inputs = self._activation(source, choice, site.linears[0])
         for index, linear in enumerate(site.linears):
             given = arguments(linear)
             stored, bias = given["weight"], given["bias"]
@@ -45,16 +48,18 @@ class Insertion:
                 name = f"{stored.target}_bias" if bias is None else f"{bias.target}_corrected"
                 bias = self.program.add_weight(name, new, trainable=self.program.tensor(stored).requires_grad)
             if choice.weights is not None:
-                stored = self.weight(stored, choice.weights[index])
-            call = self.program.call(aten.linear.default, inputs, stored, bias, before=linear)
-            self.program.replace(linear, call)
+                stored = self.weight(stored, choice.weights[index], self.bits)
+            parts = [None if item is None else self._cast(item, torch.float32, linear) for item in (stored, bias)]
+            call = self.program.call(aten.linear.default, inputs, *parts, before=linear)
+            self.program.replace(linear, self._cast(call, dtype(linear), linear))
 
     def table(self, lookup: fx.Node, weight: Quantized) -> None:
         """Let an embedding look up in a quantized table."""
-        new = self.program.call_again(lookup, weight=self.weight(lookup.args[0], weight))  # type: ignore[arg-type]
-        self.program.replace(lookup, new)
+        stored: Any = lookup.args[0]
+        new = self.program.call_again(lookup, weight=self.weight(stored, weight, bits=8))
+        self.program.replace(lookup, self._cast(new, dtype(lookup), lookup))
 
-    def weight(self, stored: fx.Node, weight: Quantized) -> fx.Node:
+    def weight(self, stored: fx.Node, weight: Quantized, bits: int) -> fx.Node:
         """The dequantized integers of a weight, whose floats become what the integers stand for."""
         if stored in self._weights:
             return self._weights[stored]
@@ -64,19 +69,22 @@ class Insertion:
         constants = [program.add_weight(f"{name}_scale", weight.scale)]
         if weight.zero_point is not None:
             constants.append(program.add_weight(f"{name}_zero_point", weight.zero_point))
-        options: dict[str, Any] = {} if self.bits == 8 else {"bits": self.bits}
+        options: dict[str, Any] = {} if bits == 8 else {"bits": bits}
         integers = program.call(quantize, values, *constants, before=first, **options)
         self._weights[stored] = program.call(dequantize, integers, *constants, before=first)
         return self._weights[stored]
 
     def _activation(self, source: fx.Node, choice: Choice, before: fx.Node) -> fx.Node:
-        program, activation, x = self.program, choice.activation, source
+        program, activation, x = self.program, choice.activation, self._cast(source, torch.float32, before)
         if activation.low:
             x = program.call(aten.sub.Tensor, x, activation.low, before=before)
         if choice.smooth is not None:
             inverse = program.add_weight(f"{source.name}_smooth", 1 / choice.smooth)
             x = program.call(aten.mul.Tensor, x, inverse, before=before)
         return x if activation.level == "float" else self._rounded(source.name, x, activation, before)
+
+    def _cast(self, node: fx.Node, to: torch.dtype, before: fx.Node) -> fx.Node:
+        return node if dtype(node) is to else self.program.call(aten._to_copy.default, node, dtype=to, before=before)
 
     def _rounded(self, name: str, x: fx.Node, activation: Activation, before: fx.Node) -> fx.Node:
         program = self.program

@@ -12,7 +12,7 @@ from .awq import awq_scale
 from .choice import Activation, Choice, measured
 from .gptq import gptq
 from .grid import Clip, Grid, nearest
-from .histogram import Histogram
+from .histogram import Histogram, MovingAverage
 from .ranges import range_of, scale_of
 from .smooth import outlier_scale, smooth_scale
 
@@ -124,11 +124,14 @@ def _ranged(choice: Choice, way: Way, data: Data) -> Choice:
     """The choice with the range of a static activation."""
     if way.level != "static":
         return choice
-    histogram = Histogram()
+    seen = MovingAverage() if way.range == "average" else Histogram()
     for rows in data.rows:
         if len(rows):
-            histogram.add(rows.float() if choice.smooth is None else rows.float() * (1 / choice.smooth))
-    low, high = range_of(histogram, way.range, symmetric=way.symmetric)
+            seen.add(choice.scaled(rows.float()))
+    if isinstance(seen, Histogram):
+        low, high = range_of(seen, way.range, symmetric=way.symmetric)
+    else:
+        low, high = seen.low, seen.high
     scale, zero_point = scale_of(low, high, way.symmetric)
     activation = Activation("static", None, torch.tensor(scale), torch.tensor(float(zero_point)))
     return replace(choice, activation=activation)

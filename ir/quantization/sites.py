@@ -27,15 +27,14 @@ _VIEWS = (aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten
 
 @dataclass(frozen=True)
 class Site:
-    """Linear layers that read one activation [..., K]: it is quantized once for all of them."""
+    """Linear layers that read one activation [..., K]: it is quantized once for all of them.
+
+    `name` is made of the linears' names, which a node has no longer when it is replaced.
+    """
 
     source: fx.Node
     linears: tuple[fx.Node, ...]
-
-    @property
-    def name(self) -> str:
-        """The module paths of the linears, shortened to what they share where there are several."""
-        return " + ".join(map(name_of, self.linears))
+    name: str
 
     @property
     def multiplications(self) -> int:
@@ -67,7 +66,8 @@ def linear_sites(program: Program, skip: Sequence[str]) -> tuple[list[Site], lis
             found.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
         else:
             refusals.append(Refusal(reason, "quantize", node.name))
-    return [Site(source, tuple(linears)) for source, linears in found.items()], refusals
+    sites = [Site(source, tuple(linears), " + ".join(map(name_of, linears))) for source, linears in found.items()]
+    return sites, refusals
 
 
 def _refuses(node: fx.Node, skip: Sequence[str]) -> str | None:
