@@ -1,0 +1,589 @@
+"""Quantize: golden graphs, refusals and bad options, what must survive, training, and what calibration data brings."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from build import before_after, normal, program, reasons, rewritten
+from torch import Tensor, nn
+
+import fxpress
+from fxpress.ir.equality import sqnr_db
+from fxpress.ir.errors import InputError, RewriteError
+from fxpress.ir.graph import Program
+from fxpress.ir.ops.quantize import dequantize, dynamic_quantize, int4_linear, int8_linear, quantize
+from fxpress.ir.quantization.fold import fold
+from fxpress.ir.quantization.precision import cosines
+from fxpress.ir.rewrite import Context
+from fxpress.ir.verify import verify
+from fxpress.passes import Canonicalize, Fuse, Quantize
+
+aten = torch.ops.aten
+X = (2, 5, 8)
+PLAIN = {"method": "minmax", "sensitive": None}  # everything rounded to nearest, with calibration data or without
+Batches = list[list[Tensor]]
+
+
+def linear(m: Any, x: Tensor) -> Tensor:
+    return F.linear(x, m.w, m.b)
+
+
+def weights(*sizes: int, **more: Tensor) -> dict[str, Tensor]:
+    return {"w": normal(*sizes), "b": normal(sizes[0], seed=1), **more}
+
+
+def calibrated(batches: Batches) -> Context:
+    return Context(calibration=batches)
+
+
+@functools.cache
+def encoder(dtype: torch.dtype = torch.float32) -> Program:
+    """One Transformer layer, canonical; not to be changed."""
+    return rewritten(program(tiny.encoder().to(dtype), *tiny.inputs().values()), Canonicalize())[0]
+
+
+TEXTS: Batches = [list(tiny.inputs(3, length).values()) for length in (6, 9, 7, 8)]
+
+
+# --- golden graphs ---------------------------------------------------------------------------------------------
+
+
+def projections(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return F.linear(x, m.q), F.linear(x, m.k, m.b), F.linear(x, m.v)
+
+
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(10, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.words(ids)
+        return found
+
+
+IDS = torch.tensor([[0, 3, 9], [1, 1, 2]])
+THREE = {name: normal(8, 8, seed=index) for index, name in enumerate("qkv")}
+ONE: Callable[[], Program] = lambda: program(linear, normal(*X), **weights(4, 8))  # noqa: E731
+CASES: dict[str, tuple[Callable[[], Program], Quantize, Batches]] = {
+    "linear": (lambda: program(lambda m, x: F.linear(x, m.w), normal(*X), w=normal(4, 8)), Quantize(), []),
+    "linear_bias": (ONE, Quantize(), []),
+    "linear_tensor": (ONE, Quantize(granularity="tensor"), []),
+    "linears_of_one_input": (lambda: program(projections, normal(*X), **THREE, b=normal(8)), Quantize(), []),
+    "linear_behind_gelu": (
+        lambda: program(lambda m, x: F.linear(F.gelu(x), m.w, m.b), normal(*X), **weights(4, 8)),
+        Quantize(),
+        [],
+    ),
+    "mlp": (
+        lambda: program(
+            lambda m, x: torch.ops.fxpress.mlp(x, m.w, m.b, m.d, None, "relu"),
+            normal(*X),
+            **weights(6, 8, d=normal(8, 6)),
+        ),
+        Quantize(),
+        [],
+    ),
+    "embedding": (lambda: program(Lookup(), IDS), Quantize(), []),
+    "not_folded": (ONE, Quantize(fold=False), []),
+    "weights_only": (ONE, Quantize(activations=None), []),
+    "int4": (ONE, Quantize(weights="int4"), []),
+    "int4_not_folded": (ONE, Quantize(weights="int4", fold=False, symmetric=True), []),
+    "static": (ONE, Quantize(mode="static", **PLAIN), [[normal(*X)]]),
+    "static_symmetric": (ONE, Quantize(mode="static", symmetric=True, **PLAIN), [[normal(*X)]]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rule(case: str, golden: Callable[[str], None]) -> None:
+    build, rewrite, batches = CASES[case]
+    before = build()
+    after, result = rewritten(before, rewrite, calibrated(batches))
+    golden(before_after(before, after, result))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_stay_close(case: str) -> None:
+    build, rewrite, batches = CASES[case]
+    before = build()
+    after, _ = rewritten(before, rewrite, calibrated(batches))
+    given = [IDS] if case == "embedding" else [normal(*X)]
+    least = 15 if "int4" in case else 30
+    assert min(sqnr_db(a, b) for a, b in zip(after.run(given), before.run(given), strict=True)) > least
+
+
+# --- refusals --------------------------------------------------------------------------------------------------
+
+
+def test_a_computed_weight_stays_in_floats() -> None:
+    after, result = rewritten(program(lambda m, x: F.linear(x, m.w * 2), normal(*X), w=normal(4, 8)), Quantize())
+    assert result.changes == 0 and reasons(result) == ["mul is no weight"]
+    assert len(after.calls(aten.linear.default)) == 1
+
+
+def test_a_skipped_layer_stays_in_floats() -> None:
+    after, result = rewritten(encoder(), Quantize(skip=["up"]))
+    assert reasons(result) == ["up is to be skipped"]
+    assert len(after.calls(aten.linear.default)) == 1 and len(after.calls(int8_linear)) == 5
+
+
+def test_everything_skipped_leaves_the_graph() -> None:
+    before = encoder()
+    after, result = rewritten(before, Quantize(skip=["*"]))
+    assert result.changes == 0 and [node.name for node in after.graph.nodes] == [
+        node.name for node in before.graph.nodes
+    ]
+
+
+class Tied(nn.Module):
+    """An embedding whose table is the weight of the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.head(self.words(ids))
+        return found
+
+
+def test_an_embedding_stays_where_a_linear_reads_its_floats() -> None:
+    after, result = rewritten(program(Tied(), IDS), Quantize(skip=["head"]))
+    assert result.changes == 0
+    assert reasons(result, "embedding") == ["its weight is read by linear, which stays in floats"]
+    assert after.module.words.weight.dtype is torch.float32
+
+
+def test_embeddings_stay_unless_asked() -> None:
+    after, _ = rewritten(encoder(), Quantize(embeddings=None))
+    assert after.module.embed.weight.dtype is torch.float32
+
+
+@pytest.mark.parametrize("first", [Quantize(), Quantize(fold=False), Quantize(weights="int4")], ids=str)
+def test_twice_is_refused(first: Quantize) -> None:
+    after, _ = rewritten(ONE(), first)
+    with pytest.raises(RewriteError, match="quantized already; give one Quantize with all options"):
+        Quantize().apply(after, Context())
+
+
+# --- options ---------------------------------------------------------------------------------------------------
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"weights": "int9"}, "unknown weights 'int9': did you mean 'int"),
+    ({"weights": None}, "unknown weights None"),
+    ({"activations": "int4"}, "unknown activations 'int4': did you mean 'int8'"),
+    ({"mode": "dynamics"}, "unknown mode 'dynamics': did you mean 'dynamic'"),
+    ({"granularity": "tokens"}, "unknown granularity 'tokens': did you mean 'token'"),
+    ({"granularity": "channel"}, "unknown granularity 'channel'.*valid: auto, tensor, token"),
+    ({"method": "smoothquand"}, "unknown method 'smoothquand': did you mean 'smoothquant'"),
+    ({"method": "gptq+minmux"}, "unknown method 'minmux': did you mean 'minmax'"),
+    ({"embeddings": "int4"}, "unknown embeddings 'int4': did you mean 'int8'"),
+    ({"sensitive": "autos"}, "unknown sensitive 'autos': did you mean 'auto'"),
+    ({"skip": "head"}, r"skip must be a list of names, found 'head'; write skip=\['head'\]"),
+    ({"group_size": 33, "activations": None}, "group_size must be a power of two of 16 or more, found 33"),
+    ({"group_size": 8, "activations": None}, "group_size must be a power of two of 16 or more, found 8"),
+    ({"group_size": -32, "activations": None}, "group_size must be a power of two of 16 or more, found -32"),
+    ({"group_size": 32}, "activations=None for a group_size"),
+    ({"weights": "int4", "activations": "int8"}, "give activations=None"),
+    ({"mode": "static", "granularity": "token"}, "granularity='tensor' or mode='dynamic'"),
+    ({"min_cosine": 0.99, "min_sqnr_db": 20}, "one of min_cosine, min_sqnr_db and metric"),
+    ({"min_cosine": 1.5}, "min_cosine must lie between 0 and 1, found 1.5"),
+    ({"min_cosine": 0.0}, "min_cosine must lie between 0 and 1, found 0.0"),
+    ({"min_cosine": 0.9, "sensitive": None}, "a target needs sensitive='auto'"),
+]
+
+
+@pytest.mark.parametrize(("options", "problem"), BAD, ids=[str(options) for options, _ in BAD])
+def test_bad_options_are_an_error(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        Quantize(**options)
+
+
+def test_an_unknown_option_in_a_text_is_an_error() -> None:
+    with pytest.raises(InputError, match="unknown option 'weight' of pass 'quantize': did you mean 'weights'"):
+        fxpress.compile(nn.Linear(2, 2).eval(), "quantize(weight=int8)", (normal(1, 2),))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"mode": "static"}, "static ranges of activations"),
+        ({"min_cosine": 0.99}, "a target for the outputs"),
+        ({"min_sqnr_db": 20.0}, "a target for the outputs"),
+        ({"metric": lambda a, b: 1.0}, "a target for the outputs"),
+        ({"method": "gptq"}, "method 'gptq'"),
+        ({"method": "minmax+smoothquant"}, "method 'smoothquant'"),
+    ],
+    ids=str,
+)
+def test_missing_calibration_data_is_an_error(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=f"{reason} needs calibration data; give compile\\(\\) calibration=batches"):
+        Quantize(**options).apply(ONE(), Context())
+
+
+def test_defaults_need_no_calibration_data() -> None:
+    assert Quantize().needs_calibration is None
+
+
+def test_the_pass_is_printed_with_what_was_given() -> None:
+    assert str(Quantize()) == "quantize"
+    assert str(Quantize(weights="int4", skip=["head"])) == "quantize(weights='int4', skip=['head'])"
+
+
+# --- what must survive -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2, 3])
+def test_budget_stops(budget: int) -> None:
+    """The encoder has four sites: query, key and value; out; up; down."""
+    after, _ = rewritten(encoder(), Quantize(embeddings=None), Context(max_rewrites=budget))
+    assert len(after.calls(dynamic_quantize)) == budget
+
+
+def test_a_budget_of_nothing_changes_nothing() -> None:
+    before = encoder()
+    after, result = rewritten(before, Quantize(), Context(max_rewrites=0))
+    given = list(tiny.inputs().values())
+    assert result.changes == 0 and torch.equal(after.run(given)[0], before.run(given)[0])
+
+
+def test_a_budget_reaches_embeddings_last() -> None:
+    _, result = rewritten(encoder(), Quantize(), Context(max_rewrites=4))
+    assert "embedding" not in result.rewrites
+    _, result = rewritten(encoder(), Quantize(), Context(max_rewrites=5))
+    assert result.rewrites["embedding"] == 1
+
+
+def test_what_else_reads_an_activation_reads_floats() -> None:
+    after, _ = rewritten(program(lambda m, x: x + F.linear(x, m.w), normal(*X), w=normal(8, 8)), Quantize())
+    (add,) = after.calls(aten.add.Tensor)
+    assert add.args[0].op == "placeholder"
+
+
+def test_an_activation_is_quantized_once_for_its_linears() -> None:
+    after, _ = rewritten(encoder(), Quantize())
+    readers = Counter(node.args[0] for node in after.calls(int8_linear))
+    assert sorted(readers.values()) == [1, 1, 1, 3]
+
+
+def test_a_linear_right_behind_another() -> None:
+    both = {"w": normal(6, 8), "v": normal(4, 6, seed=1)}
+    before = program(lambda m, x: F.linear(F.linear(x, m.w), m.v), normal(*X), **both)
+    after, _ = rewritten(before, Quantize())
+    assert len(after.calls(int8_linear)) == 2
+    assert sqnr_db(after.run([normal(*X)])[0], before.run([normal(*X)])[0]) > 30
+
+
+def test_tied_weights_are_stored_once() -> None:
+    before = program(Tied(), IDS)
+    after, result = rewritten(before, Quantize())
+    assert set(result.rewrites) == {"linear (token)", "embedding"}
+    assert [name for name, value in after.module.state_dict().items() if value.dtype is torch.int8] == [
+        "words_weight_integers"
+    ]
+    assert sqnr_db(after.run([IDS])[0], before.run([IDS])[0]) > 30
+
+
+def test_a_tied_weight_is_neither_smoothed_nor_fitted() -> None:
+    after, _ = rewritten(program(Tied(), IDS), Quantize(), calibrated([[IDS]] * 4))
+    fitted, _ = rewritten(program(Tied(), IDS), Quantize())
+    assert torch.equal(after.module.words_weight_integers, fitted.module.words_weight_integers)
+
+
+@pytest.mark.slow
+def test_the_table_and_head_of_gpt2_are_quantized_once() -> None:
+    compiled = fxpress.compile(tiny.gpt2(), [Quantize()], tiny.text(), backend="eager", verify=False)
+    graph = compiled.program
+    tables = [node for node in graph.graph.nodes if node.op == "get_attr" and node.meta["val"].shape[0] == 1000]
+    assert sorted(str(graph.tensor(node).dtype) for node in tables) == ["torch.float32", "torch.int8"]
+    (integers,) = (node for node in tables if graph.tensor(node).dtype is torch.int8)
+    assert {user.target for user in integers.users} == {int8_linear, aten.embedding.default}
+
+
+def test_one_table_looked_up_twice() -> None:
+    class Twice(Lookup):
+        def forward(self, ids: Tensor) -> Tensor:
+            found: Tensor = self.words(ids) + self.words(ids + 1)
+            return found
+
+    after, result = rewritten(program(Twice(), IDS.clamp(max=8)), Quantize())
+    assert result.rewrites["embedding"] == 2
+    stored = {name: tuple(value.shape) for name, value in after.module.state_dict().items()}
+    assert stored == {"words_weight_integers": (10, 8), "words_weight_scale": (10, 1)}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"granularity": "tensor"}, {"activations": None}, {"weights": "int4"}], ids=str
+)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 7), (3, 33), (17, 65)])
+def test_odd_sizes(rows: int, columns: int, options: dict[str, Any]) -> None:
+    before = program(linear, normal(2, 5, columns), **weights(rows, columns))
+    after, _ = rewritten(before, Quantize(**options))
+    for size in ((1, 1), (3, 2)):
+        x = normal(*size, columns, seed=7)
+        assert sqnr_db(after.run([x])[0], before.run([x])[0]) > (12 if options.get("weights") else 25)
+
+
+def test_a_batch_of_nothing() -> None:
+    after, _ = rewritten(ONE(), Quantize())
+    assert after.run([torch.zeros(0, 5, 8)])[0].shape == (0, 5, 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"weights": "int4"}, {"mode": "static"}], ids=str)
+def test_a_weight_of_zeros_leaves_the_bias(options: dict[str, Any]) -> None:
+    before = program(linear, normal(*X), w=torch.zeros(4, 8), b=normal(4))
+    after, _ = rewritten(before, Quantize(**options), calibrated([[normal(*X)]]))
+    assert torch.equal(after.run([normal(*X)])[0], before.run([normal(*X)])[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"weights": "int4"}, {"mode": "static"}], ids=str)
+@pytest.mark.parametrize("value", [0.0, -3.0, 1e-30, 1e12])
+def test_constant_activations_give_finite_numbers(value: float, options: dict[str, Any]) -> None:
+    x = torch.full(X, value)
+    before = program(linear, normal(*X), **weights(4, 8))
+    for batches in [[[x]]] if options.get("mode") else [[], [[x]]]:
+        after, _ = rewritten(before, Quantize(**options), calibrated(batches))
+        found, expected = after.run([x])[0], before.run([x])[0]
+        assert found.isfinite().all() and (found - expected).norm() <= 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("batches", [[], TEXTS], ids=["plain", "calibrated"])
+@pytest.mark.parametrize("options", [{}, {"activations": None}, {"weights": "int4", "group_size": 16}], ids=str)
+def test_half_precision_keeps_its_dtype(half: torch.dtype, batches: Batches, options: dict[str, Any]) -> None:
+    before = encoder(dtype=half)
+    after, result = rewritten(before, Quantize(**options), calibrated(batches))
+    given = list(tiny.inputs(3, 5).values())
+    found = after.run(given)[0]
+    assert result.changes == 7 and found.dtype is half
+    assert cosines(found, before.run(given)[0]).mean() > 0.99
+
+
+def test_a_table_has_8_bits_beside_linears_of_4() -> None:
+    before = program(Lookup(), IDS)
+    after, _ = rewritten(before, Quantize(weights="int4"))
+    assert sqnr_db(after.run([IDS])[0], before.run([IDS])[0]) > 35
+
+
+def integers(traced: Program) -> Counter[tuple[float, ...]]:
+    """The rows of the weights that integer matmuls read."""
+    return Counter(
+        itertools.chain.from_iterable(map(tuple, traced.tensor(n.args[3]).tolist()) for n in traced.calls(int8_linear))
+    )
+
+
+def test_before_and_after_fuse_are_the_same() -> None:
+    early, late = (
+        rewritten(rewritten(encoder(), Quantize())[0], Fuse())[0],
+        rewritten(rewritten(encoder(), Fuse())[0], Quantize())[0],
+    )
+    assert integers(early) == integers(late)
+    for size in ((2, 6), (1, 1), (3, 11)):
+        given = list(tiny.inputs(*size).values())
+        assert torch.equal(early.run(given)[0], late.run(given)[0])
+
+
+def test_the_model_is_not_changed() -> None:
+    model = tiny.encoder()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fxpress.compile(model, [Quantize()], tiny.inputs(), backend="eager", calibration=[tiny.inputs(3, 9)])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_calibration_batches_are_not_changed() -> None:
+    copies = [[tensor.clone() for tensor in batch] for batch in TEXTS]
+    rewritten(encoder(), Quantize(mode="static"), calibrated(TEXTS))
+    assert all(torch.equal(a, b) for x, y in zip(TEXTS, copies, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_the_same_data_give_the_same_integers() -> None:
+    first, second = (rewritten(encoder(), Quantize(), calibrated(TEXTS))[0].module.state_dict() for _ in range(2))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- training --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"weights": "int4"}], ids=str)
+def test_what_is_not_folded_can_be_trained_and_folded_afterwards(options: dict[str, Any]) -> None:
+    both = {"w": normal(16, 8) / 3, "b": normal(16, seed=1), "v": normal(4, 16, seed=2) / 4}
+    traced = program(lambda m, x: F.linear(F.gelu(F.linear(x, m.w, m.b)), m.v), normal(32, 8), **both)
+    trained, _ = rewritten(traced, Quantize(fold=False, **options))
+    x, target = normal(32, 8, seed=3), normal(32, 4, seed=4)
+    optimizer = torch.optim.SGD(trained.module.parameters(), lr=0.05)
+    losses = []
+    for _ in range(20):
+        loss = (trained.run([x])[0] - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+    expected = trained.run([x])[0].detach()
+    assert fold(trained) == 2
+    verify(trained)
+    torch.testing.assert_close(trained.run([x])[0].detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_folded_gives_what_is_folded() -> None:
+    left, stored = (rewritten(encoder(), Quantize(fold=each))[0] for each in (False, True))
+    assert left.calls(quantize) and left.calls(dequantize) and not left.calls(int8_linear)
+    given = list(tiny.inputs(3, 9).values())
+    assert sqnr_db(left.run(given)[0], stored.run(given)[0]) > 50  # a number near a tie may be rounded elsewhere
+
+
+def test_frozen_weights_stay_frozen() -> None:
+    traced = program(linear, normal(*X), w=nn.Parameter(normal(4, 8), requires_grad=False), b=normal(4))
+    after, _ = rewritten(traced, Quantize(fold=False))
+    assert [name for name, value in after.module.named_parameters() if value.requires_grad] == ["b"]
+
+
+# --- calibration data ------------------------------------------------------------------------------------------
+
+
+def outliers(seed: int, count: int = 48, size: float = 100.0) -> list[Tensor]:
+    """Rows [count, 32] with one channel that is much larger than the others."""
+    x = normal(count, 32, seed=seed)
+    x[:, 5] *= size
+    return [x]
+
+
+ROWS: Batches = [outliers(seed) for seed in range(4)]
+
+
+@functools.cache
+def wide() -> Program:
+    """A layer that hardly reads its input's outliers, and a second layer without any."""
+    first = normal(24, 32, seed=1) / 6
+    first[:, 5] /= 100
+    return program(
+        lambda m, x: F.linear(torch.tanh(F.linear(x, m.w)), m.v), normal(4, 32), w=first, v=normal(8, 24, seed=2)
+    )
+
+
+def noise(before: Program, batches: Batches, seed: int = 9, **options: Any) -> float:
+    """Energy of the error over that of the outputs, on rows that were not calibrated with."""
+    after, _ = rewritten(before, Quantize(**options), calibrated(batches))
+    found, expected = (each.run(outliers(seed))[0].detach() for each in (after, before))
+    return float((found - expected).square().sum() / expected.square().sum())
+
+
+def test_smoothquant_halves_the_error_of_outlier_channels() -> None:
+    plain, smooth = (
+        noise(wide(), ROWS, granularity="tensor", method=method, sensitive=None) for method in ("minmax", "smoothquant")
+    )
+    assert smooth < plain / 4  # in energy
+
+
+def test_outliers_need_no_finer_layers_once_smoothed() -> None:
+    _, result = rewritten(wide(), Quantize(min_cosine=0.999), calibrated(ROWS))
+    assert reasons(result) == [] and result.rewrites["linear (tensor, smoothed)"] >= 1
+
+
+def test_mixed_precision_reaches_a_target_that_one_range_everywhere_misses() -> None:
+    """Nothing is smoothed, so that the first layer has to stay in floats."""
+    target = 0.999
+    before = wide()
+    coarse, _ = rewritten(before, Quantize(granularity="tensor", **PLAIN), calibrated(ROWS))
+    mixed, result = rewritten(
+        before, Quantize(granularity="tensor", method="minmax", min_cosine=target), calibrated(ROWS)
+    )
+    given = outliers(9, 200)
+    cosine = [cosines(each.run(given)[0], before.run(given)[0]).mean().item() for each in (coarse, mixed)]
+    assert cosine[0] < target <= cosine[1]
+    assert reasons(result) == ["too sensitive: it stays in floats"] and result.rewrites["linear (tensor)"] == 1
+
+
+def test_a_target_is_reported() -> None:
+    _, result = rewritten(wide(), Quantize(min_sqnr_db=20.0), calibrated(ROWS))
+    assert [match.detail.partition(":")[0] for match in result.matches if match.rule == "target"] == ["SQNR 20 dB"]
+
+
+def test_a_metric_that_is_never_satisfied_is_reported() -> None:
+    rewrite = Quantize(metric=lambda outputs, truth: 0.0, min_metric=1.0)
+    _, result = rewritten(wide(), rewrite, calibrated(ROWS))
+    assert len(reasons(result, "target")) == 1 and reasons(result, "target")[0].startswith("not reached: metric 1")
+
+
+def test_a_metric_sees_the_outputs_and_the_models() -> None:
+    seen: list[list[tuple[int, ...]]] = []
+
+    def metric(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+        seen.append([tuple(item.shape) for item in (*outputs, *truth)])
+        return 1.0
+
+    rewritten(wide(), Quantize(metric=metric, min_metric=0.5), calibrated(ROWS))
+    assert seen and all(shapes == [(48, 8), (48, 8)] for shapes in seen)  # a fourth of the batches judges
+
+
+def test_gptq_is_closer_than_nearest_on_correlated_inputs() -> None:
+    mix = torch.eye(32) + normal(32, 32, seed=5) / 3
+    batches = [[normal(200, 32, seed=seed) @ mix] for seed in range(3)]
+    before = program(lambda m, x: F.linear(x, m.w), normal(4, 32), w=normal(24, 32, seed=1))
+    x = [normal(400, 32, seed=9) @ mix]
+    nearest, fitted = (
+        sqnr_db(
+            rewritten(before, Quantize(weights="int4", method=method), calibrated(batches))[0].run(x)[0],
+            before.run(x)[0],
+        )
+        for method in ("minmax", "gptq")
+    )
+    assert fitted > nearest + 2
+
+
+@pytest.mark.parametrize("method", ["smoothquant", "gptq", "bias", "smoothquant+gptq+bias", "auto"])
+@pytest.mark.parametrize("options", [{"granularity": "tensor"}, {"granularity": "token"}, {"mode": "static"}], ids=str)
+def test_no_method_is_worse_than_rounding(method: str, options: dict[str, Any]) -> None:
+    plain = noise(wide(), ROWS, **options, **PLAIN)
+    assert noise(wide(), ROWS, **options, method=method, sensitive=None) < 1.1 * plain
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy", "mse"])
+def test_static_ranges(method: str) -> None:
+    before = encoder()
+    after, result = rewritten(before, Quantize(mode="static", method=method), calibrated(TEXTS))
+    assert result.rewrites["linear (static)"] + result.rewrites["linear (static, smoothed)"] == 6
+    given = list(tiny.inputs(3, 10).values())
+    assert cosines(after.run(given)[0], before.run(given)[0]).mean() > 0.99
+
+
+def with_padding(value: int, mask: Tensor) -> Batches:
+    """The same real tokens, the padding filled with one id."""
+    ids = tiny.inputs(4, 9)["ids"]
+    return [[torch.where(tiny.inputs(4, 9)["mask"], ids, value), mask]]
+
+
+def test_padding_does_not_change_what_is_calibrated() -> None:
+    padded = tiny.inputs(4, 9)["mask"]
+    rewrite = Quantize(mode="static", embeddings=None)
+    first, second, unmasked = (
+        rewritten(encoder(), rewrite, calibrated(batches))[0].module.state_dict()
+        for batches in (with_padding(0, padded), with_padding(49, padded), with_padding(49, torch.ones_like(padded)))
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], unmasked[name]) for name in first if name in unmasked)
+
+
+def test_scores_by_position_are_measured_at_several_lengths() -> None:
+    """As of question answering: outputs [B, N], of which N differs from batch to batch."""
+    batches = [[normal(2, length, 8, seed=length)] for length in range(3, 12)]
+    before = program(lambda m, x: F.linear(x, m.w).squeeze(-1), normal(2, 5, 8), w=normal(1, 8))
+    _, result = rewritten(before, Quantize(), calibrated(batches))
+    assert len([match for match in result.matches if match.rule == "target"]) == 1
+
+
+def test_four_bits_read_floats_and_are_not_smoothed() -> None:
+    after, result = rewritten(wide(), Quantize(weights="int4"), calibrated(ROWS))
+    assert result.rewrites == {"linear (float)": 2} and len(after.calls(int4_linear)) == 2
