@@ -33,6 +33,7 @@ from .report import Report
 from .trace import Arguments, admit_ones, bind_example, plain_attention, trace
 
 BACKENDS = ("auto", "eager", "onnx")
+FORMS = ("runtime", "qdq")
 
 
 class Runner(Protocol):
@@ -172,14 +173,29 @@ class Compiled:
             print_program(made.program),
         )
 
-    def to_onnx(self, path: str | os.PathLike[str]) -> None:
+    def to_onnx(self, path: str | os.PathLike[str], form: str = "runtime") -> None:
         """Write the ONNX model as a file, with its weights beside it: `model.onnx`, `model.safetensors`.
 
         Raises:
+        Args:
+            form: "runtime": as it runs here, with the kernels of ONNX Runtime that were measured the fastest. "qdq":
+                operators of the ONNX standard alone, for any runtime; integers between QuantizeLinear and
+                DequantizeLinear. The backend may be eager then.
+
             InputError: one of the files exists or cannot be written, or the backend is not onnx.
         """
-        runner = self._onnx_runner()
-        write_onnx(runner.files, Path(path))
+        _check_form(form)
+        if form == "runtime":
+            write_onnx(self._onnx_runner().files, Path(path))
+            return
+        from ..backends.onnx.export import save, to_standard_onnx
+
+        for file in onnx_files(Path(path)):
+            artifact.check_new(file)
+        model = to_standard_onnx(self.program)
+        with tempfile.TemporaryDirectory(prefix="fxpress-") as folder:
+            save(model, Path(folder) / artifact.MODEL)
+            write_onnx(Path(folder), Path(path))
 
     @property
     def _product(self) -> _Product:
@@ -346,8 +362,9 @@ def export_onnx(
     """
     for file in onnx_files(Path(path)):
         artifact.check_new(file)
-    compiled = compile(model, passes, example_inputs, backend="onnx", **options)
-    compiled.to_onnx(path)
+    backend = "onnx" if form == "runtime" else "eager"
+    compiled = compile(model, passes, example_inputs, backend=backend, **options)
+    compiled.to_onnx(path, form)
     return compiled.report
 
 
@@ -384,13 +401,19 @@ def write_onnx(files: Path, path: Path) -> None:
 @contextmanager
 def _without_collector() -> Iterator[None]:
     """Tracing makes millions of small objects that live on; searching them for cycles costs a tenth of the time."""
+    *,
+    form: str = "runtime",
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
+    Args:
+        form: as in `Compiled.to_onnx`; for "qdq" nothing is measured, and the report is of the program in PyTorch.
+
     finally:
         if enabled:
             gc.enable()
+    _check_form(form)
 
 
 class _Clock:
@@ -398,6 +421,11 @@ class _Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+def _check_form(form: str) -> None:
+    if form not in FORMS:
+        raise InputError(f"unknown form {form!r}: {nearest(form, FORMS)}")
+
+
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:

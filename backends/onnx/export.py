@@ -20,9 +20,10 @@ from torch.export import Dim, ExportedProgram
 from ...ir.errors import LoweringError, one_line
 from ...ir.graph import Program, identifier, source_of
 from ...ir.printer import target_name
+from ...ir.quantization.fold import fold
 from .lowerings import banded, causal, functions, padded
-from .lowerings.lowering import Lowering
-from .lowerings.table import LOWERINGS, supported
+from .lowerings.lowering import STANDARD_OPSET, Lowering
+from .lowerings.table import LOWERINGS, standard, supported
 from .views import join_views
 
 OPSET = 23
@@ -37,10 +38,18 @@ class Leaf:
     constant: bool | int | float | str | None = None
 
 
-def check(program: Program) -> list[str]:
-    """Every node that the ONNX backend cannot take, with the reason; empty if it can take all."""
+def check(
+    program: Program,
+    lowerings: Callable[[fx.Node], tuple[list[Lowering], list[str]]] = supported,
+    opset: int = OPSET,
+) -> list[str]:
+    """Every node that the ONNX backend cannot take, with the reason; empty if it can take all.
+
+    Args:
+        lowerings: the candidates for a node, and why others are none.
+    """
     problems = []
-    known = _exportable()
+    known = _exportable(opset)
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "output":
@@ -52,7 +61,7 @@ def check(program: Program) -> list[str]:
             problems.append(f"{node.name}: ONNX Runtime has no bfloat16 kernels on CPU; use model.float()")
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             if node.target.namespace == "fxpress":
-                candidates, reasons = supported(node)
+                candidates, reasons = lowerings(node)
                 if not candidates:
                     problems.append(f"{target_name(node)}: {'; '.join(reasons) or 'no lowering'}{source_of(node)}")
             elif not known(node.target) and not _decomposable(node.target):
@@ -68,19 +77,22 @@ def check_supported(program: Program) -> None:
     Raises:
         LoweringError: lists all of it.
     """
-    problems = check(program)
+    _refuse(check(program))
+
+
+def _refuse(problems: Sequence[str]) -> None:
     if problems:
         count = f"{len(problems)} unsupported: " if len(problems) > 1 else ""
         raise LoweringError(f"the ONNX backend cannot take this program: {count}{' | '.join(problems)}")
 
 
 @functools.cache
-def _exportable() -> Callable[[Any], bool]:
-    """Whether torch's exporter translates an operator at our opset."""
+def _exportable(opset: int) -> Callable[[Any], bool]:
+    """Whether torch's exporter translates an operator at an opset."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     with quietly():
-        registry = ONNXRegistry.from_torchlib(opset_version=OPSET)
+        registry = ONNXRegistry.from_torchlib(opset_version=opset)
     translates: Callable[[Any], bool] = registry.is_registered
     return translates
 
@@ -93,7 +105,20 @@ def _decomposable(target: torch._ops.OpOverload) -> bool:
     return implicit or target in core_aten_decompositions()
 
 
-def to_onnx(program: Program, choices: Choices) -> onnx_ir.Model:
+def to_standard_onnx(program: Program) -> onnx_ir.Model:
+    """The ONNX model of a program in operators of the standard alone; integers stand between Q/DQ nodes.
+
+    Raises:
+        LoweringError: a node has no such lowering; and what `to_onnx` raises.
+    """
+    program = program.copy()
+    fold(program)  # a quantized program that was left for training
+    _refuse(check(program, standard, STANDARD_OPSET))
+    nodes = program.calls(*LOWERINGS)
+    return to_onnx(program, {node: standard(node)[0][0] for node in nodes}, STANDARD_OPSET)
+
+
+def to_onnx(program: Program, choices: Choices, opset: int = OPSET) -> onnx_ir.Model:
     """The ONNX model of a program.
 
     Args:
@@ -104,25 +129,27 @@ def to_onnx(program: Program, choices: Choices) -> onnx_ir.Model:
     """
     lowered, names = _lowered(program, choices)
     exported = _export(program, lowered)
-    known = _exportable()
+    known = _exportable(opset)
     if all(known(node.target) for node in exported.graph.nodes if node.op == "call_function"):
         # The exporter would trace the program once more to decompose what it cannot translate: half of the time.
         exported.run_decompositions = lambda *_: exported
     try:
-        model = write_onnx(exported, [tensor.name for tensor in program.signature.inputs], names)
+        model = write_onnx(exported, [tensor.name for tensor in program.signature.inputs], names, opset)
     except Exception as error:
-        raise LoweringError(_why_not(exported, error)) from error
+        raise LoweringError(_why_not(exported, error, opset)) from error
     _name_sizes(program, model)
     return model
 
 
-def write_onnx(exported: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> onnx_ir.Model:
+def write_onnx(
+    exported: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int = OPSET
+) -> onnx_ir.Model:
     """torch's exporter, then what depends on weights alone is computed."""
     with quietly():
         result = torch.onnx.export(
             exported,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             optimize=False,
             verbose=False,
             input_names=inputs,
@@ -135,9 +162,9 @@ def write_onnx(exported: ExportedProgram, inputs: Sequence[str], outputs: Sequen
     return result.model
 
 
-def _why_not(exported: ExportedProgram, error: BaseException) -> str:
+def _why_not(exported: ExportedProgram, error: BaseException, opset: int) -> str:
     """Why torch's exporter failed: the operators without translation that are left when all others are decomposed."""
-    known = _exportable()
+    known = _exportable(opset)
     try:
         left = exported.run_decompositions().graph.nodes
     except Exception:  # noqa: BLE001  # the error at hand is the one to report

@@ -307,7 +307,7 @@ def _group_query_attention(given: Attention) -> Tensor:
 
 
 @_lowering
-def _unfused(given: Attention) -> Tensor:
+def unfused(given: Attention) -> Tensor:
     """MatMul, Add, Softmax, MatMul; the heads of a group are rows of one matmul, so keys are not repeated."""
     batch, heads, length, size = given.query.shape
     groups, keys = given.key.shape[1], given.key.shape[2]
@@ -384,7 +384,12 @@ def _as_in_models(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return probe
 
 
-def _whole(name: str, function: Callable[..., Tensor], refuses: Callable[[fx.Node], str | None] = always) -> Lowering:
+def _whole(
+    name: str,
+    function: Callable[..., Tensor],
+    refuses: Callable[[fx.Node], str | None] = always,
+    standard: bool = False,
+) -> Lowering:
     """A lowering that is as good at every length: not for a band, causal attention or a key mask, in any sequence.
 
     The example's length says nothing about those to come; blocks, steps and branches lose little on short ones.
@@ -397,17 +402,17 @@ def _whole(name: str, function: Callable[..., Tensor], refuses: Callable[[fx.Nod
             return "steps serve causal attention at every length"
         return "a mask read where there is padding serves every length" if padded.settles(node) else refuses(node)
 
-    return Lowering(name, function, refuses_long)
+    return Lowering(name, function, refuses_long, standard)
 
 
 ATTENTION = (
     _whole("Attention", _attention_onnx, _refuses_fused),
     _whole("GroupQueryAttention", _group_query_attention, _refuses_group_query),
     _whole("MultiHeadAttention", _multi_head_attention, _refuses_multi_head),
-    _whole("MatMul+Softmax", _unfused),
-    Lowering("Attention by blocks", _blocks, banded.refuses),
-    Lowering("Attention in steps", _steps, causal.refuses),
-    Lowering("Attention, masked where padded", _key_masked, padded.refuses),
+    _whole("MatMul+Softmax", unfused, standard=True),
+    Lowering("Attention by blocks", _blocks, banded.refuses, standard=False),
+    Lowering("Attention in steps", _steps, causal.refuses, standard=False),
+    Lowering("Attention, masked where padded", _key_masked, padded.refuses, standard=False),
 )
 # Projections give [B, N, H, D] and the output projection reads [B, N, H * D]: transpositions count.
 PROBE = Probe(_rows_first, _as_in_models)

@@ -179,17 +179,20 @@ def _widened(lowering: Lowering, *weights: str) -> Lowering:
         reasons = (_aliased(given[name]) for name in weights)
         return lowering.refuses(node) or next((reason for reason in reasons if reason), None)
 
-    return Lowering(f"{lowering.name}, wider rows", function, refuses)
+    return Lowering(f"{lowering.name}, wider rows", function, refuses, lowering.standard)
 
 
-def _blocks(name: str, hidden: Hidden, refuses: Callable[[fx.Node], str | None]) -> tuple[Lowering, Lowering]:
+def _blocks(
+    name: str, hidden: Hidden, refuses: Callable[[fx.Node], str | None], standard: bool = True
+) -> tuple[Lowering, Lowering]:
     """A block as it is, and with wider hidden rows."""
     return (
-        Lowering(f"{name}, Linear", _block(hidden, False), refuses),
+        Lowering(f"{name}, Linear", _block(hidden, False), refuses, standard),
         Lowering(
             f"{name}, Linear, wider rows",
             _block(hidden, True),
             lambda node: refuses(node) or _aliased(arguments(node)["down_weight"]),
+            standard,
         ),
     )
 
@@ -202,7 +205,7 @@ _SEPARATE = Lowering("separate MatMuls", _separate_linears)
 LINEAR = (_LINEAR, _widened(_LINEAR, "weight"))
 LINEAR_ACT = (
     _LINEAR_ACTIVATION,
-    Lowering("MatMul+BiasActivation", _linear_bias_act, _refuses_bias_act),
+    Lowering("MatMul+BiasActivation", _linear_bias_act, _refuses_bias_act, standard=False),
     _widened(_LINEAR_ACTIVATION, "weight"),
 )
 GATED_LINEAR = (
@@ -217,7 +220,7 @@ SPLIT_LINEAR = (
 )
 MLP = (
     *_blocks("Linear+Activation", _ungated(_linear_act), _refuses_gated),
-    *_blocks("MatMul+BiasActivation", _ungated(_linear_bias_act), _refuses_gated_or_kind),
+    *_blocks("MatMul+BiasActivation", _ungated(_linear_bias_act), _refuses_gated_or_kind, standard=False),
     *_blocks("two MatMuls", _gated(reference(gated_linear)), _refuses_ungated),
     *_blocks("MatMul+Split", _gated(_packed_gated_linear), _refuses_ungated_or_packing),
 )

@@ -17,18 +17,22 @@ def always(node: fx.Node) -> str | None:
     return None
 
 
+STANDARD_OPSET = 21  # of the form for other runtimes: the first with 16 and 4 bits and blocks in QuantizeLinear
+
+
 @dataclass(frozen=True)
 class Lowering:
     """One way to lower an operator.
 
     `function` has the operator's own signature. It is run while torch's exporter traces the program, so it is written
     in torch operations and `symbolic` nodes (ONNX operators by name). `refuses(node)` is the reason why it cannot take
-    a node, or None.
+    a node, or None. `standard`: every node that it makes is an operator of the ONNX standard at STANDARD_OPSET.
     """
 
     name: str
     function: Callable[..., Any]
     refuses: Callable[[fx.Node], str | None] = always
+    standard: bool = True
 
 
 def reference(operator: OpOverload) -> Callable[..., Any]:

@@ -68,10 +68,10 @@ def _refuses_skip(node: fx.Node) -> str | None:
 
 ADD_LAYER_NORM = (
     Lowering("Add+LayerNormalization", _add_layer_norm),
-    Lowering("SkipLayerNormalization", _skip_layer_norm, _refuses_skip),
+    Lowering("SkipLayerNormalization", _skip_layer_norm, _refuses_skip, standard=False),
 )
-RMS_NORM = (Lowering("RMSNormalization", _rms_norm),)
+RMS_NORM = (Lowering("RMSNormalization", _rms_norm, standard=False),)
 ADD_RMS_NORM = (
-    Lowering("Add+RMSNormalization", _add_rms_norm),
-    Lowering("SkipSimplifiedLayerNormalization", _skip_rms_norm, _refuses_skip),
+    Lowering("Add+RMSNormalization", _add_rms_norm, standard=False),
+    Lowering("SkipSimplifiedLayerNormalization", _skip_rms_norm, _refuses_skip, standard=False),
 )

@@ -21,7 +21,7 @@ def _quantize_linear(input: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor
     return symbolic("QuantizeLinear", (input, scale, zero_point), dtype=torch.uint8, shape=input.shape, version=21)
 
 
-def _raised(zero_point: Tensor | None) -> Tensor:
+def raised(zero_point: Tensor | None) -> Tensor:
     """A zero point as the kernels have it."""
     if zero_point is None:
         return torch.full((), _SHIFT, dtype=torch.uint8)
@@ -31,7 +31,7 @@ def _raised(zero_point: Tensor | None) -> Tensor:
 def _quantize(
     input: Tensor, scale: Tensor, zero_point: Tensor | None = None, bits: int = 8, stored: bool = False
 ) -> Tensor:
-    return _quantize_linear(input, scale, _raised(zero_point))
+    return _quantize_linear(input, scale, raised(zero_point))
 
 
 def _refuses_quantize(node: fx.Node) -> str | None:
@@ -78,7 +78,7 @@ def _refuses_dynamic(node: fx.Node) -> str | None:
 def _dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """Of activations as the kernels have them; anything else by the reference."""
     if input.dtype is torch.uint8:
-        zero_point = _raised(zero_point).to(scale.dtype)
+        zero_point = raised(zero_point).to(scale.dtype)
     found: Tensor = reference(dequantize)(input, scale, zero_point)
     return found
 
@@ -89,7 +89,7 @@ def _int8_linear(
     """MatMulIntegerToFloat; a scale for each token, which the kernel does not take, multiplies its result."""
     columns = weight_scale.reshape(-1)
     tokenwise = scale.dim() > 0
-    inside: list[Tensor | None] = [torch.ones(()) if tokenwise else scale, columns, _raised(zero_point), None]
+    inside: list[Tensor | None] = [torch.ones(()) if tokenwise else scale, columns, raised(zero_point), None]
     result = symbolic(
         "com.microsoft::MatMulIntegerToFloat",
         (input, weight.t(), *inside, None if tokenwise else bias),
@@ -120,7 +120,7 @@ DYNAMIC_QUANTIZE = (
     Lowering("Div+Round+Clip", reference(dynamic_quantize), _refuses_stored),
 )
 DEQUANTIZE = (Lowering("Cast+Mul", _dequantize),)
-INT8_LINEAR = (Lowering("MatMulIntegerToFloat", _int8_linear, _refuses_int8_linear),)
+INT8_LINEAR = (Lowering("MatMulIntegerToFloat", _int8_linear, _refuses_int8_linear, standard=False),)
 
 PROBE = Probe(
     prepare=lambda name, tensor: (tensor.to(torch.int32) + _SHIFT).to(torch.uint8) if name == "input" else tensor,

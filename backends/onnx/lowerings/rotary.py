@@ -51,5 +51,5 @@ def _refuses_kernel(node: fx.Node) -> str | None:
 
 ROTARY = (
     Lowering("Mul+Add", reference(rotary)),
-    Lowering("RotaryEmbedding", _rotary_embedding, _refuses_kernel),
+    Lowering("RotaryEmbedding", _rotary_embedding, _refuses_kernel, standard=False),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from . import attention as attentions
 from . import integer as integers
 from . import linear as linears
 from . import norm as norms
+from . import portable
 from . import quantize as quantizes
 from . import rotary as rotaries
 from .lowering import Lowering, Probe
@@ -40,6 +42,14 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     quantize.int8_linear: quantizes.INT8_LINEAR,
 }
 
+PORTABLE: dict[Any, tuple[Lowering, ...]] = {
+    attention.attention: portable.ATTENTION,
+    norm.rms_norm: portable.RMS_NORM,
+    norm.add_rms_norm: portable.ADD_RMS_NORM,
+    quantize.int8_linear: portable.INT8_LINEAR,
+    quantize.int4_linear: portable.INT4_LINEAR,
+}
+
 PROBES: dict[Any, Probe] = {
     attention.attention: attentions.PROBE,
     quantize.int8_linear: quantizes.PROBE,
@@ -48,8 +58,18 @@ PROBES: dict[Any, Probe] = {
 
 def supported(node: fx.Node) -> tuple[list[Lowering], list[str]]:
     """The candidates that take a node, and the reasons of those that do not."""
+    return _taking(node, LOWERINGS.get(node.target, ()))
+
+
+def standard(node: fx.Node) -> tuple[list[Lowering], list[str]]:
+    """`supported` of lowerings to the ONNX standard alone."""
+    every = (*PORTABLE.get(node.target, ()), *LOWERINGS.get(node.target, ()))
+    return _taking(node, [lowering for lowering in every if lowering.standard])
+
+
+def _taking(node: fx.Node, lowerings: Iterable[Lowering]) -> tuple[list[Lowering], list[str]]:
     candidates, reasons = [], []
-    for lowering in LOWERINGS.get(node.target, ()):
+    for lowering in lowerings:
         reason = lowering.refuses(node)
         if reason is None:
             candidates.append(lowering)

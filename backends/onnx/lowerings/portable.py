@@ -1,0 +1,77 @@
+"""Lowerings for other runtimes than ONNX Runtime: nodes that all of them know, of which each fuses what it can.
+
+Around integers stand QuantizeLinear and DequantizeLinear (QDQ): a runtime multiplies the integers where it has a kernel
+for that, and what they stand for where it has none. None of these is measured: ONNX Runtime has faster ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.onnx.ops import symbolic
+
+from ....ir.graph import arguments, shape
+from ....ir.ops.norm import add_rms_norm, rms_norm
+from ....ir.ops.quantize import dequantize, unpack_int4
+from . import attention as attentions
+from . import quantize as quantizes
+from .lowering import Lowering, reference
+
+
+def _dequantize_linear(
+    input: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = None, block: int | None = None
+) -> Tensor:
+    attributes: dict[str, Any] = {
+        name: value for name, value in (("axis", axis), ("block_size", block)) if value is not None
+    }
+    return symbolic("DequantizeLinear", (input, scale, zero_point), attributes,
+                    dtype=scale.dtype, shape=input.shape, version=21)  # fmt: skip
+
+
+def _activation(input: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """What the bytes of an activation stand for; DequantizeLinear knows no scale for each token."""
+    raised = quantizes.raised(zero_point)
+    if scale.dim() == 0:
+        return _dequantize_linear(input, scale, raised)
+    floats: Tensor = reference(dequantize)(input, scale, raised.to(scale.dtype))
+    return floats
+
+
+def _int8_linear(
+    input: Tensor, scale: Tensor, zero_point: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """A MatMul of two DequantizeLinear, the second of int8 [K, N] with a scale for each column."""
+    columns = weight_scale.reshape(-1)
+    zeros = torch.zeros(columns.shape, dtype=torch.int8)
+    result = _activation(input, scale, zero_point) @ _dequantize_linear(weight.t(), columns, zeros, axis=1)
+    return result if bias is None else result + bias
+
+
+def _refuses_int8_linear(node: fx.Node) -> str | None:
+    width = shape(arguments(node)["weight_scale"])[-1]
+    return None if width == 1 else f"the weight has {width} scales a row, a QDQ matmul takes one"
+
+
+def _int4_linear(
+    input: Tensor, weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """A MatMul with a DequantizeLinear in whole blocks: OpenVINO takes no others."""
+    width, (rows, groups) = input.shape[-1], weight_scale.shape
+    block = width if groups == 1 else 1 << (-(-width // groups) - 1).bit_length()  # as `ir.ops.quantize` has it
+    integers = F.pad(unpack_int4(weight, width), (0, groups * block - width))
+    zeros = torch.zeros((rows, groups), dtype=torch.int8) if zero_point is None else zero_point
+    if groups == 1:
+        floats = _dequantize_linear(integers, weight_scale.reshape(-1), zeros.reshape(-1), axis=0)
+    else:
+        floats = _dequantize_linear(integers, weight_scale, zeros, axis=1, block=block)
+    return F.linear(input, floats[:, :width], bias)
+
+
+ATTENTION = (Lowering("MatMul+Softmax", attentions.unfused),)
+RMS_NORM = (Lowering("Mul+Sqrt", reference(rms_norm)),)
+ADD_RMS_NORM = (Lowering("Add+Mul+Sqrt", reference(add_rms_norm)),)
+INT8_LINEAR = (Lowering("DequantizeLinear+MatMul", _int8_linear, _refuses_int8_linear),)
+INT4_LINEAR = (Lowering("DequantizeLinear+MatMul", _int4_linear),)
