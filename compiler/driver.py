@@ -176,13 +176,14 @@ class Compiled:
     def to_onnx(self, path: str | os.PathLike[str], form: str = "runtime") -> None:
         """Write the ONNX model as a file, with its weights beside it: `model.onnx`, `model.safetensors`.
 
-        Raises:
         Args:
             form: "runtime": as it runs here, with the kernels of ONNX Runtime that were measured the fastest. "qdq":
                 operators of the ONNX standard alone, for any runtime; integers between QuantizeLinear and
                 DequantizeLinear. The backend may be eager then.
 
+        Raises:
             InputError: one of the files exists or cannot be written, or the backend is not onnx.
+            LoweringError: a node cannot be written in the standard.
         """
         _check_form(form)
         if form == "runtime":
@@ -353,19 +354,30 @@ def export_onnx(
     path: str | os.PathLike[str],
     passes: Any = None,
     example_inputs: Any = None,
+    *,
+    form: str = "runtime",
     **options: Any,
 ) -> Report:
     """Compile a model and write it as an ONNX file with its weights beside it; `options` are those of `compile`.
 
+    Args:
+        form: as in `Compiled.to_onnx`; for "qdq" nothing is measured, and the report is of the program in PyTorch.
+
     Raises:
         InputError: the file exists or cannot be written, before any work is done; and what `compile` raises.
     """
+    _check_form(form)
     for file in onnx_files(Path(path)):
         artifact.check_new(file)
     backend = "onnx" if form == "runtime" else "eager"
     compiled = compile(model, passes, example_inputs, backend=backend, **options)
     compiled.to_onnx(path, form)
     return compiled.report
+
+
+def _check_form(form: str) -> None:
+    if form not in FORMS:
+        raise InputError(f"unknown form {form!r}: {nearest(form, FORMS)}")
 
 
 def onnx_files(path: Path) -> tuple[Path, Path]:
@@ -401,19 +413,13 @@ def write_onnx(files: Path, path: Path) -> None:
 @contextmanager
 def _without_collector() -> Iterator[None]:
     """Tracing makes millions of small objects that live on; searching them for cycles costs a tenth of the time."""
-    *,
-    form: str = "runtime",
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
-    Args:
-        form: as in `Compiled.to_onnx`; for "qdq" nothing is measured, and the report is of the program in PyTorch.
-
     finally:
         if enabled:
             gc.enable()
-    _check_form(form)
 
 
 class _Clock:
@@ -421,11 +427,6 @@ class _Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-def _check_form(form: str) -> None:
-    if form not in FORMS:
-        raise InputError(f"unknown form {form!r}: {nearest(form, FORMS)}")
-
-
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
