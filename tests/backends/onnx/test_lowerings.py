@@ -1,11 +1,13 @@
 """Every lowering of every fxpress operator equals the operator's reference, at the example's sizes and at others."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx_ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,8 @@ from torch.export import Dim
 from fxpress.backends.memory import Memory
 from fxpress.backends.onnx.choose import choose
 from fxpress.backends.onnx.export import check, check_supported, save, to_onnx
-from fxpress.backends.onnx.lowerings.table import LOWERINGS, supported
+from fxpress.backends.onnx.lowerings.lowering import STANDARD_OPSET
+from fxpress.backends.onnx.lowerings.table import LOWERINGS, standard, supported
 from fxpress.backends.onnx.session import Session
 from fxpress.compiler.trace import bind_example, trace
 from fxpress.ir.equality import compare, run_float64
@@ -355,13 +358,38 @@ def test_every_operator_has_a_case() -> None:
     assert {item.target for item in CASES} == set(LOWERINGS)
 
 
+def behind(values: Iterable[onnx_ir.Value]) -> list[onnx_ir.Node]:
+    """The nodes that values are computed by, those of branches and loops too."""
+    found: dict[onnx_ir.Node, None] = {}
+    left = [value.producer() for value in values]
+    while left:
+        node = left.pop()
+        if node is None or node in found:
+            continue
+        found[node] = None
+        for attribute in node.attributes.values():
+            if attribute.type == onnx_ir.AttributeType.GRAPH:
+                left += onnx_ir.traversal.RecursiveGraphIterator(attribute.as_graph())
+        left += [value.producer() for value in node.inputs if value is not None]
+    return list(found)
+
+
+def is_standard(node: onnx_ir.Node) -> bool:
+    return node.domain == "" and onnx.defs.has(node.op_type, STANDARD_OPSET)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("item", CASES, ids=[item.name for item in CASES])
 def test_every_lowering_equals_the_reference(item: Case, tmp_path: Path) -> None:
-    candidates = supported(item.program().calls(item.target)[0])[0]
+    node = item.program().calls(item.target)[0]
+    candidates = list(dict.fromkeys([*supported(node)[0], *standard(node)[0]]))
     assert candidates
     program = item.program(len(candidates))
     model = to_onnx(program, dict(zip(program.calls(item.target), candidates, strict=True)))
+    parts = len(model.graph.outputs) // len(candidates)
+    for index, lowering in enumerate(candidates):
+        outputs = model.graph.outputs[index * parts : (index + 1) * parts]
+        assert lowering.standard == all(is_standard(made) for made in behind(outputs)), lowering.name
     save(model, tmp_path / "model.onnx")
     session = Session(tmp_path / "model.onnx", threads=1)
     for size in ((2, 6), (3, 9), (4, 2), (1, 1)):
@@ -371,7 +399,6 @@ def test_every_lowering_equals_the_reference(item: Case, tmp_path: Path) -> None
         with torch.no_grad():
             expected = program.run(tensors)
         exact = run_float64(program, tensors)
-        parts = len(expected) // len(candidates)
         for index, lowering in enumerate(candidates):
             part = slice(index * parts, (index + 1) * parts)
             reasons = compare(found[part], expected[part], exact[part]).reasons
