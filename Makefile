@@ -46,6 +46,7 @@ check: $(READY) ## lint, format, types, import rules
 	@$(BIN)/pytest -q tests/test_layers.py
 
 bench: $(READY) ## measure side by side and write benchmarks/RESULTS.md (BENCH="--only minilm": one workload)
+	@$(PIP_INSTALL) --no-build-isolation -e '.[bench]'
 	@$(BIN)/python benchmarks/run.py $(BENCH)
 
 golden: $(READY) ## rewrite the expected texts under tests/golden/ (read the diff afterwards)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from batches import load
 from candidates import Candidate, artifact_files, open_fxpress, saved_inputs, tensors_of
-from workloads import INT4, INT4_NEAREST, INT8, INT8_CLOSE, Inputs, Shape, Workload
+from workloads import INT4, INT4_NEAREST, INT8, INT8_CLOSE, INT8_STATIC, Inputs, Shape, Workload
 
-PASSES: dict[str, Any] = {  # None: not there yet, the candidate is listed as failed
-    INT8_CLOSE: None,
-    INT8: None,
-    INT4: None,
-    INT4_NEAREST: None,
+PASSES = {
+    INT8_CLOSE: "quantize(int8, min_cosine=0.999), fuse",
+    INT8: "quantize(int8), fuse",
+    INT8_STATIC: "quantize(int8, mode=static), fuse",
+    INT4: "quantize(int4), fuse",
+    INT4_NEAREST: "quantize(int4, method=minmax), fuse",
 }
 
 
@@ -28,8 +28,6 @@ def build_point(name: str, workload: Workload, work: Path, shape: Shape, inputs:
 
     folder = work / folder_of(name)
     if not folder.exists():
-        if PASSES[name] is None:
-            raise NotImplementedError("no passes are given in benchmarks/points.py")
         example = saved_inputs(work, workload.example)
         compiled = compile(
             workload.build(),

@@ -22,11 +22,11 @@ OURS = "fxpress"
 DYNAMIC, DYNAMIC_23 = "quantize_dynamic", "quantize_dynamic, opset 23"
 DYNAMIC_OPTIMIZED, STATIC = "quantize_dynamic + optimizer", "static QDQ"
 TORCHAO, TORCHAO_TUNED = "torchao", "torchao max-autotune"
-INT8, INT8_CLOSE = "fxpress int8", "fxpress int8, cosine 0.999"
+INT8, INT8_CLOSE, INT8_STATIC = "fxpress int8", "fxpress int8, cosine 0.999", "fxpress int8, static"
 INT4, INT4_NEAREST = "fxpress int4, GPTQ", "fxpress int4, nearest"
 ALL = (EAGER, COMPILED, TUNED, ONNX, ONNX_23, OPTIMIZED, OURS)
 QUANTIZED_PEERS = (DYNAMIC, DYNAMIC_23, DYNAMIC_OPTIMIZED, STATIC, TORCHAO, TORCHAO_TUNED)
-POINTS = (INT8_CLOSE, INT8, INT4, INT4_NEAREST)  # ours, in the order of the plot's line
+POINTS = (INT8_CLOSE, INT8, INT8_STATIC, INT4, INT4_NEAREST)  # ours, in the order of the plot's line
 
 
 @dataclass(frozen=True)

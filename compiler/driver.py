@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +88,7 @@ class _Settings:
 
 @dataclass
 class _Product:
+    flat: list[Tensor]  # the example
     program: Program
     traced: Program | None  # before the passes, for `verify`; its weights are shared
     runner: Runner
@@ -98,7 +99,7 @@ class _Product:
 class Compiled:
     """A compiled model. Call it like the model; without example inputs it is compiled at the first call."""
 
-    _model: torch.nn.Module | ExportedProgram
+    _model: torch.nn.Module | ExportedProgram | Program
     _settings: _Settings
     _made: _Product | None = field(default=None, init=False)
 
@@ -212,8 +213,32 @@ class Compiled:
             )
         return runner
 
+    def then(
+        self,
+        passes: Any,
+        backend: str = "auto",
+        calibration: Iterable[Any] = (),
+        *,
+        max_rewrites: int | None = None,
+        threads: int | None = None,
+    ) -> Compiled:
+        """The program with more passes, as another compiled model: after training, or for another backend.
+
+        What `verify` and the report compare with is then this program as it is now, not the model. Arguments and
+        errors are those of `compile`.
+        """
+        made, old = self._product, self._settings
+        settings = _settings(passes, old.dynamic_shapes, backend, calibration, old.verify, max_rewrites, threads)
+        model = made.program.copy()
+        found = Compiled(model, settings)
+        with torch.no_grad(), _without_collector():
+            eager = list(model.run(made.flat))
+            found._made = _rewritten(made.report.model, model.copy(), made.flat, eager, settings, _Clock())
+        return found
+
     def _make(self, example: Arguments) -> None:
         with _without_collector():
+            assert not isinstance(self._model, Program)  # it is made at once
             self._made = _compile(self._model, self._settings, example)
 
 
@@ -247,17 +272,10 @@ def compile(
     """
     if not isinstance(model, torch.nn.Module | ExportedProgram):
         raise InputError(f"model must be an nn.Module or ExportedProgram, found {describe(model)}")
-    if backend not in BACKENDS:
-        raise InputError(f"unknown backend {backend!r}: {nearest(backend, BACKENDS)}")
-    if max_rewrites is not None and max_rewrites < 0:
-        raise InputError(f"max_rewrites must be 0 or more, found {max_rewrites}")
     if isinstance(model, torch.nn.Module) and any(module.training for module in model.modules()):
         raise InputError("the model is in training mode, where dropout is random; call model.eval() first")
-    chosen, batches = parse_passes(passes), list(calibration)
-    needed = next((item for item in chosen if item.needs_calibration), None)
-    if needed is not None and not batches:
-        raise InputError(f"pass {needed}: {needed.needs_calibration} needs calibration data; give calibration=batches")
-    compiled = Compiled(model, _Settings(chosen, dynamic_shapes, backend, batches, verify, max_rewrites, threads))
+    settings = _settings(passes, dynamic_shapes, backend, calibration, verify, max_rewrites, threads)
+    compiled = Compiled(model, settings)
     if isinstance(model, ExportedProgram):
         compiled._make(model.example_inputs or ((), {}))
     elif example_inputs is not None:
@@ -265,11 +283,30 @@ def compile(
     return compiled
 
 
+def _settings(
+    passes: Any,
+    dynamic_shapes: Any,
+    backend: str,
+    calibration: Iterable[Any],
+    verify: bool,
+    max_rewrites: int | None,
+    threads: int | None,
+) -> _Settings:
+    """Settings checked before any work is done."""
+    if backend not in BACKENDS:
+        raise InputError(f"unknown backend {backend!r}: {nearest(backend, BACKENDS)}")
+    if max_rewrites is not None and max_rewrites < 0:
+        raise InputError(f"max_rewrites must be 0 or more, found {max_rewrites}")
+    chosen, batches = parse_passes(passes), list(calibration)
+    needed = next((item for item in chosen if item.needs_calibration), None)
+    if needed is not None and not batches:
+        raise InputError(f"pass {needed}: {needed.needs_calibration} needs calibration data; give calibration=batches")
+    return _Settings(chosen, dynamic_shapes, backend, batches, verify, max_rewrites, threads)
+
+
 def _compile(model: torch.nn.Module | ExportedProgram, settings: _Settings, example: Arguments) -> _Product:
     clock = _Clock()
     module = model.module() if isinstance(model, ExportedProgram) else model
-    backend = "onnx" if settings.backend == "auto" else settings.backend
-    report = Report(model=type(module).__name__, backend=backend)
     check_batches(settings.calibration, example)
     with clock("eager"):
         eager = _run_model(module, example)
@@ -279,13 +316,22 @@ def _compile(model: torch.nn.Module | ExportedProgram, settings: _Settings, exam
     if isinstance(model, torch.nn.Module):
         with clock("check sizes"):
             program = admit_ones(program, model, flat)
+    return _rewritten(type(module).__name__, program, flat, pytree.tree_leaves(eager), settings, clock)
+
+
+def _rewritten(
+    name: str, program: Program, flat: list[Tensor], eager: list[Any], settings: _Settings, clock: _Clock
+) -> _Product:
+    """Passes, backend and check of a program whose weights it may take over; `eager` are its outputs on `flat`."""
+    backend = "onnx" if settings.backend == "auto" else settings.backend
+    report = Report(model=name, backend=backend)
     report.ranges = dict(program.signature.ranges)
     report.bytes_before = weight_bytes(program)
     expected, traced = None, None
     if settings.verify:
         traced = program.copy()
         with clock("fp64 judge"):
-            expected = (pytree.tree_leaves(eager), run_float64(program, flat))
+            expected = (eager, run_float64(program, flat))
     with clock("passes"):
         calibration = [program.signature.bind(*_as_arguments(batch)) for batch in settings.calibration]
         context = Context(flat, calibration, settings.max_rewrites, track=track)
@@ -310,7 +356,7 @@ def _compile(model: torch.nn.Module | ExportedProgram, settings: _Settings, exam
                 "try passes=[] and, if that is right, max_rewrites to find the rewrite"
             )
     report.seconds = clock.seconds
-    return _Product(program, traced, runner, report)
+    return _Product(flat, program, traced, runner, report)
 
 
 def _record(report: Report, verdict: Comparison) -> None:
@@ -318,7 +364,7 @@ def _record(report: Report, verdict: Comparison) -> None:
     report.sqnr_db, report.cosine, report.max_abs = verdict.sqnr_db, verdict.cosine, verdict.max_abs
 
 
-def _run_model(module: torch.nn.Module, example: Arguments) -> Any:
+def _run_model(module: Callable[..., Any], example: Arguments) -> Any:
     """The model's own result; also shows that model and example fit before any work is done."""
     hf.register_caches()
     try:

@@ -1,8 +1,9 @@
 """Rewrite passes, one a file; a pass's file name is its name on the command line."""
 
 from .canonicalize import Canonicalize
+from .fold import Fold
 from .fuse import Fuse
 from .integer_only import IntegerOnly
 from .quantize import Quantize
 
-__all__ = ["Canonicalize", "Fuse", "IntegerOnly", "Quantize"]
+__all__ = ["Canonicalize", "Fold", "Fuse", "IntegerOnly", "Quantize"]

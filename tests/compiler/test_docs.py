@@ -39,6 +39,20 @@ def test_readme_examples_run(
     assert (tmp_path / "encoder.onnx").is_file()
 
 
+PAGES = [page.name for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text(encoding="utf-8")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    examples = "".join(
+        re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+    )
+    exec(compile(examples, page, "exec"), {})
+
+
 @pytest.mark.parametrize(("passes", "place"), [([], 0), (None, 1)], ids=["before", "after"])
 def test_readme_graphs_are_what_fxpress_prints(passes: list[str] | None, place: int) -> None:
     shown = re.findall(r"```\n(program.*?)```", README, re.DOTALL)[place]
@@ -49,7 +63,7 @@ def test_readme_graphs_are_what_fxpress_prints(passes: list[str] | None, place: 
 
 
 def test_files_that_the_documentation_names_exist() -> None:
-    for document in ("README.md", "CONTRIBUTING.md", "docs/design.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "docs/design.md", "docs/quantization.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
         for path in re.findall(r"`((?:ir|passes|backends|compiler|tests|benchmarks)/[\w/]+\.(?:py|md))`", text):
             assert (ROOT / path).is_file(), f"{document} names {path}"

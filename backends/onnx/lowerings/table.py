@@ -40,6 +40,7 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     quantize.dequantize: quantizes.DEQUANTIZE,
     quantize.dynamic_quantize: quantizes.DYNAMIC_QUANTIZE,
     quantize.int8_linear: quantizes.INT8_LINEAR,
+    quantize.int4_linear: quantizes.INT4_LINEAR,
 }
 
 PORTABLE: dict[Any, tuple[Lowering, ...]] = {
