@@ -50,7 +50,7 @@ class Arithmetic:
 
 TORCH = Arithmetic(
     product=lambda x, y: cast(x, torch.int32) @ cast(y, torch.int32),
-    quotient=lambda x, y: torch.div(x, y, rounding_mode="floor"),
+    quotient=lambda x, y: torch.div(x, y, rounding_mode="trunc"),
     power=lambda bits: torch.ones_like(bits) << bits,
 )
 

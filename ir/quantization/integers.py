@@ -87,7 +87,7 @@ def choose_codes(
         weights, biases: of the linear layers that read it, [N, K] and [N].
     """
     low, high, rows = low.double(), high.double(), rows.double()
-    exact = [rows @ weight.double().t() for weight in weights]
+    exact = [rows.float() @ weight.float().t() for weight in weights]
     best: tuple[float, Codes] | None = None
     for centred in (True, False):
         middle = (low + high) / 2 if centred else torch.zeros_like(low)
@@ -99,8 +99,9 @@ def choose_codes(
             if not all(item.fits for item in integers):
                 continue
             error = 0.0
+            steps = (codes.rounded(rows) / codes.scale).float()
             for truth, item in zip(exact, integers, strict=True):
-                found = codes.rounded(rows) / codes.scale @ item.weight.double().t() * item.scale
+                found = steps @ item.weight.float().t() * item.scale.float()
                 error += float((found - truth).square().sum())
             if best is None or error < best[0]:
                 best = error, codes
