@@ -24,6 +24,7 @@ from ...ir.quantization.fold import fold
 from .lowerings import banded, causal, functions, padded
 from .lowerings.lowering import STANDARD_OPSET, Lowering
 from .lowerings.table import LOWERINGS, standard, supported
+from .nibbles import store_nibbles
 from .views import join_views
 
 OPSET = 23
@@ -115,7 +116,9 @@ def to_standard_onnx(program: Program) -> onnx_ir.Model:
     fold(program)  # a quantized program that was left for training
     _refuse(check(program, standard, STANDARD_OPSET))
     nodes = program.calls(*LOWERINGS)
-    return to_onnx(program, {node: standard(node)[0][0] for node in nodes}, STANDARD_OPSET)
+    model = to_onnx(program, {node: standard(node)[0][0] for node in nodes}, STANDARD_OPSET)
+    store_nibbles(model)
+    return model
 
 
 def to_onnx(program: Program, choices: Choices, opset: int = OPSET) -> onnx_ir.Model:
