@@ -94,10 +94,11 @@ def _layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     return integer.layer_norm(ONNX, input, weight, bias, eps)
 
 
-REQUANTIZE = (Lowering("int64", _requantize),)
-INTEGER_ADD = (Lowering("int64", _add),)
-INTEGER_LINEAR = (Lowering("MatMulInteger", _linear),)
-INTEGER_MATMUL = (Lowering("MatMulInteger", _product),)
-INTEGER_GELU = (Lowering("int64", _gelu),)
-INTEGER_SOFTMAX = (Lowering("int64", _softmax),)
-INTEGER_LAYER_NORM = (Lowering("int64", _layer_norm),)
+# Of the standard, but OpenVINO 2026.4 computes int64 in 32 bits: no form for other runtimes.
+REQUANTIZE = (Lowering("int64", _requantize, standard=False),)
+INTEGER_ADD = (Lowering("int64", _add, standard=False),)
+INTEGER_LINEAR = (Lowering("MatMulInteger", _linear, standard=False),)
+INTEGER_MATMUL = (Lowering("MatMulInteger", _product, standard=False),)
+INTEGER_GELU = (Lowering("int64", _gelu, standard=False),)
+INTEGER_SOFTMAX = (Lowering("int64", _softmax, standard=False),)
+INTEGER_LAYER_NORM = (Lowering("int64", _layer_norm, standard=False),)

@@ -26,7 +26,8 @@ class Lowering:
 
     `function` has the operator's own signature. It is run while torch's exporter traces the program, so it is written
     in torch operations and `symbolic` nodes (ONNX operators by name). `refuses(node)` is the reason why it cannot take
-    a node, or None. `standard`: every node that it makes is an operator of the ONNX standard at STANDARD_OPSET.
+    a node, or None. `standard`: every node that it makes is an operator of the ONNX standard at STANDARD_OPSET,
+    and other runtimes compute it right.
     """
 
     name: str

@@ -65,7 +65,8 @@ def supported(node: fx.Node) -> tuple[list[Lowering], list[str]]:
 def standard(node: fx.Node) -> tuple[list[Lowering], list[str]]:
     """`supported` of lowerings to the ONNX standard alone."""
     every = (*PORTABLE.get(node.target, ()), *LOWERINGS.get(node.target, ()))
-    return _taking(node, [lowering for lowering in every if lowering.standard])
+    candidates, reasons = _taking(node, [lowering for lowering in every if lowering.standard])
+    return candidates, [*reasons, *(f"{item.name}: for ONNX Runtime alone" for item in every if not item.standard)]
 
 
 def _taking(node: fx.Node, lowerings: Iterable[Lowering]) -> tuple[list[Lowering], list[str]]:

@@ -25,8 +25,8 @@ from fxpress.backends.onnx.session import plain_session
 from fxpress.compiler import hf
 from fxpress.compiler.demo import packaged_model
 from fxpress.compiler.driver import Compiled
-from fxpress.ir.errors import InputError
-from fxpress.passes import Fuse, Quantize
+from fxpress.ir.errors import InputError, LoweringError
+from fxpress.passes import Fuse, IntegerOnly, Quantize
 
 SIZES = ((2, 6), (3, 9), (1, 1))  # the example's, another, a single token
 Inputs = dict[str, Tensor]
@@ -214,6 +214,14 @@ def test_an_unknown_form_is_refused_before_any_work(static: Product, tmp_path: P
         static.compiled.to_onnx(tmp_path / "model.onnx", form="qdp")
     with pytest.raises(InputError, match="unknown form 'qdp'"):
         export_onnx(torch.nn.Linear(1, 1), tmp_path / "model.onnx", "never parsed(", form="qdp")
+
+
+def test_integers_alone_are_refused(tmp_path: Path) -> None:
+    batches = [tiny.inputs(2, 6), tiny.inputs(3, 9)]
+    compiled = compile(tiny.encoder(), [IntegerOnly()], batches[0], backend="eager", calibration=batches, verify=False)
+    with pytest.raises(LoweringError, match=r"fxpress\.integer_linear: MatMulInteger: for ONNX Runtime alone"):
+        compiled.to_onnx(tmp_path / "model.onnx", form="qdq")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_runtime_form_needs_the_onnx_backend(static: Product, tmp_path: Path) -> None:
