@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from ..ir.signature import describe, leaves
 from .trace import Arguments
 
 
-def check_batches(batches: Sequence[Any], example: Arguments) -> None:
+def check_batches(batches: Sequence[Any], example: Arguments, bind: Callable[[Any], Arguments]) -> None:
     """Refuse calibration data that the model cannot be run on, or that no statistics can be taken from.
 
     Args:
         batches: each a dict of named or a tuple of positional inputs.
         example: the example inputs, bound to the model's parameters.
+        bind: binds a batch to them.
 
     Raises:
         InputError: names the batch and the input: another kind, dtype or rank than the example's, an empty tensor, NaN
@@ -30,10 +31,11 @@ def check_batches(batches: Sequence[Any], example: Arguments) -> None:
     for index, batch in enumerate(batches):
         if not isinstance(batch, Mapping | tuple | list):
             raise InputError(f"calibration batch {index} must be a dict or a tuple, found {describe(batch)}")
-        given = _named((), batch) if isinstance(batch, Mapping) else _named(batch, {})
-        if not isinstance(batch, Mapping) and example[1]:
-            continue  # positions of inputs that the example gives by name: checked when they are bound
-        for path, value in given.items():
+        try:
+            bound = bind(batch)
+        except InputError as error:
+            raise InputError(f"calibration batch {index}: {error}") from error
+        for path, value in _named(*bound).items():
             if isinstance(value, Tensor) and isinstance(wanted.get(path), Tensor):
                 _check(index, path, value, wanted[path])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import shutil
@@ -307,7 +308,8 @@ def _settings(
 def _compile(model: torch.nn.Module | ExportedProgram, settings: _Settings, example: Arguments) -> _Product:
     clock = _Clock()
     module = model.module() if isinstance(model, ExportedProgram) else model
-    check_batches(settings.calibration, example)
+    bind = _as_arguments if isinstance(model, ExportedProgram) else functools.partial(bind_example, model)
+    check_batches(settings.calibration, example, bind)
     with clock("eager"):
         eager = _run_model(module, example)
     with clock("trace"):

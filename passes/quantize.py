@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -83,6 +84,12 @@ class Quantize(Pass):
     fold: bool = True
 
     def __post_init__(self) -> None:
+        _of_kind("method", self.method, str)
+        _of_kind("fold", self.fold, bool)
+        _of_kind("symmetric", self.symmetric, bool, None)
+        _of_kind("group_size", self.group_size, int, None)
+        for name in ("min_cosine", "min_sqnr_db"):
+            _of_kind(name, getattr(self, name), float, int, None)
         _one_of("weights", self.weights, BITS)
         _one_of("activations", self.activations, ("auto", "int8", None))
         _one_of("mode", self.mode, ("dynamic", "static"))
@@ -91,8 +98,8 @@ class Quantize(Pass):
         _one_of("sensitive", self.sensitive, ("auto", None))
         for word in self._words:
             _one_of("method", word, ("auto", *RANGES, *IMPROVEMENTS))
-        if isinstance(self.skip, str):
-            raise InputError(f"skip must be a list of names, found {self.skip!r}; write skip=[{self.skip!r}]")
+        if not isinstance(self.skip, list | tuple) or not all(isinstance(name, str) for name in self.skip):
+            raise InputError(f"skip must be a list of names, found {self.skip!r}; write skip=['name']")
         size = self.group_size
         if size is not None and (size < 16 or size & (size - 1)):
             raise InputError(f"group_size must be a power of two of 16 or more, found {size}")
@@ -102,6 +109,7 @@ class Quantize(Pass):
             raise InputError("int8 matmuls take one scale a row; give activations=None for a group_size")
         if self.mode == "static" and self.granularity == "token":
             raise InputError("static ranges are of the whole tensor; give granularity='tensor' or mode='dynamic'")
+        self._check_words()
         targets = [self.min_cosine, self.min_sqnr_db, self.metric]
         if sum(item is not None for item in targets) > 1:
             raise InputError("give one of min_cosine, min_sqnr_db and metric")
@@ -109,6 +117,18 @@ class Quantize(Pass):
             raise InputError(f"min_cosine must lie between 0 and 1, found {self.min_cosine}")
         if self.sensitive is None and any(item is not None for item in targets):
             raise InputError("a target needs sensitive='auto': layers are made finer until it is reached")
+
+    def _check_words(self) -> None:
+        """Refuse a method that would do nothing."""
+        ranges = [word for word in self._words if word in RANGES]
+        if len(ranges) > 1:
+            raise InputError(f"method has two kinds of range, {ranges[0]!r} and {ranges[1]!r}; give one")
+        if self.mode != "static" and ranges not in ([], ["minmax"]):
+            raise InputError(f"method {ranges[0]!r} is a static range of activations; give mode='static' too")
+        if self._level == "float" and "smoothquant" in self._words:
+            raise InputError("method 'smoothquant' is for activations of 8 bits; for weights alone give 'awq'")
+        if self._level != "float" and "awq" in self._words:
+            raise InputError("method 'awq' is for weights alone; give activations=None, or 'smoothquant'")
 
     @property
     def needs_calibration(self) -> str | None:
@@ -125,7 +145,7 @@ class Quantize(Pass):
         if program.calls(quantize, dequantize, dynamic_quantize, int8_linear, int4_linear):
             raise RewriteError("the program is quantized already; give one Quantize with all options")
         result = PassResult()
-        if count := expand(program):
+        if context.max_rewrites != 0 and (count := expand(program)):
             result.rewrites["expand"] = count
         sites, result.refusals = linear_sites(program, self.skip)
         choices = self._choices(program, sites, context, result)
@@ -220,10 +240,12 @@ class Quantize(Pass):
         found: dict[Site, list[Choice]] = {}
 
         def choose(site: Site) -> Choice:
-            data, weights = Data(lockstep.rows(site.source)), _weights(program, site)
-            found[site] = [
-                choice for way in ways for choice in options(_for(way, site), weights, least(site.source), data)
-            ]
+            weights = _weights(program, site)
+            with _blaming(site):
+                data = Data(lockstep.rows(site.source))
+                found[site] = [
+                    choice for way in ways for choice in options(_for(way, site), weights, least(site.source), data)
+                ]
             return UNTOUCHED
 
         lockstep.run(applied(program, lockstep, choose, sites))
@@ -240,9 +262,9 @@ class Quantize(Pass):
                 reason = f"its weight is read by {others[0].name}, which stays in floats"
                 result.refusals.append(Refusal(reason, "embedding", lookup.name))
             elif context.take():
-                insertion.table(lookup, grids.nearest(program.tensor(stored).float(), grids.Grid()))
                 result.rewrites["embedding"] += 1
                 result.matches.append(Applied("embedding", name_of(lookup), f"{shape(stored)[0]} rows"))
+                insertion.table(lookup, grids.nearest(program.tensor(stored).float(), grids.Grid()))
 
 
 @dataclass
@@ -267,9 +289,10 @@ class _Fitter:
             if id(choice) not in self.known:
                 way = _for(self.rewrite._way(choice.activation.level, True), site)
                 fits = choice is not UNTOUCHED and (way.gptq or way.correct)
-                data = Data(lockstep.rows(site.source)) if fits else None
                 weights = _weights(self.program, site)
-                self.known[id(choice)] = choice if data is None else refined(choice, way, weights, data)
+                with _blaming(site):
+                    data = Data(lockstep.rows(site.source)) if fits else None
+                    self.known[id(choice)] = choice if data is None else refined(choice, way, weights, data)
             found[site] = self.known[id(choice)]
             return found[site]
 
@@ -286,9 +309,25 @@ def _split(batches: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
 
 
 def _one_of(option: str, value: Any, valid: Any) -> None:
-    if value not in valid:
+    if not isinstance(value, str | None) or value not in valid:
         names = [str(item) for item in valid]
         raise InputError(f"unknown {option} {value!r}: {nearest(str(value), names)}")
+
+
+def _of_kind(option: str, value: Any, *kinds: Any) -> None:
+    plain = tuple(kind for kind in kinds if kind is not None)
+    if not (value is None and None in kinds) and (not isinstance(value, plain) or type(value) not in plain):
+        names = " or ".join("None" if kind is None else kind.__name__ for kind in kinds)
+        raise InputError(f"{option} must be {names}, found {value!r}")
+
+
+@contextmanager
+def _blaming(site: Site) -> Iterator[None]:
+    """Numbers that no statistics can be taken from: say in which layer they were met."""
+    try:
+        yield
+    except ValueError as error:
+        raise RewriteError(f"calibration fails at {site.name}: {error}; look for a batch that causes it") from error
 
 
 def _weights(program: Program, site: Site) -> list[torch.Tensor]:

@@ -30,6 +30,8 @@ class Data:
     def sample(self) -> Tensor:
         """Some of the rows, evenly spread."""
         every = torch.cat(list(self.rows)).float()
+        if not len(every):
+            raise ValueError("there is no token that is not padding")
         return every[torch.linspace(0, len(every) - 1, min(_ROWS, len(every))).round().long()]
 
     def top(self) -> Tensor:

@@ -191,7 +191,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"method": "gptq+minmux"}, "unknown method 'minmux': did you mean 'minmax'"),
     ({"embeddings": "int4"}, "unknown embeddings 'int4': did you mean 'int8'"),
     ({"sensitive": "autos"}, "unknown sensitive 'autos': did you mean 'auto'"),
-    ({"skip": "head"}, r"skip must be a list of names, found 'head'; write skip=\['head'\]"),
+    ({"skip": "head"}, r"skip must be a list of names, found 'head'; write skip=\['name'\]"),
+    ({"skip": [3]}, r"skip must be a list of names, found \[3\]"),
+    ({"weights": ["int8"]}, r"unknown weights \['int8'\]"),
+    ({"method": 3}, "method must be str, found 3"),
+    ({"fold": "yes"}, "fold must be bool, found 'yes'"),
+    ({"symmetric": "x"}, "symmetric must be bool or None, found 'x'"),
+    ({"group_size": "32"}, "group_size must be int or None, found '32'"),
+    ({"min_cosine": "0.9"}, "min_cosine must be float or int or None, found '0.9'"),
+    ({"method": "entropy"}, "'entropy' is a static range of activations; give mode='static'"),
+    ({"mode": "static", "method": "mse+entropy"}, "two kinds of range, 'mse' and 'entropy'"),
+    ({"activations": None, "method": "smoothquant"}, "'smoothquant' is for activations of 8 bits"),
+    ({"method": "awq"}, "'awq' is for weights alone"),
     ({"group_size": 33, "activations": None}, "group_size must be a power of two of 16 or more, found 33"),
     ({"group_size": 8, "activations": None}, "group_size must be a power of two of 16 or more, found 8"),
     ({"group_size": -32, "activations": None}, "group_size must be a power of two of 16 or more, found -32"),
@@ -211,6 +222,20 @@ def test_bad_options_are_an_error(options: dict[str, Any], problem: str) -> None
         Quantize(**options)
 
 
+def test_a_batch_that_no_statistics_can_be_taken_from_is_named_by_the_layer() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval()
+    batches = [(torch.full((2, 4), 1e38),)]
+    with pytest.raises(RewriteError, match=r"calibration fails at .*; look for a batch that causes it"):
+        fxpress.compile(model, "quantize", (normal(2, 4),), calibration=batches, backend="eager", verify=False)
+
+
+def test_an_embedding_of_a_weight_at_the_top_of_a_model() -> None:
+    ids = torch.arange(6).reshape(2, 3)
+    traced = program(lambda m, i: F.embedding(i, m.w), ids, w=normal(20, 8))
+    _, result = rewritten(traced, Quantize())
+    assert result.rewrites["embedding"] == 1
+
+
 def test_an_unknown_option_in_a_text_is_an_error() -> None:
     with pytest.raises(InputError, match="unknown option 'weight' of pass 'quantize': did you mean 'weights'"):
         fxpress.compile(nn.Linear(2, 2).eval(), "quantize(weight=int8)", (normal(1, 2),))
@@ -222,7 +247,7 @@ def test_an_unknown_option_in_a_text_is_an_error() -> None:
         ({"mode": "static"}, "static ranges of activations"),
         ({"min_cosine": 0.99}, "a target for the outputs"),
         ({"min_sqnr_db": 20.0}, "a target for the outputs"),
-        ({"metric": lambda a, b: 1.0}, "a target for the outputs"),
+        ({"metric": max}, "a target for the outputs"),
         ({"method": "gptq"}, "method 'gptq'"),
         ({"method": "minmax+smoothquant"}, "method 'smoothquant'"),
     ],

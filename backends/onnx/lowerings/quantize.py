@@ -6,13 +6,15 @@ takes ten times as long on x86 (measured on Zen 4, onnxruntime 1.32). The sums, 
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments, dtype, shape
-from ....ir.ops.quantize import SMALLEST_SCALE, dequantize, dynamic_quantize, pack_int4, quantize
+from ....ir.ops.quantize import SMALLEST_SCALE, dequantize, dynamic_quantize, int8_linear, pack_int4, quantize
 from .lowering import Lowering, Probe, reference
 
 _SHIFT = 128  # from the integers of the graph language, -128..127, to those of the kernels, 0..255
@@ -41,8 +43,18 @@ def _refuses_quantize(node: fx.Node) -> str | None:
         return "its integers are kept as floats"
     if given["bits"] != 8:
         return f"there is no kernel for {given['bits']} bits"
-    if shape(given["scale"]):
-        return "there is more than one scale"
+    return "there is more than one scale" if shape(given["scale"]) else _read_as_numbers(node)
+
+
+def _read_as_numbers(node: fx.Node) -> str | None:
+    """Who reads stored integers as numbers: they are 128 higher here than in the graph language."""
+    for user in node.users:
+        if user.target is operator.getitem:
+            found = _read_as_numbers(user) if user.args[1] == 0 else None
+            if found is not None:
+                return found
+        elif user.target not in (int8_linear, dequantize):
+            return f"{user.name} reads its integers, which are stored as unsigned bytes; dequantize them first"
     return None
 
 
@@ -73,7 +85,9 @@ def _refuses_dynamic(node: fx.Node) -> str | None:
     given = arguments(node)
     if not given["stored"]:
         return "its integers are kept as floats"
-    return None if dtype(given["input"]) is torch.float32 else f"no kernel quantizes {dtype(given['input'])}"
+    if dtype(given["input"]) is not torch.float32:
+        return f"no kernel quantizes {dtype(given['input'])}"
+    return _read_as_numbers(node)
 
 
 def _dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:

@@ -1,0 +1,85 @@
+"""Calibration data is checked before any work is done, and a quantized program can be trained and then folded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxpress
+from fxpress.ir.errors import InputError
+from fxpress.ir.ops.quantize import int8_linear, quantize
+from fxpress.passes import Fold, Quantize
+
+EXAMPLE = (torch.ones(2, 8),)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).eval()
+
+
+class Untraceable(nn.Module):
+    """Runs once, on the example, before it is traced; fails if it is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not torch.compiler.is_exporting(), "work was begun"
+        return x
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "not a finite number": ((torch.full((2, 8), torch.nan),), "batch 1, input '.*' has NaN or infinity"),
+    "infinity": ((torch.full((2, 8), torch.inf),), "batch 1, input '.*' has NaN or infinity"),
+    "dtype": ((torch.ones(2, 8, dtype=torch.int64),), "batch 1, input '.*': dtype int64, the example has float32"),
+    "rank": ((torch.ones(8),), "batch 1, input '.*': shape \\[8\\], the example has \\[2, 8\\]"),
+    "no rows": ((torch.ones(0, 8),), "batch 1, input '.*' is empty"),
+    "kind": (torch.ones(2, 8), "batch 1 must be a dict or a tuple, found"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_calibration_data_is_refused_before_any_work(name: str) -> None:
+    batch, problem = BAD[name]
+    with pytest.raises(InputError, match=problem):
+        fxpress.compile(Untraceable().eval(), "quantize", EXAMPLE, calibration=[EXAMPLE, batch])
+
+
+def test_named_batches_are_checked_by_name() -> None:
+    batches = [{"input": torch.full((2, 8), torch.nan)}]
+    with pytest.raises(InputError, match="calibration batch 0, input 'input' has NaN"):
+        fxpress.compile(model(), "quantize", {"input": torch.ones(2, 8)}, calibration=batches)
+
+
+@pytest.mark.parametrize("passes", ["quantize(mode=static)", "quantize(min_cosine=0.9)", "quantize(method=gptq)"])
+def test_missing_calibration_data_is_refused_before_any_work(passes: str) -> None:
+    with pytest.raises(InputError, match=r"pass quantize\(.*\): .* needs calibration data; give calibration=batches"):
+        fxpress.compile(Untraceable().eval(), passes, EXAMPLE)
+
+
+def test_calibration_data_may_be_a_generator() -> None:
+    batches = (EXAMPLE for _ in range(2))
+    compiled = fxpress.compile(model(), "quantize(mode=static)", EXAMPLE, calibration=batches, backend="eager")
+    assert compiled.program.calls(int8_linear)
+
+
+def test_a_trained_program_is_folded_with_its_trained_weights() -> None:
+    compiled = fxpress.compile(model(), [Quantize(fold=False)], EXAMPLE, backend="eager")
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(compiled.program.module.parameters(), 0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        compiled.program.module(x)[0].square().mean().backward()
+        optimizer.step()
+    folded = compiled.then([Fold()], backend="eager")
+    assert folded.program.calls(int8_linear) and not folded.program.calls(quantize)
+    torch.testing.assert_close(folded(x), compiled(x).detach(), rtol=1e-4, atol=1e-5)
+    assert compiled.program.calls(quantize)  # what it was made from stays
+
+
+def test_more_passes_are_judged_by_the_program_before_them() -> None:
+    first = fxpress.compile(model(), [Quantize()], EXAMPLE, backend="eager")
+    second = first.then("fuse", backend="eager")
+    assert second.report.equal
+    assert second.verify(EXAMPLE).equal
