@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fxpress
 from fxpress.ir.equality import sqnr_db
-from fxpress.ir.ops.quantize import dequantize, dynamic_quantize, quantize
+from fxpress.ir.ops.quantize import dequantize, dynamic_quantize, int4_linear, int8_linear, quantize
 from fxpress.ir.quantization.precision import cosines
 from fxpress.passes import Fuse, Quantize
 
@@ -139,11 +139,19 @@ WAYS: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
+FLOATS = ("weights_only", "weights_in_groups", "not_folded", "int4_not_folded")
+MULTIPLIED_BY = {
+    **dict.fromkeys(FLOATS, torch.ops.aten.linear.default),
+    **dict.fromkeys(("int4", "int4_symmetric"), int4_linear),
+}  # every other way: by int8_linear
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_layers_agree_with_eager(way: str) -> None:
     options, calibrated = WAYS[way]
     batches = [(normal(3, 5, 37, seed=seed),) for seed in range(4)] if calibrated else []
     session = compiled(Layers(), [Quantize(**options)], (normal(2, 5, 37),), calibration=batches)
+    assert len(session.program.calls(MULTIPLIED_BY.get(way, int8_linear))) == 3
     for size in ((2, 5), (3, 11), (1, 1)):
         x = normal(*size, 37, seed=7)
         close(session(x), session.program(x))
