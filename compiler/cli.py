@@ -5,6 +5,7 @@ Exit status: 0; 2 with one line for bad input; 1 with one line for any other fai
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -212,6 +213,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for name in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it
+        logging.getLogger(name).setLevel(logging.ERROR)
     errors = Console(stderr=True)
     try:
         app(arguments, standalone_mode=True)

@@ -28,7 +28,7 @@ aten = torch.ops.aten
 BITS = {"int8": 8, "int4": 4}
 RANGES = ("minmax", "average", "percentile", "entropy", "mse")
 IMPROVEMENTS = ("smoothquant", "awq", "gptq", "bias")  # these need calibration data
-COSINE = 0.997  # of the outputs, where no target is given and layers are made finer by their sensitivity
+COSINE = 0.995  # of the outputs, where no target is given and layers are made finer by their sensitivity
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,25 @@ class Quantize(Pass):
     Attributes:
         weights: "int8", a scale for each output channel; "int4", for each group of a row.
         activations: "int8"; None: linear layers read floats; "auto": "int8" where the weights are.
-        mode: "dynamic": ranges of activations are taken at run time; "static": from calibration data.
-        granularity: of dynamic activations: "tensor", one range (the fastest), "token", or "auto": with calibration
-            data each layer as coarse as the target allows, without any "token".
+        mode: "dynamic": ranges of activations are taken at run time; "static": from calibration data, one for all of
+            an activation; "auto": each layer's as the target allows, static ones being the fastest, and dynamic without
+            calibration data.
+        granularity: of dynamic ranges: "tensor", one for all of an activation, which then depends on what else is in
+            the batch; "token", one for each row; "auto": with calibration data each layer's as the target allows,
+            without any "token".
         group_size: numbers of a weight's row that share a scale, a power of two; None: 32 for "int4", else all.
         symmetric: no zero point; None: for int8 weights and activations by token.
         method: words joined by "+". One of "minmax", "average" (moving, over batches), "percentile", "entropy" and
             "mse" gives static ranges of activations; "minmax" alone rounds everything to nearest. "smoothquant":
             outliers of activations go to the weights, by a scale that is searched; "gptq" and "awq": weights that fit
             the calibration data; "bias": mean errors go to the bias. "auto": with calibration data
-            mse+smoothquant+gptq+bias, for weights alone gptq.
+            minmax+smoothquant+gptq+bias, for weights alone gptq.
         embeddings: "int8", a scale for each row; None: they stay.
         skip: names of modules, with * and ?, or of parts of them: those layers stay.
         sensitive: "auto": with calibration data, layers are made finer until the outputs reach the target; None: no
             layer is.
         min_cosine, min_sqnr_db: targets over the calibration data: mean cosine of the output vectors with the model's,
-            or signal to noise in dB; the worst output counts. Neither: 0.997.
+            or signal to noise in dB; the worst output counts. Neither: 0.995.
         metric, min_metric: instead, a score of (outputs, the model's outputs) that is to be reached.
         fold: whether integers are stored and multiplied, or quantize and dequantize left for training.
     """
@@ -69,7 +72,7 @@ class Quantize(Pass):
 
     weights: str = "int8"
     activations: str | None = "auto"
-    mode: str = "dynamic"
+    mode: str = "auto"
     granularity: str = "auto"
     group_size: int | None = None
     symmetric: bool | None = None
@@ -92,7 +95,7 @@ class Quantize(Pass):
             _of_kind(name, getattr(self, name), float, int, None)
         _one_of("weights", self.weights, BITS)
         _one_of("activations", self.activations, ("auto", "int8", None))
-        _one_of("mode", self.mode, ("dynamic", "static"))
+        _one_of("mode", self.mode, ("auto", "dynamic", "static"))
         _one_of("granularity", self.granularity, ("auto", "tensor", "token"))
         _one_of("embeddings", self.embeddings, ("int8", None))
         _one_of("sensitive", self.sensitive, ("auto", None))
@@ -123,7 +126,7 @@ class Quantize(Pass):
         ranges = [word for word in self._words if word in RANGES]
         if len(ranges) > 1:
             raise InputError(f"method has two kinds of range, {ranges[0]!r} and {ranges[1]!r}; give one")
-        if self.mode != "static" and ranges not in ([], ["minmax"]):
+        if (self.mode == "dynamic" or self._level == "float") and ranges not in ([], ["minmax"]):
             raise InputError(f"method {ranges[0]!r} is a static range of activations; give mode='static' too")
         if self._level == "float" and "smoothquant" in self._words:
             raise InputError("method 'smoothquant' is for activations of 8 bits; for weights alone give 'awq'")
@@ -188,7 +191,7 @@ class Quantize(Pass):
             level=level,
             grid=grids.Grid(bits, symmetric if level == "float" else True, group),
             clip="minmax" if bits == 8 else "mse",
-            range=next((word for word in words if word in RANGES), "mse" if auto else "minmax"),
+            range=next((word for word in words if word in RANGES), "minmax"),
             symmetric=bool(self.symmetric),
             smooth=calibrated and level != "float" and ("smoothquant" in words or auto),
             awq="awq" in words,
@@ -207,7 +210,8 @@ class Quantize(Pass):
             way = self._way("token" if level == "auto" else level, False)
             return {site: plain(way, _weights(program, site), least(site.source)) for site in sites}
         fitting, judging = _split(batches)
-        levels = ("tensor", "token") if level == "auto" else (level,)
+        coarse = "tensor" if self.mode == "dynamic" else "static"
+        levels = (coarse, "token") if level == "auto" else (level,)
         found = self._options(program, sites, fitting, [self._way(item, True) for item in levels], context.track)
         fitter = _Fitter(self, program, fitting, context.track)
         if self.sensitive is None or not (level == "auto" or self._has_target):

@@ -199,7 +199,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"symmetric": "x"}, "symmetric must be bool or None, found 'x'"),
     ({"group_size": "32"}, "group_size must be int or None, found '32'"),
     ({"min_cosine": "0.9"}, "min_cosine must be float or int or None, found '0.9'"),
-    ({"method": "entropy"}, "'entropy' is a static range of activations; give mode='static'"),
+    ({"mode": "dynamic", "method": "entropy"}, "'entropy' is a static range of activations; give mode='static'"),
     ({"mode": "static", "method": "mse+entropy"}, "two kinds of range, 'mse' and 'entropy'"),
     ({"activations": None, "method": "smoothquant"}, "'smoothquant' is for activations of 8 bits"),
     ({"method": "awq"}, "'awq' is for weights alone"),
@@ -514,7 +514,7 @@ def test_smoothquant_halves_the_error_of_outlier_channels() -> None:
 
 def test_outliers_need_no_finer_layers_once_smoothed() -> None:
     _, result = rewritten(wide(), Quantize(min_cosine=0.999), calibrated(ROWS))
-    assert reasons(result) == [] and result.rewrites["linear (tensor, smoothed)"] >= 1
+    assert reasons(result) == [] and result.rewrites["linear (static, smoothed)"] >= 1
 
 
 def test_mixed_precision_reaches_a_target_that_one_range_everywhere_misses() -> None:

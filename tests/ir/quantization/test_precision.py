@@ -179,9 +179,9 @@ def test_finer_is_dearer() -> None:
         Choice(type(coarse.activation)("token"), None, coarse.weights),
         Choice(coarse.activation, torch.ones(WIDTH), coarse.weights),
     )
-    large = {site: cost(site, coarse) for site in sites}
-    assert set(large.values()) == {0.0}
-    assert 0 < cost(sites[0], smoothed) < cost(sites[0], token)
+    static = Choice(type(coarse.activation)("static"), None, coarse.weights)
+    assert {cost(site, static) for site in sites} == {0.0}
+    assert 0 < cost(sites[0], coarse) < cost(sites[0], smoothed) < cost(sites[0], token)
     assert 0 < cost(sites[0], UNTOUCHED) < math.inf
 
 
