@@ -230,6 +230,13 @@ class Compiled:
         """
         made, old = self._product, self._settings
         settings = _settings(passes, old.dynamic_shapes, backend, calibration, old.verify, max_rewrites, threads)
+        signature = made.program.signature
+        paths = [tensor.path for tensor in signature.inputs]
+        check_batches(
+            settings.calibration,
+            ((), dict(zip(paths, made.flat, strict=True))),
+            lambda batch: ((), dict(zip(paths, signature.bind(*_as_arguments(batch)), strict=True))),
+        )
         model = made.program.copy()
         found = Compiled(model, settings)
         with torch.no_grad(), _without_collector():

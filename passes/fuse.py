@@ -13,7 +13,7 @@ from torch import fx
 from ..ir import pattern as p
 from ..ir.graph import Program, arguments, dtype, same_sizes, shape
 from ..ir.ops.attention import attention
-from ..ir.ops.linear import gated_linear, linear_act, mlp, split_linear
+from ..ir.ops.linear import ATEN_ACTIVATIONS, gated_linear, linear_act, mlp, split_linear
 from ..ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from ..ir.ops.rotary import rotary
 from ..ir.pattern import Match, Refusal, Rule
@@ -221,14 +221,6 @@ ADD_RMS_NORM = Rule(
 
 # --- linear and activation -------------------------------------------------------------------------------------
 
-_ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "gelu": (aten.gelu.default, {}),
-    "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
-    "relu": (aten.relu.default, {}),
-    "silu": (aten.silu.default, {}),
-    "tanh": (aten.tanh.default, {}),
-}  # torch's operators, by the name that `linear_act` has for them
-
 
 def _linear_act_rule(name: str, pattern: Any) -> Rule:
     def replace(program: Program, found: Match, _: Any) -> None:
@@ -260,7 +252,7 @@ def _quick_gelu_linear(node: fx.Node) -> Match | Refusal | None:
 
 
 LINEAR_ACT = (
-    *(_linear_act_rule(name, _activated_linear(*activation)) for name, activation in _ACTIVATIONS.items()),
+    *(_linear_act_rule(name, _activated_linear(*activation)) for name, activation in ATEN_ACTIVATIONS.items()),
     _linear_act_rule("quick_gelu", _quick_gelu_linear),
 )
 
@@ -269,7 +261,7 @@ LINEAR_ACT = (
 
 
 def _activation_name(node: Any) -> str | None:
-    for name, (target, options) in _ACTIVATIONS.items():
+    for name, (target, options) in ATEN_ACTIVATIONS.items():
         if isinstance(node, fx.Node) and node.target is target:
             given = {"approximate": "none", **arguments(node), "self": None}
             if given == {"approximate": "none", **options, "self": None}:

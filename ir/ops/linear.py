@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": lambda input: input.tanh(),
 }
+
+
+aten = torch.ops.aten
+ATEN_ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gelu": (aten.gelu.default, {}),
+    "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
+    "relu": (aten.relu.default, {}),
+    "silu": (aten.silu.default, {}),
+    "tanh": (aten.tanh.default, {}),
+}  # torch's operators for those of `ACTIVATIONS` that it has, with their options
 
 
 def _linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:

@@ -43,7 +43,7 @@ class Activation:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two are the same only if they are one: tensors have no single answer to ==
 class Choice:
     """One way to quantize the linears that read an activation.
 

@@ -8,16 +8,9 @@ import torch
 from torch import fx
 
 from ..graph import Program, arguments
-from ..ops.linear import gated_linear, linear_act, mlp, split_linear
+from ..ops.linear import ATEN_ACTIVATIONS, gated_linear, linear_act, mlp, split_linear
 
 aten = torch.ops.aten
-_ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "gelu": (aten.gelu.default, {}),
-    "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
-    "relu": (aten.relu.default, {}),
-    "silu": (aten.silu.default, {}),
-    "tanh": (aten.tanh.default, {}),
-}
 
 
 def expand(program: Program) -> int:
@@ -62,5 +55,5 @@ def _activation(program: Program, node: fx.Node, x: fx.Node, name: str) -> fx.No
     if name == "quick_gelu":
         gate = program.call(aten.sigmoid.default, program.call(aten.mul.Tensor, x, 1.702, before=node), before=node)
         return program.call(aten.mul.Tensor, x, gate, before=node)
-    target, options = _ACTIVATIONS[name]
+    target, options = ATEN_ACTIVATIONS[name]
     return program.call(target, x, before=node, **options)

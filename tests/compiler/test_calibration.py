@@ -83,3 +83,9 @@ def test_more_passes_are_judged_by_the_program_before_them() -> None:
     second = first.then("fuse", backend="eager")
     assert second.report.equal
     assert second.verify(EXAMPLE).equal
+
+
+def test_calibration_data_of_more_passes_is_checked_too() -> None:
+    first = fxpress.compile(model(), [], EXAMPLE, backend="eager")
+    with pytest.raises(InputError, match=r"calibration batch 0, input '.*' has NaN or infinity"):
+        first.then("quantize", backend="eager", calibration=[(torch.full((2, 8), torch.nan),)])
