@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from ..ir.calibration.lockstep import Lockstep
 from ..ir.errors import InputError
 from ..ir.graph import Program, arguments, shape
 from ..ir.ops.attention import attention
@@ -28,7 +29,6 @@ from ..ir.ops.integer import (
 )
 from ..ir.ops.quantize import dequantize, quantize
 from ..ir.quantization.integers import Codes, choose_codes, dyadic, integer_weight
-from ..ir.quantization.lockstep import Lockstep
 from ..ir.quantization.regions import RULE, VIEWS, Region, find_regions, operands
 from ..ir.rewrite import Applied, Context, Pass, PassResult
 

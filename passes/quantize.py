@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..ir.calibration.lockstep import Lockstep
 from ..ir.errors import InputError, RewriteError, nearest
 from ..ir.graph import Program, shape
+from ..ir.layers import name_of
 from ..ir.ops.quantize import dequantize, dynamic_quantize, int4_linear, int8_linear, quantize
 from ..ir.pattern import Refusal
 from ..ir.quantization import grid as grids
@@ -18,10 +20,9 @@ from ..ir.quantization.choice import UNTOUCHED, Choice
 from ..ir.quantization.expand import expand
 from ..ir.quantization.fold import fold
 from ..ir.quantization.insert import Insertion
-from ..ir.quantization.lockstep import Lockstep
 from ..ir.quantization.options import Data, Way, options, plain, refined
 from ..ir.quantization.precision import Metric, Target, applied, search
-from ..ir.quantization.sites import Site, embeddings, least, linear_sites, name_of
+from ..ir.quantization.sites import Site, embeddings, least, linear_sites
 from ..ir.rewrite import Applied, Context, Pass, PassResult, Track
 
 aten = torch.ops.aten

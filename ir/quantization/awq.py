@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..calibration.sweep import checked_gram, output_error
 from .grid import Grid, checked, nearest
-from .sweep import checked_gram, output_error
 
 _LEAST = 1e-4  # of the largest mean: channels that are hardly ever used are not scaled further down
 

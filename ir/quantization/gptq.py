@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..calibration.sweep import checked_gram, output_error, sweep
 from .grid import Clip, Grid, Quantized, checked, find_scale, quantize, spread, to_integers
-from .sweep import checked_gram, output_error, sweep
 
 Order = Literal["importance", "natural"]
 

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..calibration.lockstep import Lockstep, Visit
 from ..errors import RewriteError
 from ..graph import Program, arguments, shape
 from ..rewrite import Track
 from .choice import UNTOUCHED, Choice
-from .lockstep import Lockstep, Visit
 from .sites import Site
 
 Outputs = Sequence[Tensor]

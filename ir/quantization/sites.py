@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..graph import Program, arguments, dtype, module_path, shape
+from ..graph import Program, arguments, dtype, shape
+from ..layers import is_named, name_of
 from ..pattern import Refusal
 
 aten = torch.ops.aten
@@ -42,20 +42,6 @@ class Site:
         return sum(shape(linear.args[1])[0] * shape(linear.args[1])[1] for linear in self.linears)
 
 
-def name_of(node: fx.Node) -> str:
-    """What `skip` names: the path of the module that a weight belongs to."""
-    weight: Any = node.args[0] if node.target is aten.embedding.default else node.args[1]
-    return module_path(node) or str(weight.target).rpartition(".")[0] or str(weight.target)
-
-
-def is_skipped(node: fx.Node, patterns: Sequence[str]) -> bool:
-    """Whether a pattern fits the module's path, or one of its parts or beginnings: 'head' and 'encoder.0' do."""
-    name = name_of(node)
-    parts = name.split(".")
-    begins = {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
-    return any(fnmatchcase(item, pattern) for pattern in patterns for item in begins | set(parts))
-
-
 def linear_sites(program: Program, skip: Sequence[str]) -> tuple[list[Site], list[Refusal]]:
     """The linear layers with a weight of floats, by the activation that they read, in graph order."""
     found: dict[fx.Node, list[fx.Node]] = {}
@@ -81,7 +67,7 @@ def _refuses(node: fx.Node, skip: Sequence[str]) -> str | None:
         return f"weight {weight.target} is {dtype(weight)}"
     if len(shape(weight)) != 2:
         return f"weight {weight.target} is no matrix"
-    return f"{name_of(node)} is to be skipped" if is_skipped(node, skip) else None
+    return f"{name_of(node)} is to be skipped" if is_named(node, skip) else None
 
 
 def embeddings(program: Program, skip: Sequence[str]) -> list[fx.Node]:
@@ -92,7 +78,7 @@ def embeddings(program: Program, skip: Sequence[str]) -> list[fx.Node]:
         if isinstance(node.args[0], fx.Node)
         and node.args[0].op == "get_attr"
         and dtype(node.args[0]).is_floating_point
-        and not is_skipped(node, skip)
+        and not is_named(node, skip)
     ]
 
 

@@ -7,9 +7,9 @@ import torch
 from build import normal
 from torch import Tensor
 
+from fxpress.ir.calibration.sweep import output_error
 from fxpress.ir.quantization.awq import awq_scale
 from fxpress.ir.quantization.grid import Grid, nearest
-from fxpress.ir.quantization.sweep import output_error
 
 
 def error(weight: Tensor, scale: Tensor, gram: Tensor, grid: Grid) -> float:

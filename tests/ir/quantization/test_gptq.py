@@ -12,9 +12,9 @@ from build import normal
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fxpress.ir.calibration.sweep import output_error
 from fxpress.ir.quantization.gptq import Order, gptq
 from fxpress.ir.quantization.grid import Clip, Grid, Quantized, nearest
-from fxpress.ir.quantization.sweep import output_error
 
 GRIDS = [Grid(bits, group=group) for bits in (8, 4, 3) for group in (None, 32)] + [
     Grid(4, False, 32),

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from build import normal, program
 from torch import Tensor
 
+from fxpress.ir.calibration.lockstep import Lockstep
 from fxpress.ir.errors import RewriteError
 from fxpress.ir.graph import Program
 from fxpress.ir.quantization.choice import UNTOUCHED, Choice
 from fxpress.ir.quantization.grid import Grid
-from fxpress.ir.quantization.lockstep import Lockstep
 from fxpress.ir.quantization.options import Data, Way, options
 from fxpress.ir.quantization.precision import Search, Target, applied, cosines, cost, run, search
 from fxpress.ir.quantization.sites import Site, least, linear_sites

@@ -11,7 +11,8 @@ from build import normal, program
 from torch import Tensor, nn
 
 from fxpress.ir.graph import Program
-from fxpress.ir.quantization.sites import LEAST, embeddings, is_skipped, least, linear_sites
+from fxpress.ir.layers import is_named
+from fxpress.ir.quantization.sites import LEAST, embeddings, least, linear_sites
 
 aten = torch.ops.aten
 
@@ -85,7 +86,7 @@ def test_embeddings_are_skipped_by_name_too(pattern: str, skipped: bool) -> None
 def test_a_weight_without_a_module_is_named_by_itself() -> None:
     traced = program(lambda m, x: F.linear(x, m.w), normal(2, 8), w=normal(4, 8))
     assert names(traced) == ["w"]
-    assert is_skipped(traced.calls(aten.linear.default)[0], ["w"])
+    assert is_named(traced.calls(aten.linear.default)[0], ["w"])
 
 
 def test_tied_weights_are_sites_of_their_own_activations() -> None:

@@ -13,8 +13,8 @@ from build import normal, program
 from tiny import encoder, inputs
 from torch import Tensor, fx
 
+from fxpress.ir.calibration.lockstep import Lockstep
 from fxpress.ir.graph import Program
-from fxpress.ir.quantization.lockstep import Lockstep
 from fxpress.ir.rewrite import Context
 from fxpress.passes import Canonicalize
 

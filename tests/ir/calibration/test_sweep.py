@@ -7,7 +7,7 @@ import torch
 from build import normal
 from torch import Tensor
 
-from fxpress.ir.quantization.sweep import inverse_factor, output_error, sweep
+from fxpress.ir.calibration.sweep import inverse_factor, output_error, sweep
 
 
 def correlated(columns: int, seed: int = 0) -> Tensor:
