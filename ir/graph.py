@@ -140,6 +140,33 @@ class Program:
         node.meta["val"] = self.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
         return node
 
+    def set_weight(self, node: fx.Node, tensor: Tensor) -> None:
+        """Let a `get_attr` node read another tensor under its name, a parameter as before or a buffer as before."""
+        owner, _, leaf = str(node.target).rpartition(".")
+        holder, old = self.module.get_submodule(owner), self.tensor(node)
+        delattr(holder, leaf)
+        if isinstance(old, torch.nn.Parameter):
+            holder.register_parameter(leaf, torch.nn.Parameter(tensor.detach().clone(), old.requires_grad))
+        else:
+            holder.register_buffer(leaf, tensor.detach().clone())
+        node.meta["val"] = self.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
+
+    def refresh(self, nodes: Sequence[fx.Node]) -> None:
+        """Compute the fake values of weights' and calls' readers anew, where those of their arguments changed.
+
+        Args:
+            nodes: whose values or arguments changed.
+        """
+        changed = set(nodes)
+        for node in self.graph.nodes:
+            if node.op != "call_function" or not (node in changed or changed.intersection(node.all_input_nodes)):
+                continue
+            before = node.meta["val"]
+            node.meta["val"] = fake_result(self, node)
+            mark_current(node)
+            if not same_value(before, node.meta["val"]):
+                changed.add(node)
+
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let every user of `old` read `new`, which must have the same shape and dtype; `old` is erased if unused.
 

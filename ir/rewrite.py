@@ -54,13 +54,27 @@ class Applied:
     detail: str
 
 
+@dataclass(frozen=True)
+class Sparsity:
+    """What pruning left of a layer's weight: `zeros` of `numbers` are zero or cut.
+
+    `sqnr_db` is of the layer's output on calibration data, by the same inputs; None: there was none.
+    """
+
+    layer: str
+    numbers: int
+    zeros: int
+    sqnr_db: float | None = None
+
+
 @dataclass
 class PassResult:
-    """What a pass did: the number of rewrites by rule, where rules matched, and where they refused and why."""
+    """What a pass did: rewrites by rule, where rules matched, where they refused and why, which weights it thinned."""
 
     rewrites: Counter[str] = field(default_factory=Counter)
     matches: list[Applied] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    sparsity: list[Sparsity] = field(default_factory=list)
 
     @property
     def changes(self) -> int:

@@ -4,6 +4,7 @@ from .canonicalize import Canonicalize
 from .fold import Fold
 from .fuse import Fuse
 from .integer_only import IntegerOnly
+from .mask_weights import MaskWeights
 from .quantize import Quantize
 
-__all__ = ["Canonicalize", "Fold", "Fuse", "IntegerOnly", "Quantize"]
+__all__ = ["Canonicalize", "Fold", "Fuse", "IntegerOnly", "MaskWeights", "Quantize"]

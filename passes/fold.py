@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..ir.graph import Program
+from ..ir.pruning import masks
+from ..ir.pruning.units import cut_unread
 from ..ir.quantization.fold import fold
 from ..ir.rewrite import Context, Pass, PassResult
 
@@ -14,7 +16,8 @@ from ..ir.rewrite import Context, Pass, PassResult
 class Fold(Pass):
     """Store quantized weights as integers, and let linear layers between quantize and dequantize multiply integers.
 
-    `Quantize` does this itself unless it is told `fold=False`.
+    Masked weights become zero for good, and heads and neurons that nothing reads any more are cut.
+    `Quantize` and `MaskWeights` do this themselves unless they are told `fold=False`.
 
         before:  %y = aten.linear(fxpress.dequantize(%q, %s, %z), fxpress.dequantize(fxpress.quantize(@w, @s), @s))
         after:   %y = fxpress.int8_linear(%q, %s, %z, @integers, @scale, None)
@@ -25,6 +28,9 @@ class Fold(Pass):
     def apply(self, program: Program, context: Context) -> PassResult:
         """Rewrite the program in place."""
         result = PassResult()
+        if count := masks.fold(program):
+            result.rewrites["mask"] = count
+            result.rewrites.update(cut_unread(program))
         if count := fold(program):
             result.rewrites["quantize"] = count
         return result

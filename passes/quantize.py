@@ -11,13 +11,13 @@ import torch
 
 from ..ir.calibration.lockstep import Lockstep
 from ..ir.errors import InputError, RewriteError, nearest
+from ..ir.expand import expand
 from ..ir.graph import Program, shape
 from ..ir.layers import name_of
 from ..ir.ops.quantize import dequantize, dynamic_quantize, int4_linear, int8_linear, quantize
 from ..ir.pattern import Refusal
 from ..ir.quantization import grid as grids
 from ..ir.quantization.choice import UNTOUCHED, Choice
-from ..ir.quantization.expand import expand
 from ..ir.quantization.fold import fold
 from ..ir.quantization.insert import Insertion
 from ..ir.quantization.options import Data, Way, options, plain, refined

@@ -71,11 +71,12 @@ class Lockstep:
 
     def unpadded(self, value: Tensor, index: int) -> Tensor:
         """A value [..., K] of a batch as rows [tokens, K], without padding where its sizes are those of a mask."""
-        mask = self._mask(value.shape[:-1], index)
+        mask = self.mask(value.shape[:-1], index)
         rows = value.reshape(-1, value.shape[-1])
         return rows if mask is None else rows[mask.reshape(-1)]
 
-    def _mask(self, sizes: torch.Size, index: int) -> Tensor | None:
+    def mask(self, sizes: torch.Size, index: int) -> Tensor | None:
+        """A padding mask of a batch that has these sizes, True at real tokens."""
         return next((masks[index] for masks in self._masks if masks[index].shape == sizes), None)
 
     def _call(self, node: fx.Node, index: int) -> Any:

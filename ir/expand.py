@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import Program, arguments
-from ..ops.linear import ATEN_ACTIVATIONS, gated_linear, linear_act, mlp, split_linear
+from .graph import Program, arguments
+from .ops.linear import ATEN_ACTIVATIONS, gated_linear, linear_act, mlp, split_linear
 
 aten = torch.ops.aten
 

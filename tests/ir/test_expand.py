@@ -10,10 +10,10 @@ import torch
 from build import assert_equal, inputs, normal, program
 from torch import Tensor
 
+from fxpress.ir.expand import expand
 from fxpress.ir.graph import Program
 from fxpress.ir.ops.linear import ACTIVATIONS, gated_linear, linear_act, mlp, split_linear
 from fxpress.ir.ops.table import OPERATORS
-from fxpress.ir.quantization.expand import expand
 from fxpress.ir.verify import verify
 
 FUSED = (linear_act, gated_linear, mlp, split_linear)

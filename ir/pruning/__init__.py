@@ -1,0 +1,1 @@
+"""Removing weights: which ones, masks in the graph, and cutting what the masks leave unused."""

@@ -1,0 +1,309 @@
+"""MaskWeights: weights, heads, neurons and layers that go, chosen by a criterion; masked for training, or cut."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from ..ir.errors import InputError, RewriteError, nearest
+from ..ir.expand import expand
+from ..ir.graph import Program
+from ..ir.layers import fits, is_named, name_of
+from ..ir.pattern import Refusal
+from ..ir.pruning import layers as residual
+from ..ir.pruning import masks, structured, weights
+from ..ir.pruning.channels import follow
+from ..ir.pruning.select import Pattern
+from ..ir.pruning.sensitivity import Loss, fisher, slopes
+from ..ir.pruning.units import Family, cut_unread, families
+from ..ir.rewrite import Applied, Context, Pass, PassResult, Sparsity
+
+aten = torch.ops.aten
+METHODS = ("random", "magnitude", "wanda", "sparsegpt", "fisher", "movement")
+CALIBRATED = ("wanda", "sparsegpt", "fisher", "movement")
+UNITS = ("heads", "neurons")
+PATTERNS = ("unstructured", "n:m", "2:4", "4:8", "blocks", *UNITS, "heads+neurons", "layers", "branches")
+
+
+@dataclass(frozen=True)
+class MaskWeights(Pass):
+    """Set weights to zero; cut heads, neurons and layers that are zero altogether.
+
+        before:  %h = aten.gelu(aten.linear(%x, @up, @b));  %y = aten.linear(%h, @down, @c)
+        after:   the same with fewer rows in @up and @b and fewer columns in @down ("neurons"), or with zeros in @up and
+                 @down; with fold=False  %up' = aten.mul(@up, @up_mask), which zeros survive when the model is trained
+
+    Attributes:
+        sparsity: the share that goes: of the numbers of each weight; of the multiplications of heads and neurons; of
+            the layers. An n:m pattern says it itself.
+        method: "random"; "magnitude", the smallest numbers, of layers those that turn their input the least (Men et
+            al., 2024); "wanda", the smallest of |w| times the norm of its input,
+            in each output row (Sun et al., 2024); "sparsegpt", what costs least once the others have made up for it
+            (Frantar and Alistarh, 2023); "fisher", what the outputs depend on least (Kwon et al., 2022); "movement",
+            what a `loss` wants to shrink (Sanh et al., 2020). All but the first two need
+            calibration data, as layers do.
+        pattern: "unstructured"; "2:4", "4:8" or any "n:m", n of m neighbours in a row stay; "blocks" of `block` x
+            `block`; "heads" of attention, with their query, key, value and output weights; "neurons" of feed-forward
+            blocks, in multiples of 8; "heads+neurons"; "layers" with all their residual branches; "branches", each
+            attention and feed-forward block by itself.
+        scope: "layer": every layer loses the same share; "global": layers that matter less lose more; "auto": global
+            for "fisher", else by layer.
+        layers: names of modules, with * and ?, or of parts of them: only those are pruned. Empty: all linear layers but
+            embeddings and those that make the model's outputs.
+        skip: names of modules that are not pruned.
+        seed: of "random".
+        block: height and width of blocks.
+        refit: whether the weights that stay make up for those that go, by least squares on the calibration data; None:
+            for "sparsegpt" and "fisher". Without it, what stays is as it was.
+        loss: for "fisher" and "movement", a number from the model's flat outputs that is to stay low; None: how far
+            they are from what they are.
+        fold: whether weights are zeroed for good and units cut, or masks left for training; the pass `fold` cuts then.
+    """
+
+    exact: ClassVar[bool] = False
+
+    sparsity: float | None = None
+    method: str = "magnitude"
+    pattern: str = "unstructured"
+    scope: str = "auto"
+    layers: Sequence[str] = ()
+    skip: Sequence[str] = ()
+    seed: int = 0
+    block: int = 16
+    refit: bool | None = None
+    loss: Loss | None = field(default=None, repr=False)
+    fold: bool = True
+
+    def __post_init__(self) -> None:
+        for option, valid in (("method", METHODS), ("scope", ("auto", "layer", "global"))):
+            if getattr(self, option) not in valid:
+                raise InputError(
+                    f"unknown {option} {getattr(self, option)!r}: {nearest(str(getattr(self, option)), valid)}"
+                )
+        for option in ("layers", "skip"):
+            names = getattr(self, option)
+            if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+                raise InputError(f"{option} must be a list of names, found {names!r}; write {option}=['name']")
+        for option, kinds in (("seed", (int,)), ("block", (int,)), ("refit", (bool, type(None))), ("fold", (bool,))):
+            if type(getattr(self, option)) not in kinds:
+                raise InputError(f"{option} must be {kinds[0].__name__}, found {getattr(self, option)!r}")
+        if self.block < 1:
+            raise InputError(f"block must be 1 or more, found {self.block}")
+        self._check_pattern()
+        if self.method == "movement" and self.loss is None:
+            raise InputError("movement needs a loss, or training: give loss=, or train with a MaskScheduler")
+        if self.loss is not None and self.method not in ("fisher", "movement"):
+            raise InputError(f"method {self.method!r} has no use for a loss; give 'fisher' or 'movement'")
+        if self.kind in ("layers", "branches") and self.method not in ("random", "magnitude"):
+            raise InputError(f"{self.kind} are chosen by 'random' or 'magnitude', found {self.method!r}")
+        if self.scope == "global" and self.method == "sparsegpt":
+            raise InputError("sparsegpt compares the numbers of one layer; give scope='layer' or another method")
+        if self.scope == "global" and self.kind in ("n:m", "blocks"):
+            raise InputError(f"every layer has its share of {self.pattern}; give scope='layer'")
+
+    def _check_pattern(self) -> None:
+        """Refuse a pattern or sparsity that there is not."""
+        named = isinstance(self.pattern, str) and re.fullmatch(r"(\d+):(\d+)", self.pattern)
+        if named:
+            keep, of = map(int, self.pattern.split(":"))
+            if not 0 < keep < of:
+                raise InputError(f"pattern {self.pattern!r} must keep some, not all, of each group, as in '2:4'")
+            if self.sparsity is not None and round(self.sparsity * of) != of - keep:
+                raise InputError(f"pattern {self.pattern!r} is a sparsity of {1 - keep / of:g}, found {self.sparsity}")
+            return
+        if self.pattern not in PATTERNS or self.pattern == "n:m":
+            raise InputError(f"unknown pattern {self.pattern!r}: {nearest(str(self.pattern), PATTERNS)}")
+        if self.sparsity is None:
+            raise InputError(f"give a sparsity: the share of {self.pattern} that goes, between 0 and 1")
+        if not isinstance(self.sparsity, float | int) or isinstance(self.sparsity, bool) or not 0 <= self.sparsity <= 1:
+            raise InputError(f"sparsity must lie between 0 and 1, found {self.sparsity!r}")
+
+    @property
+    def kind(self) -> str:
+        """The pattern, "n:m" for all of that kind."""
+        return "n:m" if ":" in self.pattern else self.pattern
+
+    @property
+    def needs_calibration(self) -> str | None:
+        """Why calibration data is needed; None: it is not."""
+        if self.method in CALIBRATED:
+            return f"method {self.method!r}"
+        if self.kind in ("layers", "branches") and self.method == "magnitude":
+            return "how much each layer changes its input"
+        return "refit" if self.refit else None
+
+    @property
+    def _refits(self) -> bool:
+        units = self.kind in (*UNITS, "heads+neurons")
+        return (
+            self.refit if self.refit is not None else self.method == "sparsegpt" or (units and self.method == "fisher")
+        )
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        """Rewrite the program in place."""
+        if self.needs_calibration is not None and not context.calibration:
+            raise InputError(f"{self.needs_calibration} needs calibration data; give compile() calibration=batches")
+        result = PassResult()
+        if context.max_rewrites != 0 and (count := expand(program)):
+            result.rewrites["expand"] = count
+        linears = self._linears(program)
+        if self.kind in ("layers", "branches"):
+            self._drop(program, context, result)
+        elif self.kind in ("unstructured", "n:m", "blocks"):
+            self._weights(program, linears, context, result)
+        else:
+            self._units(program, context, result)
+        program.clean()
+        if self.fold:
+            masks.fold(program)
+            cut_unread(program)
+            program.clean()
+        return result
+
+    def _linears(self, program: Program) -> list[fx.Node]:
+        """The linear layers that are meant."""
+        every = program.calls(aten.linear.default)
+        for pattern in (*self.layers, *self.skip):
+            if not any(is_named(node, [pattern]) for node in every):
+                raise InputError(
+                    f"no layer is named {pattern!r}: {nearest(pattern, {name_of(node) for node in every})}"
+                )
+        wanted = [node for node in every if not self.layers or is_named(node, self.layers)]
+        return [node for node in wanted if not is_named(node, self.skip)]
+
+    def _means(self, name: str) -> bool:
+        """Whether a layer's name is meant."""
+        return (not self.layers or fits(name, self.layers)) and not fits(name, self.skip)
+
+    # --- numbers of weights ------------------------------------------------------------------------------------
+
+    def _weights(self, program: Program, linears: Sequence[fx.Node], context: Context, result: PassResult) -> None:
+        found, result.refusals = weights.targets(program, linears, bool(self.layers))
+        keep, of = map(int, self.pattern.split(":")) if self.kind == "n:m" else (0, 0)
+        pattern = Pattern(self.kind, keep, of, self.block)
+        for target in found:
+            misfit = pattern.misfit(*program.tensor(target.weight).shape)
+            if misfit:
+                raise RewriteError(f"{target.name} cannot have pattern {self.pattern!r}: {misfit}; name it in skip")
+        found = [target for target in found if context.take()]
+        given = self._given(program, [target.weight for target in found], context)
+        share = 1 - keep / of if self.kind == "n:m" else float(self.sparsity or 0)
+        generator = torch.Generator().manual_seed(self.seed)
+        criterion = weights.Criterion(self.method, share, pattern, self._refits, generator, given)
+        batches, track = context.calibration, context.track
+        scope = ("global" if self.method == "fisher" else "layer") if self.scope == "auto" else self.scope
+        decided = None
+        if scope == "global" and self.kind == "unstructured":
+            decided = weights.decide(program, found, criterion, batches, track)
+        for target, pruned in weights.prune(program, found, criterion, batches, track, decided).items():
+            old = program.tensor(target.weight)
+            if self._refits:
+                program.set_weight(target.weight, pruned.values.to(old))
+            masks.put(program, target.weight, pruned.keep)
+            report = pruned.report(target)
+            result.rewrites["weight"] += 1
+            result.matches.append(Applied("weight", target.name, _detail(report)))
+            result.sparsity.append(report)
+
+    def _given(self, program: Program, found: Sequence[fx.Node], context: Context) -> dict[fx.Node, Any]:
+        """The scores of methods that look at the outputs."""
+        names = [str(weight.target) for weight in found]
+        if self.method == "fisher":
+            scores = fisher(program, names, context.calibration, self.loss, context.track)
+            return {
+                weight: program.tensor(weight).detach().float().square() * scores[str(weight.target)]
+                for weight in found
+            }
+        if self.method == "movement":
+            assert self.loss is not None
+            moved = slopes(program, names, context.calibration, self.loss, context.track)
+            return {weight: -program.tensor(weight).detach().float() * moved[str(weight.target)] for weight in found}
+        return {}
+
+    # --- heads and neurons -------------------------------------------------------------------------------------
+
+    def _units(self, program: Program, context: Context, result: PassResult) -> None:
+        channels = follow(program)
+        every, refused = families(channels)
+        kinds = self.pattern.split("+")
+        found = [item for item in every if item.kind in kinds and any(map(self._means, item.layers))]
+        named = {name_of(node) for node in self._linears(program)} if self.layers else set()
+        for name, reason in refused.items():
+            result.refusals.append(Refusal(f"its inputs cannot be cut: {reason}", self.pattern, name))
+        if not found:
+            reasons = [f"{name}: {refused[name]}" for name in sorted(named) if name in refused]
+            raise RewriteError(f"there are no {self.pattern} that can be cut" + (f"; {reasons[0]}" if reasons else ""))
+        found = [item for item in found if context.take()]
+        keeps = self._kept_units(program, channels, found, context)
+        thinned = structured.readers(program, found, keeps, self._refits, context.calibration, context.track)
+        for node, reader in thinned.items():
+            weight = masks.stored(node.args[1])
+            assert weight is not None
+            if self._refits:
+                program.set_weight(weight, reader.values)
+        for family, keep in zip(found, keeps, strict=True):
+            structured.put_masks(program, family, keep)
+            if gone := int((~keep).sum()):
+                result.rewrites[family.kind] += gone
+            stays = f"{int(keep.sum())} of {len(keep)} {family.kind} stay"
+            result.matches.append(Applied(family.kind, family.name, stays))
+        result.sparsity += [
+            Sparsity(
+                name_of(node), reader.values.numel(), int((~reader.keep).sum()) * len(reader.values), reader.sqnr_db
+            )
+            for node, reader in thinned.items()
+        ]
+
+    def _kept_units(
+        self, program: Program, channels: Any, found: Sequence[Family], context: Context
+    ) -> list[torch.Tensor]:
+        """Booleans by family, True for the units that stay."""
+        scores = structured.scores(
+            program, found, self.method, context.calibration, self.loss, context.track, self.seed
+        )
+        sparsity = float(self.sparsity or 0)
+        scope = ("global" if self.method == "fisher" else "layer") if self.scope == "auto" else self.scope
+        if scope == "layer":
+            counts = structured.counts_by_share(found, sparsity)
+        else:
+            counts = structured.counts_by_worth(program, channels, found, scores, sparsity)
+        return [structured.chosen(item, count) for item, count in zip(scores, counts, strict=True)]
+
+    # --- layers ------------------------------------------------------------------------------------------------
+
+    def _drop(self, program: Program, context: Context, result: PassResult) -> None:
+        """Layers go one by one, each measured behind those that went before."""
+        found = residual.branches(program)
+        every = residual.grouped(found) if self.kind == "layers" else [residual.Layer(b.name, (b,)) for b in found]
+        meant = [layer for layer in every if self._means(layer.name)]
+        free = [layer for layer in meant if layer.fixed is None]
+        result.refusals += [Refusal(str(item.fixed), self.kind, item.name) for item in meant if item.fixed]
+        if not free:
+            reason = f": {meant[0].name}: {meant[0].fixed}" if meant else ""
+            raise RewriteError(f"there are no {self.kind} that can be cut{reason}")
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(min(round(float(self.sparsity or 0) * len(meant)), len(free))):
+            if not context.take():
+                break
+            if self.method == "random":
+                layer = free[int(torch.randint(len(free), (), generator=generator))]
+            else:
+                layer = residual.least(free, program, context.calibration, context.track)
+            residual.drop(program, layer)
+            program.clean()
+            free.remove(layer)
+            result.rewrites[self.kind] += 1
+            result.matches.append(Applied(self.kind, layer.name, "dropped"))
+
+
+def _detail(report: Sparsity) -> str:
+    text = f"{report.zeros / report.numbers:.1%} zero"
+    return text if report.sqnr_db is None else f"{text}, {report.sqnr_db:.1f} dB"
+
+
+__all__ = ["MaskWeights"]
