@@ -11,18 +11,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import passes
     from .compiler.artifact import LoadedModel, load
+    from .compiler.callbacks import mask_callback
     from .compiler.driver import Compiled, compile, export_onnx
     from .ir import errors
+    from .ir.pruning.schedule import MaskScheduler
 
 __version__ = "0.1.0"
-__all__ = ["Compiled", "LoadedModel", "compile", "errors", "export_onnx", "load", "passes"]
+__all__ = [
+    "Compiled", "LoadedModel", "MaskScheduler", "compile", "errors", "export_onnx", "load", "mask_callback", "passes",
+]  # fmt: skip
 
 _HOMES = {
     "Compiled": ".compiler.driver",
     "LoadedModel": ".compiler.artifact",
+    "MaskScheduler": ".ir.pruning.schedule",
     "compile": ".compiler.driver",
     "export_onnx": ".compiler.driver",
     "load": ".compiler.artifact",
+    "mask_callback": ".compiler.callbacks",
 }
 _FOLDERS = {"errors": ".ir.errors", "passes": ".passes"}
 

@@ -17,6 +17,8 @@ aten = torch.ops.aten
 def name_of(node: fx.Node) -> str:
     """The path of the module that the weight of a linear layer or an embedding belongs to."""
     weight: Any = node.args[0] if node.target is aten.embedding.default else node.args[1]
+    if weight.op != "get_attr":  # computed, as the product with a mask is
+        weight = next((used for used in weight.all_input_nodes if used.op == "get_attr"), weight)
     return module_path(node) or str(weight.target).rpartition(".")[0] or str(weight.target)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ class Canonicalize(Pass):
     Folded: dropout in evaluation, casts and copies to the same type, full slices, expansions and reshapes to the same
     shape, chains of transpositions and of reshapes, equal computations. Respelled: view, flatten and unflatten as
     reshape, einsum and bmm as matmul, chunk and split as slice, unbind as select, squares as products, a number less a
-    tensor as sub, addmm on flattened rows (Hugging Face's Conv1D) as linear; attention, RMSNorm and tanh-GELU written
-    out as one operator.
+    tensor as sub, slices of a weight that nothing reads whole as weights, addmm on flattened rows (Hugging Face's
+    Conv1D) as linear; attention, RMSNorm and tanh-GELU written out as one operator.
     Masks of attention become its arguments (`masks`), as far as they can be read.
     """
 
@@ -102,6 +103,32 @@ def _full_slice(program: Program, node: fx.Node) -> fx.Node | None:
     given = arguments(node)
     whole = given["start"] in (None, 0) and given["step"] == 1 and same_sizes(shape(node), shape(given["self"]))
     return given["self"] if whole else None
+
+
+def _slice(program: Program, node: fx.Node) -> fx.Node | None:
+    return _full_slice(program, node) or _own_rows(program, node)
+
+
+def _own_rows(program: Program, node: fx.Node) -> fx.Node | None:
+    """Rows of a weight that nothing reads whole, as nn.MultiheadAttention's projections in cross attention are kept."""
+    source: Any = node.args[0]
+    if source.op != "get_attr" or not isinstance(program.tensor(source), torch.nn.Parameter):
+        return None
+    parts = []
+    for reader in source.users:
+        given = arguments(reader)
+        if reader.target is not aten.slice.Tensor or given["dim"] != 0 or given["step"] != 1:
+            return None
+        if not isinstance(given["start"], int) or not isinstance(given["end"], int) or given["start"] < 0:
+            return None
+        parts.append((given["start"], given["end"]))
+    parts.sort()
+    if any(end > start for (_, end), (start, _) in pairwise(parts)):
+        return None
+    given = arguments(node)
+    rows = program.tensor(source).detach()[given["start"] : given["end"]]
+    name = f"{source.target}_{given['start']}"
+    return program.add_weight(name, rows, trainable=program.tensor(source).requires_grad)
 
 
 def _same_shape(program: Program, node: fx.Node) -> fx.Node | None:
@@ -318,7 +345,7 @@ SIMPLIFICATIONS: dict[Any, Edit] = {
     aten.max.other: _respelled(aten.maximum.default),
     **dict.fromkeys(_DROPOUTS, _dropout),
     **dict.fromkeys(_RESHAPES, _reshape),
-    aten.slice.Tensor: _full_slice,
+    aten.slice.Tensor: _slice,
     aten.expand.default: _same_shape,
     aten.transpose.int: _permute,
     aten.permute.default: _permute,

@@ -113,7 +113,7 @@ class MaskWeights(Pass):
             keep, of = map(int, self.pattern.split(":"))
             if not 0 < keep < of:
                 raise InputError(f"pattern {self.pattern!r} must keep some, not all, of each group, as in '2:4'")
-            if self.sparsity is not None and round(self.sparsity * of) != of - keep:
+            if self.sparsity is not None and abs(self.sparsity - (1 - keep / of)) > 0.005:
                 raise InputError(f"pattern {self.pattern!r} is a sparsity of {1 - keep / of:g}, found {self.sparsity}")
             return
         if self.pattern not in PATTERNS or self.pattern == "n:m":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, fx
 from ..graph import Program
 
 aten = torch.ops.aten
+_MARK = "fxpress_mask"  # in the metadata of products that `put` made
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,14 @@ class Masked:
 
 
 def masked(program: Program) -> list[Masked]:
-    """The masked weights, in graph order."""
+    """The masked weights, in the order of their products."""
     products = program.calls(aten.mul.Tensor)
     return [Masked(node, *node.args) for node in products if is_masked(node)]  # type: ignore[arg-type]
 
 
 def is_masked(node: Any) -> bool:
-    """Whether a node is a weight times its mask."""
-    if not isinstance(node, fx.Node) or node.target is not aten.mul.Tensor:
-        return False
-    weight, mask = node.args
-    weights = all(isinstance(item, fx.Node) and item.op == "get_attr" for item in (weight, mask))
-    return weights and re.search(r"_mask(_\d+)?$", str(mask.target)) is not None  # type: ignore[union-attr]
+    """Whether a node is a weight times a mask that `put` made, and no product of the model's own."""
+    return isinstance(node, fx.Node) and bool(node.meta.get(_MARK))
 
 
 def stored(node: Any) -> fx.Node | None:
@@ -64,6 +60,7 @@ def put(program: Program, weight: fx.Node, mask: Tensor) -> None:
     first = next(node for node in program.graph.nodes if node.op == "call_function")
     buffer = program.add_weight(f"{weight.target}_mask", new.contiguous(), trainable=False)
     product = program.call(aten.mul.Tensor, weight, buffer, before=first)
+    product.meta[_MARK] = True
     weight.replace_all_uses_with(product, delete_user_cb=lambda user: user is not product)
 
 
