@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -56,6 +56,10 @@ def compile_command(
     model_dir: ModelDir,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make for the compiled model.")],
     passes: Passes = None,
+    heatmap: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw what pruning left of each layer, as .png or .svg; needs matplotlib."),
+    ] = None,
     batch: Batch = 2,
     length: Length = 16,
     threads: Threads = None,
@@ -66,6 +70,8 @@ def compile_command(
 
     chosen = _passes(passes)
     artifact.check_new(output)
+    if heatmap is not None:
+        _check_heatmap(heatmap, output, chosen)
     with _stage("loading the model"):
         model = hf.load_model(model_dir)
     with _stage("compiling"):
@@ -73,6 +79,9 @@ def compile_command(
         compiled.save(output)
     out.print(compiled.report)
     out.print(f"saved to {output}")
+    if heatmap is not None:
+        compiled.report.save_heatmap(heatmap)
+        out.print(f"heatmap in {heatmap}")
 
 
 @app.command()
@@ -201,7 +210,21 @@ def _survey(names: list[str], write: Path | None, record: Path, resume: bool, wo
         raise FxpressError(f"wrong results or bugs: {', '.join(sorted(wrong))}")
 
 
-def _passes(given: str | None) -> object:
+def _check_heatmap(path: Path, output: Path, passes: Sequence[object]) -> None:
+    """Refuse a heatmap that cannot be drawn, before any work is done."""
+    from ..passes import MaskWeights
+    from .heatmap import check
+
+    check(path)
+    if path.resolve() == output.resolve():
+        raise InputError(f"--heatmap and --output are both {str(path)!r}; give two paths")
+    if not any(isinstance(item, MaskWeights) and item.kind not in ("layers", "branches") for item in passes):
+        raise InputError(
+            "--heatmap draws what pruning left: give --passes with mask_weights, not of layers or branches"
+        )
+
+
+def _passes(given: str | None) -> Sequence[object]:
     """The passes of an option, checked before any work is done."""
     from .pipeline import parse_passes
 

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..ir.rewrite import Context, Pass
 from ..ir.signature import describe, leaves
 from . import artifact, hf, structure
 from .calibration import check_batches, track
-from .pipeline import parse_passes, run_passes
+from .pipeline import has_masks, parameters, parse_passes, run_passes, zeros
 from .report import Report
 from .trace import Arguments, admit_ones, bind_example, plain_attention, trace
 
@@ -335,7 +335,8 @@ def _rewritten(
     backend = "onnx" if settings.backend == "auto" else settings.backend
     report = Report(model=name, backend=backend)
     report.ranges = dict(program.signature.ranges)
-    report.bytes_before = weight_bytes(program)
+    report.bytes_before, report.parameters_before = weight_bytes(program), parameters(program)
+    had_masks = has_masks(program)  # those of a program that was trained
     expected, traced = None, None
     if settings.verify:
         traced = program.copy()
@@ -344,7 +345,12 @@ def _rewritten(
     with clock("passes"):
         calibration = [program.signature.bind(*_as_arguments(batch)) for batch in settings.calibration]
         context = Context(flat, calibration, settings.max_rewrites, track=track)
-        report.passes = run_passes(program, settings.passes, context, expected)
+        passed = run_passes(program, settings.passes, context, expected)
+    report.passes, report.reshaped = passed.reports, passed.reshaped
+    report.macs_before, report.macs_after = passed.macs_before, passed.macs_after
+    report.parameters_after = parameters(program)
+    if had_masks or any(item.sparsity for item in report.passes):
+        report.zeros, report.masked = zeros(program), has_masks(program)
     runner: Runner = OnnxRunner(program, settings.threads, clock) if backend == "onnx" else EagerRunner(program)
     if isinstance(runner, OnnxRunner):
         report.choices = [
@@ -357,7 +363,7 @@ def _rewritten(
         report.bytes_after = weight_bytes(program)
     if expected is not None:
         with clock("verify"):
-            verdict = compare(runner.run(flat), *expected, program.signature.outputs)
+            verdict = _judged(runner.run(flat), *expected, program.signature.outputs, passed.reshaped)
         _record(report, verdict)
         if not verdict.equal and all(item.exact for item in settings.passes):
             raise VerifyError(
@@ -368,9 +374,25 @@ def _rewritten(
     return _Product(flat, program, traced, runner, report)
 
 
+def _judged(
+    found: Sequence[Any],
+    eager: Sequence[Any],
+    judge: Sequence[Any],
+    names: Sequence[str],
+    reshaped: Mapping[str, list[list[int]]],
+) -> Comparison:
+    """`compare` without the outputs that passes gave the shape that they have."""
+    if not reshaped:
+        return compare(found, eager, judge, names)
+    rows = zip(found, eager, judge, names, strict=True)
+    kept = [row for row in rows if row[3] not in reshaped or list(row[0].shape) != reshaped[row[3]][1]]
+    return compare(*map(list, zip(*kept, strict=True))) if kept else Comparison()
+
+
 def _record(report: Report, verdict: Comparison) -> None:
-    report.equal, report.reasons = verdict.equal, list(verdict.reasons)
-    report.sqnr_db, report.cosine, report.max_abs = verdict.sqnr_db, verdict.cosine, verdict.max_abs
+    report.equal, report.reasons = verdict.equal and not report.reshaped, list(verdict.reasons)
+    if verdict.errors or not report.reshaped:
+        report.sqnr_db, report.cosine, report.max_abs = verdict.sqnr_db, verdict.cosine, verdict.max_abs
 
 
 def _run_model(module: Callable[..., Any], example: Arguments) -> Any:

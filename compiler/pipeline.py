@@ -5,19 +5,26 @@ from __future__ import annotations
 import ast
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from .. import passes as pass_folder
 from ..ir.equality import compare, sqnr_db
 from ..ir.errors import FxpressError, InputError, RewriteError, VerifyError, nearest
-from ..ir.graph import Program
+from ..ir.graph import Program, arguments
+from ..ir.ops.attention import attention
+from ..ir.ops.quantize import dequantize, int4_linear, quantize, unpack_int4
+from ..ir.pruning.masks import is_masked, masked
 from ..ir.rewrite import Context, Pass
 from ..ir.verify import verify
 from .report import PassReport
+
+aten = torch.ops.aten
 
 PASSES: dict[str, type[Pass]] = {
     kind.pass_name(): kind for kind in (getattr(pass_folder, name) for name in pass_folder.__all__)
@@ -101,17 +108,33 @@ def _literal(value: ast.expr, text: str) -> Any:
         raise InputError(f"an option in {text!r} is no literal value") from error
 
 
+@dataclass(frozen=True)
+class Passed:
+    """What a list of passes did to a program.
+
+    Attributes:
+        reports: of each pass.
+        macs_before, macs_after: multiplications of `counted`, before the first pass and after the last; None: not run.
+        reshaped: outputs that have another shape than before, as those of fewer heads do: [before, after].
+    """
+
+    reports: list[PassReport]
+    macs_before: int | None = None
+    macs_after: int | None = None
+    reshaped: dict[str, list[list[int]]] = field(default_factory=dict)
+
+
 def run_passes(
     program: Program,
     passes: Sequence[Pass],
     context: Context,
     expected: tuple[Sequence[Any], Sequence[Any]] | None = None,
-) -> list[PassReport]:
+) -> Passed:
     """Run passes on a program in place, verified before and after each.
 
     Args:
         context: with the example inputs on which the error of each pass is measured.
-        expected: the model's outputs on them, and those in fp64; None: errors are not measured.
+        expected: the model's outputs on them, and those in fp64; None: the program is not run.
 
     Raises:
         RewriteError, VerifyError: name the pass and those before it; VerifyError also when a pass that is exact
@@ -119,13 +142,14 @@ def run_passes(
     """
     reports: list[PassReport] = []
     verify(program)
-    before = _run(program, context.inputs) if expected else None
+    first, macs_before = counted(program, context.inputs) if expected else (None, None)
+    before, macs_after = first, macs_before
     for index, rewrite in enumerate(passes):
         start = time.perf_counter()
         try:
             result = rewrite.apply(program, context)
             verify(program)
-            after = _run(program, context.inputs) if expected else None
+            after, macs_after = counted(program, context.inputs) if expected else (None, None)
         except (FxpressError, RuntimeError) as error:
             kind = type(error) if isinstance(error, FxpressError) else RewriteError
             raise kind(f"{_place(passes, index)}: {error}") from error
@@ -146,10 +170,11 @@ def run_passes(
                 matches=[dataclasses.asdict(item) for item in result.matches],
                 seconds=seconds,
                 sqnr_db=_introduced(after, before),
+                sparsity=[dataclasses.asdict(item) for item in result.sparsity],
             )
         )
         before = after
-    return reports
+    return Passed(reports, macs_before, macs_after, _reshaped(program.signature.outputs, first, before))
 
 
 def _place(passes: Sequence[Pass], index: int) -> str:
@@ -157,13 +182,115 @@ def _place(passes: Sequence[Pass], index: int) -> str:
     return f"pass {passes[index]}{earlier}"
 
 
-def _run(program: Program, inputs: Sequence[Tensor]) -> list[Any]:
-    with torch.no_grad():
-        return list(program.run(inputs))
-
-
 def _introduced(after: Sequence[Any] | None, before: Sequence[Any] | None) -> float | None:
+    """The lowest SQNR among the outputs that a pass left their shape."""
     if after is None or before is None:
         return None
     pairs = [(a, b) for a, b in zip(after, before, strict=True) if isinstance(a, Tensor) and a.is_floating_point()]
-    return min((sqnr_db(a, b) for a, b in pairs), default=None)
+    return min((sqnr_db(a, b) for a, b in pairs if a.shape == b.shape), default=None)
+
+
+def _reshaped(
+    names: Sequence[str], before: Sequence[Any] | None, after: Sequence[Any] | None
+) -> dict[str, list[list[int]]]:
+    if after is None or before is None:
+        return {}
+    outputs = zip(names, before, after, strict=True)
+    return {
+        name: [list(old.shape), list(new.shape)]
+        for name, old, new in outputs
+        if isinstance(old, Tensor) and isinstance(new, Tensor) and old.shape != new.shape
+    }
+
+
+# --- what a program consists of ------------------------------------------------------------------------------------
+
+
+def counted(program: Program, inputs: Sequence[Tensor]) -> tuple[list[Any], int]:
+    """Run a program on flat inputs: its outputs, and how many numbers it multiplied.
+
+    Those of matmuls, of integers too, of convolutions and of attention, as the operators' references compute them: all
+    scores of an attention, those that a mask hides too. Multiplications by element and those of recurrent layers are
+    not counted.
+    """
+    rules = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=rules)
+    with torch.no_grad(), counter:
+        outputs = list(program.run(inputs))
+    return outputs, counter.get_total_flops() // 2
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """torch has this rule for the kernels of GPUs alone; arguments are shapes."""
+    batch, heads, rows, width = query
+    return int(2 * batch * heads * rows * key[-2] * (width + value[-1]))
+
+
+def parameters(program: Program) -> int:
+    """Numbers of a program's weights, zeros too: tied ones once, without masks and the scales of quantization."""
+    sizes = {id(tensor): tensor.numel() for tensor in program.module.parameters()}
+    for _, weight, reader in _weights(program, "weight", "bias"):
+        tensor = program.tensor(weight)
+        sizes[id(tensor)] = len(tensor) * _width(reader) if _is_packed(tensor, reader) else tensor.numel()
+    return sum(sizes.values())
+
+
+def zeros(program: Program) -> float:
+    """The share of zeros among the numbers of linear layers' weights, those that are masked counted as zeros."""
+    found: dict[int, tuple[int, int]] = {}
+    for value, weight, reader in _weights(program, "weight"):
+        numbers = program.tensor(weight).detach()
+        if numbers.dim() != 2 or reader.target is aten.embedding.default:
+            continue
+        if _is_packed(numbers, reader):
+            given = {name: item and program.tensor(item) for name, item in arguments(reader).items() if name in _SCALES}
+            numbers = dequantize(unpack_int4(numbers, _width(reader)), *given.values())
+        for product in _through(value):
+            if is_masked(product):
+                numbers = numbers * program.tensor(product.args[1])  # type: ignore[arg-type]
+        found[id(program.tensor(weight))] = (numbers.numel() - int(numbers.count_nonzero()), numbers.numel())
+    total = sum(size for _, size in found.values())
+    return sum(count for count, _ in found.values()) / total if total else 0.0
+
+
+def has_masks(program: Program) -> bool:
+    """Whether weights are still multiplied by masks, for training."""
+    return bool(masked(program))
+
+
+_SCALES = ("weight_scale", "zero_point")
+
+
+def _weights(program: Program, *kinds: str) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
+    """What operators read as their weights: that value, the stored tensor that it is made of, the operator."""
+    for reader in program.graph.nodes:
+        if reader.op != "call_function" or reader.target is attention or _looks_up_scales(reader):
+            continue  # attention's bias is a mask
+        for name, value in arguments(reader).items():
+            if name.endswith(kinds) and isinstance(value, fx.Node):
+                *_, weight = _through(value)
+                if weight.op == "get_attr":
+                    yield value, weight, reader
+
+
+def _through(value: Any) -> Iterator[fx.Node]:
+    """A value, and what it is made of by quantization and masks."""
+    yield value
+    while value.target in (quantize, dequantize) or is_masked(value):
+        value = value.args[0]
+        yield value
+
+
+def _looks_up_scales(node: fx.Node) -> bool:
+    """Whether a lookup gives the scales of the rows of another table."""
+    if node.target is not aten.embedding.default:
+        return False
+    return any(user.target is dequantize and arguments(user)["input"] is not node for user in node.users)
+
+
+def _is_packed(tensor: Tensor, reader: fx.Node) -> bool:
+    return reader.target is int4_linear and tensor.dtype == torch.uint8
+
+
+def _width(reader: fx.Node) -> int:
+    return int(arguments(reader)["input"].meta["val"].shape[-1])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -24,6 +26,7 @@ class PassReport:
     seconds: float
     sqnr_db: float | None  # of the program's outputs against those before the pass; None: not measured
     matches: list[dict[str, str]] = field(default_factory=list)  # rule, node, detail
+    sparsity: list[dict[str, Any]] = field(default_factory=list)  # what pruning left: layer, numbers, zeros, sqnr_db
 
 
 @dataclass
@@ -43,6 +46,16 @@ class Report:
     max_abs: float | None = None
     ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)  # sizes the program is valid for
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage
+    # Numbers of weights, zeros too: tied ones once, without masks and the scales of quantization; None: not counted.
+    parameters_before: int | None = None
+    parameters_after: int | None = None
+    # Multiplications of one run of the example in matmuls (of integers too), convolutions and attention, all scores of
+    # which count, those that a mask hides too; those by element do not. None: the program was not run.
+    macs_before: int | None = None
+    macs_after: int | None = None
+    zeros: float | None = None  # their share in the weights that linear layers have now; None: nothing was pruned
+    masked: bool = False  # whether weights are still multiplied by masks, for training
+    reshaped: dict[str, list[list[int]]] = field(default_factory=dict)  # outputs of another shape: [before, after]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; infinities become None, as JSON has none."""
@@ -72,22 +85,70 @@ class Report:
                 times = ", ".join(f"{name} {ms:.3f}" for name, ms in choice["milliseconds"].items()) or "-"
                 choices.add_row(choice["operator"], str(choice["nodes"]), choice["chosen"], times)
             parts.append(choices)
+        pruned = [item for item in self.passes if item.sparsity]
+        parts += [_sparsity_table(item, f": {item.name}" if len(pruned) > 1 else "") for item in pruned]
         parts.append(self.summary())
         return Group(*parts)
 
     def summary(self) -> str:
-        """Size, error and time in three lines."""
+        """Size, error and time in a line each; what pruning did to the number of multiplications."""
         lines = [f"size: {self.bytes_before / 1e6:.1f} MB of weights -> {self.bytes_after / 1e6:.1f} MB"]
+        lines += self._pruning()
         if self.equal is None:
             lines.append("error: not measured")
         else:
             verdict = "equal to eager PyTorch" if self.equal else "NOT equal to eager PyTorch"
-            assert self.max_abs is not None and self.cosine is not None
-            lines.append(f"error against fp64: {decibels(self.sqnr_db)}, max {self.max_abs:.2g} ({verdict})")
+            error = "not measured"
+            if self.max_abs is not None:
+                error = f"{decibels(self.sqnr_db)}, max {self.max_abs:.2g}"
+            lines.append(f"error against fp64: {error} ({verdict})")
             lines += [f"  {reason}" for reason in self.reasons]
+        if self.reshaped:
+            lines.append(f"outputs {self._reshaped()}")
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
         lines.append(f"compile time: {sum(self.seconds.values()):.1f} s ({stages})")
         return "\n".join(lines)
+
+    def _pruning(self) -> list[str]:
+        """What the passes did to the multiplications and parameters, where it is worth a line; and why not more."""
+        macs, numbers = _share(self.macs_before, self.macs_after), _share(self.parameters_before, self.parameters_after)
+        changed = any(share is not None and abs(share - 1) >= _NOTICED for share in (macs, numbers))
+        if self.zeros is None and not changed:
+            return []
+        parts = []
+        if macs is not None:
+            parts.append(
+                f"multiplications: {_changed(self.macs_before, self.macs_after)} ({macs:.0%}) at the example's sizes"
+            )
+        if numbers is not None:
+            parts.append(f"parameters: {_changed(self.parameters_before, self.parameters_after)}")
+        lines = ["; ".join(parts)] if parts else []
+        if self.zeros is not None and self.zeros >= _NOTICED:
+            fewer = macs if macs is not None else numbers
+            further = "further " if fewer is not None and fewer <= 1 - _NOTICED else ""
+            text = f"no {further}speed-up here, masks kept: {self.zeros:.0%} of the weights are zero"
+            hint = "fold cuts heads and neurons that are masked" if self.masked else "pattern='neurons' or 'heads' cuts"
+            lines.append(f"{text}, but the {self.backend} backend multiplies them all; {hint}")
+        return lines
+
+    def _reshaped(self) -> str:
+        """The outputs of another shape, in one line: those that changed alike together."""
+        alike: dict[str, list[str]] = {}
+        for name, (before, after) in self.reshaped.items():
+            alike.setdefault(f"{before} -> {after}", []).append(name)
+        parts = [f"{_listed(names)}: {sizes}" for sizes, names in alike.items()]
+        heads = all(before[:1] + before[2:] == after[:1] + after[2:] for before, after in self.reshaped.values())
+        return f"{'with fewer heads' if heads else 'of another shape'}: {'; '.join(parts)}"
+
+    def save_heatmap(self, path: str | os.PathLike[str]) -> None:
+        """Draw what pruning left of each layer, by block, as a new .png or .svg file; needs matplotlib.
+
+        Raises:
+            InputError: nothing was pruned, the file exists or cannot be written, or matplotlib is missing.
+        """
+        from .heatmap import heatmap
+
+        heatmap(self, Path(path))
 
     def __str__(self) -> str:
         return render(self)
@@ -107,9 +168,53 @@ def explain(report: PassReport) -> Group:
     return Group(*parts)
 
 
+_NOTICED = 0.005  # a change of less is no per cent
+
+
+def _sparsity_table(report: PassReport, which: str) -> Table:
+    """The layers that a pass pruned, and all of them together."""
+    table = Table(title=escape(f"what pruning left{which}"), title_justify="left", show_footer=True)
+    numbers, zeros = (sum(item[key] for item in report.sparsity) for key in ("numbers", "zeros"))
+    table.add_column("layer", "all", overflow="fold")
+    for name, footer in (("numbers", f"{numbers:,}"), ("zero or cut", _percent(zeros, numbers)), ("error", "")):
+        table.add_column(name, footer, justify="right")
+    for item in report.sparsity:
+        error = "-" if item["sqnr_db"] is None else decibels(item["sqnr_db"])
+        table.add_row(escape(item["layer"]), f"{item['numbers']:,}", _percent(item["zeros"], item["numbers"]), error)
+    return table
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def _share(before: int | None, after: int | None) -> float | None:
+    """What is left of a number; None: unknown."""
+    return after / before if before and after is not None else None
+
+
+def _changed(before: int | None, after: int | None) -> str:
+    return f"{_short(before or 0)} -> {_short(after or 0)}"
+
+
+def _short(number: float) -> str:
+    """Three digits and a unit: `22.7 M`."""
+    units = ("", " k", " M", " G", " T", " P")
+    for unit in units[:-1]:
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}{units[-1]}"
+
+
+def _listed(names: list[str]) -> str:
+    """Names, of many the first and the last."""
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} to {names[-1]} ({len(names)})"
+
+
 def decibels(value: float | None) -> str:
     """An SQNR as text; an infinite one is no error at all."""
-    return "no error" if value is None or math.isinf(value) else f"{value:.1f} dB"
+    return "no error" if value is None or value == math.inf else f"{value:.1f} dB"
 
 
 def render(item: Any, width: int = 110) -> str:

@@ -16,7 +16,7 @@ from ..ir.graph import Program
 from ..ir.layers import fits, is_named, name_of
 from ..ir.pattern import Refusal
 from ..ir.pruning import layers as residual
-from ..ir.pruning import masks, structured, weights
+from ..ir.pruning import masks, ranking, structured, weights
 from ..ir.pruning.channels import follow
 from ..ir.pruning.select import Pattern
 from ..ir.pruning.sensitivity import Loss, fisher, slopes
@@ -26,8 +26,8 @@ from ..ir.rewrite import Applied, Context, Pass, PassResult, Sparsity
 aten = torch.ops.aten
 METHODS = ("random", "magnitude", "wanda", "sparsegpt", "fisher", "movement")
 CALIBRATED = ("wanda", "sparsegpt", "fisher", "movement")
-UNITS = ("heads", "neurons")
-PATTERNS = ("unstructured", "n:m", "2:4", "4:8", "blocks", *UNITS, "heads+neurons", "layers", "branches")
+UNIT_PATTERNS = ("heads", "neurons", "heads+neurons")
+PATTERNS = ("unstructured", "n:m", "2:4", "4:8", "blocks", *UNIT_PATTERNS, "layers", "branches")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class MaskWeights(Pass):
             blocks, in multiples of 8; "heads+neurons"; "layers" with all their residual branches; "branches", each
             attention and feed-forward block by itself.
         scope: "layer": every layer loses the same share; "global": layers that matter less lose more; "auto": global
-            for "fisher", else by layer.
+            for "fisher", and for heads and neurons by "sparsegpt"; else by layer.
         layers: names of modules, with * and ?, or of parts of them: only those are pruned. Empty: all linear layers but
             embeddings and those that make the model's outputs.
         skip: names of modules that are not pruned.
@@ -60,8 +60,8 @@ class MaskWeights(Pass):
         block: height and width of blocks.
         refit: whether the weights that stay make up for those that go, by least squares on the calibration data; None:
             for "sparsegpt" and "fisher". Without it, what stays is as it was.
-        loss: for "fisher" and "movement", a number from the model's flat outputs that is to stay low; None: how far
-            they are from what they are.
+        loss: for methods that look at the outputs ("fisher", "movement", "sparsegpt" of heads and neurons), a number
+            from the model's flat outputs that is to stay low; None: how far they are from what they are.
         fold: whether weights are zeroed for good and units cut, or masks left for training; the pass `fold` cuts then.
     """
 
@@ -97,11 +97,11 @@ class MaskWeights(Pass):
         self._check_pattern()
         if self.method == "movement" and self.loss is None:
             raise InputError("movement needs a loss, or training: give loss=, or train with a MaskScheduler")
-        if self.loss is not None and self.method not in ("fisher", "movement"):
+        if self.loss is not None and self.method not in ("fisher", "movement", "sparsegpt"):
             raise InputError(f"method {self.method!r} has no use for a loss; give 'fisher' or 'movement'")
         if self.kind in ("layers", "branches") and self.method not in ("random", "magnitude"):
             raise InputError(f"{self.kind} are chosen by 'random' or 'magnitude', found {self.method!r}")
-        if self.scope == "global" and self.method == "sparsegpt":
+        if self.scope == "global" and self.method == "sparsegpt" and self.kind not in UNIT_PATTERNS:
             raise InputError("sparsegpt compares the numbers of one layer; give scope='layer' or another method")
         if self.scope == "global" and self.kind in ("n:m", "blocks"):
             raise InputError(f"every layer has its share of {self.pattern}; give scope='layer'")
@@ -139,10 +139,16 @@ class MaskWeights(Pass):
 
     @property
     def _refits(self) -> bool:
-        units = self.kind in (*UNITS, "heads+neurons")
-        return (
-            self.refit if self.refit is not None else self.method == "sparsegpt" or (units and self.method == "fisher")
-        )
+        if self.refit is not None:
+            return self.refit
+        return self.method == "sparsegpt" or (self.method == "fisher" and self.kind in UNIT_PATTERNS)
+
+    @property
+    def _scope(self) -> str:
+        if self.scope != "auto":
+            return self.scope
+        units = self.kind in UNIT_PATTERNS
+        return "global" if self.method == "fisher" or (units and self.method == "sparsegpt") else "layer"
 
     def apply(self, program: Program, context: Context) -> PassResult:
         """Rewrite the program in place."""
@@ -196,9 +202,8 @@ class MaskWeights(Pass):
         generator = torch.Generator().manual_seed(self.seed)
         criterion = weights.Criterion(self.method, share, pattern, self._refits, generator, given)
         batches, track = context.calibration, context.track
-        scope = ("global" if self.method == "fisher" else "layer") if self.scope == "auto" else self.scope
         decided = None
-        if scope == "global" and self.kind == "unstructured":
+        if self._scope == "global" and self.kind == "unstructured":
             decided = weights.decide(program, found, criterion, batches, track)
         for target, pruned in weights.prune(program, found, criterion, batches, track, decided).items():
             old = program.tensor(target.weight)
@@ -241,11 +246,8 @@ class MaskWeights(Pass):
         found = [item for item in found if context.take()]
         keeps = self._kept_units(program, channels, found, context)
         thinned = structured.readers(program, found, keeps, self._refits, context.calibration, context.track)
-        for node, reader in thinned.items():
-            weight = masks.stored(node.args[1])
-            assert weight is not None
-            if self._refits:
-                program.set_weight(weight, reader.values)
+        if self._refits:
+            structured.write(program, thinned)
         for family, keep in zip(found, keeps, strict=True):
             structured.put_masks(program, family, keep)
             if gone := int((~keep).sum()):
@@ -254,7 +256,7 @@ class MaskWeights(Pass):
             result.matches.append(Applied(family.kind, family.name, stays))
         result.sparsity += [
             Sparsity(
-                name_of(node), reader.values.numel(), int((~reader.keep).sum()) * len(reader.values), reader.sqnr_db
+                name_of(node), reader.weight.numel(), int((~reader.keep).sum()) * len(reader.weight), reader.sqnr_db
             )
             for node, reader in thinned.items()
         ]
@@ -263,16 +265,13 @@ class MaskWeights(Pass):
         self, program: Program, channels: Any, found: Sequence[Family], context: Context
     ) -> list[torch.Tensor]:
         """Booleans by family, True for the units that stay."""
-        scores = structured.scores(
-            program, found, self.method, context.calibration, self.loss, context.track, self.seed
-        )
+        rankings = ranking.rank(program, found, self.method, context.calibration, self.loss, context.track, self.seed)
         sparsity = float(self.sparsity or 0)
-        scope = ("global" if self.method == "fisher" else "layer") if self.scope == "auto" else self.scope
-        if scope == "layer":
-            counts = structured.counts_by_share(found, sparsity)
+        if self._scope == "layer":
+            counts = ranking.counts_by_share(found, sparsity)
         else:
-            counts = structured.counts_by_worth(program, channels, found, scores, sparsity)
-        return [structured.chosen(item, count) for item, count in zip(scores, counts, strict=True)]
+            counts = ranking.counts_by_loss(program, channels, found, rankings, sparsity)
+        return [ranking.chosen(item, count) for item, count in zip(rankings, counts, strict=True)]
 
     # --- layers ------------------------------------------------------------------------------------------------
 

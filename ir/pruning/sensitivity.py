@@ -1,8 +1,15 @@
-"""How much the outputs of a program depend on its numbers: diagonal Fisher information and first-order effects."""
+"""How much the outputs of a program depend on its weights and on what its layers give.
+
+Without a loss, sensitivity is that of the vectors of the outputs, each in units of its own length, with random signs:
+the mean square of such a derivative over many signs is the sum of the squares of the derivatives of all outputs, the
+Fisher information of a model whose outputs are known to within normal noise, and the curvature of the squared error to
+the outputs as they are (Hutchinson, 1989; Martens, 2020).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +23,7 @@ from ..ops.attention import attention
 from ..rewrite import Track
 
 _PROBES = 256  # of all batches together: the relative error of each sum of squares is the root of 2 / 256
+_ACTIVATION_PROBES = 32  # each token gives derivatives of its own
 
 Loss = Callable[[Sequence[Tensor]], Tensor]
 """From the program's flat outputs on a batch to a number that is to stay low."""
@@ -24,30 +32,108 @@ Loss = Callable[[Sequence[Tensor]], Tensor]
 def gradients(
     program: Program, names: Sequence[str], batches: Sequence[Sequence[Tensor]], loss: Loss | None, track: Track
 ) -> Iterator[dict[str, Tensor]]:
-    """Gradients of weights, one set a batch and probe.
-
-    With a loss they are its gradients. Without one they are those of the outputs' sum with random signs: the mean of
-    their squares over the probes is the sum of the squares of all derivatives of the outputs, the Fisher information of
-    a model whose outputs are known to within normal noise, and the curvature of the mean squared error to the outputs
-    as they are (Hutchinson, 1989; Martens, 2020).
-    """
-    generator = torch.Generator().manual_seed(0)
-    module = program.module
+    """Gradients of weights by the loss, or by the outputs with random signs: one set a batch and probe."""
+    module, judge = program.module, _Judge(program, batches, loss)
     fixed = {name: tensor.detach() for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
-    lockstep, judged = Lockstep(program, batches), _judged(program)
-    probes = 1 if loss else max(1, -(-_PROBES // len(batches)))
-    rounds = [index for index in range(len(batches)) for _ in range(probes)]
+    rounds = [index for index in range(len(batches)) for _ in range(judge.probes(_PROBES))]
     for index in track(rounds, "measuring sensitivity"):
         live = {name: fixed[name].clone().requires_grad_() for name in names}
         with torch.enable_grad():
             outputs = functional_call(module, {**fixed, **live}, tuple(batches[index]))
-            if loss:
-                total = loss(outputs)
-            else:
-                total = sum((_signed(outputs[place], lockstep, index, generator) for place in judged), torch.zeros(()))
-            found = torch.autograd.grad(total, list(live.values()), allow_unused=True)
+            found = torch.autograd.grad(judge(outputs, index), list(live.values()), allow_unused=True)
         pairs = zip(names, found, strict=True)
         yield {name: torch.zeros_like(live[name]) if grad is None else grad for name, grad in pairs}
+
+
+@dataclass
+class Reach:
+    """How far what a layer gives reaches the outputs.
+
+    Attributes:
+        tokens: of each batch [T], the mean square of the derivatives by a token's numbers together, without padding.
+        channels: [N, N], the products of the derivatives by two channels, summed over tokens.
+    """
+
+    tokens: list[Tensor] = field(default_factory=list)
+    channels: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+def reach(
+    program: Program, layers: Sequence[fx.Node], batches: Sequence[Sequence[Tensor]], loss: Loss | None, track: Track
+) -> dict[fx.Node, Reach]:
+    """The reach of what layers give, [..., N] each."""
+    judge = _Judge(program, batches, loss)
+    found = {layer: Reach() for layer in layers}
+    probes = judge.probes(_ACTIVATION_PROBES)
+    fixed = {name: tensor.detach() for name, tensor in program.module.named_parameters()}
+    for index in track(list(range(len(batches))), "measuring sensitivity"):
+        recorder = _Recorder(program.module, layers, fixed)
+        with torch.enable_grad():
+            outputs = recorder.run(*batches[index])
+            totals = [judge(outputs, index) for _ in range(probes)]
+        for place, total in enumerate(totals):
+            grads = torch.autograd.grad(
+                total, list(recorder.seen.values()), retain_graph=place < probes - 1, allow_unused=True
+            )
+            for layer, value, grad in zip(recorder.seen, recorder.seen.values(), grads, strict=True):
+                rows = (
+                    judge.lockstep.unpadded(torch.zeros_like(value) if grad is None else grad, index).detach().float()
+                )
+                squares = rows.square().sum(1) / probes
+                if place == 0:
+                    found[layer].tokens.append(squares)
+                else:
+                    found[layer].tokens[-1] += squares
+                found[layer].channels = found[layer].channels + rows.T @ rows / probes
+    return found
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a module and keeps what some nodes give, for derivatives; weights have none."""
+
+    def __init__(self, module: fx.GraphModule, layers: Sequence[fx.Node], fixed: Mapping[str, Tensor]) -> None:
+        super().__init__(module)
+        self.layers, self.fixed = frozenset(layers), fixed
+        self.seen: dict[fx.Node, Tensor] = {}
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.fixed[target] if target in self.fixed else super().get_attr(target, args, kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.layers:
+            if not value.requires_grad:
+                value = value.detach().requires_grad_()
+            self.seen[n] = value
+        return value
+
+
+class _Judge:
+    """From a batch's outputs to the number whose derivatives are taken."""
+
+    def __init__(self, program: Program, batches: Sequence[Sequence[Tensor]], loss: Loss | None) -> None:
+        self.lockstep, self._loss = Lockstep(program, batches), loss
+        self._batches = len(batches)
+        self._places = [] if loss else _judged(program)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def probes(self, wanted: int) -> int:
+        """How many times each batch is looked at, so that there are so many derivatives in all."""
+        return 1 if self._loss else max(1, -(-wanted // self._batches))
+
+    def __call__(self, outputs: Sequence[Any], index: int) -> Tensor:
+        if self._loss is not None:
+            return self._loss(outputs)
+        return sum((self._signed(outputs[place], index) for place in self._places), torch.zeros(()))
+
+    def _signed(self, output: Tensor, index: int) -> Tensor:
+        """The sum of the vectors' numbers with random signs, without padding, each vector in units of its length."""
+        signs = torch.randint(0, 2, output.shape, generator=self._generator).to(output) * 2 - 1
+        real = self.lockstep.mask(output.shape[:-1], index)
+        if real is not None:
+            signs = signs * real.unsqueeze(-1)
+        length = output.detach().norm(dim=-1, keepdim=True) if output.dim() else output.detach().abs()
+        return (output * signs / length.clamp(min=1e-12)).sum()
 
 
 def _judged(program: Program) -> list[int]:
@@ -64,15 +150,6 @@ def _judged(program: Program) -> list[int]:
     if not found:
         raise RewriteError("the program has no output of floats to measure sensitivity by; give a loss")
     return found
-
-
-def _signed(output: Tensor, lockstep: Lockstep, index: int, generator: torch.Generator) -> Tensor:
-    """The sum with random signs, without padding, in units of the output's length."""
-    signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-    real = lockstep.mask(output.shape[:-1], index)
-    if real is not None:
-        signs = signs * real.unsqueeze(-1)
-    return (output * signs).sum() / output.detach().square().sum().sqrt().clamp(min=1e-12)
 
 
 def fisher(

@@ -130,6 +130,18 @@ def test_the_report_is_kept(compiled: Compiled, saved: Path) -> None:
     assert load(saved).report.as_dict() == compiled.report.as_dict()
 
 
+def test_a_report_of_before_there_was_pruning_is_read(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    for name in ("parameters_before", "parameters_after", "macs_before", "macs_after", "zeros", "masked", "reshaped"):
+        del report[name]
+    for item in report["passes"]:
+        del item["sparsity"]
+    (folder / "report.json").write_text(json.dumps(report))
+    sign(folder, manifest_of(folder))
+    found = load(folder).report
+    assert found.equal and found.macs_after is None and found.passes[0].sparsity == []
+
+
 def test_threads(saved: Path) -> None:
     with pytest.raises(InputError, match="threads must be at least 1"):
         load(saved, threads=0)

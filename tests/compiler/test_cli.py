@@ -31,6 +31,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+HEATMAP = ["compile", "empty", "-o", "out", "--passes", "mask_weights(0.5)", "--heatmap"]
 BAD = {
     "no such folder": (["compile", "nowhere", "-o", "out"], "'nowhere' is no directory"),
     "a folder that is no model": (["compile", "empty", "-o", "out"], "is no model: it has no config.json"),
@@ -39,6 +40,14 @@ BAD = {
     "an unknown pass": (["compile", "empty", "-o", "out", "--passes", "fuze"], "did you mean 'fuse'?"),
     "an unknown option": (["compile", "empty", "-o", "out", "--passes", "fuse(x=1)"], "unknown option 'x'"),
     "passes that cannot be read": (["compile", "empty", "-o", "out", "--passes", "fuse("], "cannot read the passes"),
+    "a heatmap of another kind": ([*HEATMAP, "map.pdf"], "a heatmap must end in .png or .svg, found 'map.pdf'"),
+    "a heatmap without a parent": ([*HEATMAP, "a/map.png"], "'a' is no directory"),
+    "a heatmap in place of the model": ([*HEATMAP, "x.png", "-o", "x.png"], "--heatmap and --output are both 'x.png'"),
+    "a heatmap without pruning": (["compile", "empty", "-o", "out", "--heatmap", "map.png"], "give --passes with mask"),
+    "a heatmap of dropped layers": (
+        ["compile", "empty", "-o", "out", "--heatmap", "map.png", "--passes", "mask_weights(0.5, random, layers)"],
+        "not of layers or branches",
+    ),
     "an unknown pass to explain": (["inspect", "empty", "--explain", "fuze"], "did you mean 'fuse'?"),
     "an unknown family": (["families", "brt"], "did you mean 'bert'?"),
     "an unknown family of the survey": (["families", "--all", "llamma"], "did you mean 'llama'?"),
@@ -86,6 +95,16 @@ def test_compile_writes_an_artefact_that_loads(model_dir: Path, tmp_path: Path) 
     ones = numpy.ones((3, 5), dtype=numpy.int64)
     outputs = fxpress.load(tmp_path / "out", threads=1)(input_ids=ones, attention_mask=ones)
     assert outputs.last_hidden_state.shape == (3, 5, 32)
+
+
+@pytest.mark.slow
+def test_compile_draws_what_pruning_left(model_dir: Path, tmp_path: Path) -> None:
+    passes = "mask_weights(pattern='2:4')"
+    done = run("compile", model_dir, "-o", "out", "--passes", passes, "--heatmap", "map.svg", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "what pruning left" in done.stdout and "no speed-up here, masks kept: 50% of the weights" in done.stdout
+    assert done.stdout.endswith("saved to out\nheatmap in map.svg\n")
+    assert "<svg" in (tmp_path / "map.svg").read_text()
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ from fxpress import compile
 from fxpress.compiler import pipeline
 from fxpress.compiler.pipeline import parse_passes, run_passes
 from fxpress.compiler.trace import bind_example, trace
+from fxpress.ir.equality import run_float64
 from fxpress.ir.errors import InputError, RewriteError, VerifyError
 from fxpress.ir.graph import Program
-from fxpress.ir.rewrite import Context, Pass, PassResult
+from fxpress.ir.rewrite import Context, Pass, PassResult, Sparsity
 from fxpress.passes import Canonicalize, Fuse
 
 aten = torch.ops.aten
@@ -174,6 +175,45 @@ def test_a_lossy_pass_is_measured() -> None:
     report = compiled_with(Lossy(double_the_norm)).report
     assert report.equal is False and report.reasons
     assert report.passes[1].sqnr_db == pytest.approx(0, abs=0.1)  # the error is as large as the result
+
+
+def test_what_a_pass_says_of_sparsity_is_kept() -> None:
+    @dataclass(frozen=True)
+    class Thins(Pass):
+        def apply(self, program: Program, context: Context) -> PassResult:
+            return PassResult(sparsity=[Sparsity("up", 512, 256, 20.5)])
+
+    report = compiled_with(Thins()).report.passes[1]
+    assert report.sparsity == [{"layer": "up", "numbers": 512, "zeros": 256, "sqnr_db": 20.5}]
+
+
+def halve_the_output(program: Program) -> None:
+    (result,) = program.graph.output_node().args[0]
+    half = program.call(aten.slice.Tensor, result, 2, 0, 8, before=program.graph.output_node())
+    program.graph.output_node().args = ([half],)
+    program.clean()
+
+
+def test_an_output_of_another_shape_is_no_error_of_a_lossy_pass_and_noted() -> None:
+    program, context, expected = on_the_example()
+    passed = run_passes(program, [Lossy(halve_the_output), Fuse()], context, expected)
+    assert passed.reshaped == {"output": [[2, 6, 16], [2, 6, 8]]}
+    assert passed.reports[0].sqnr_db is None  # nothing is left to compare
+    assert passed.reports[1].sqnr_db is not None and passed.reports[1].sqnr_db > 100
+
+
+def test_an_output_of_another_shape_is_an_error_of_an_exact_pass() -> None:
+    program, context, expected = on_the_example()
+    with pytest.raises(VerifyError, match=r"^pass edits: the result changed: output is float32\[2, 6, 8\], expected"):
+        run_passes(program, [Edits(halve_the_output)], context, expected)
+
+
+def on_the_example() -> tuple[Program, Context, tuple[list[Any], list[Any]]]:
+    """A traced program, its example, and what the model gives there."""
+    model, flat = tiny.encoder(), list(tiny.inputs().values())
+    program = trace(model, bind_example(model, tiny.inputs()))
+    with torch.no_grad():
+        return program, Context(inputs=flat), ([model(*flat)], run_float64(program, flat))
 
 
 @pytest.mark.parametrize(
