@@ -254,12 +254,12 @@ class MaskWeights(Pass):
                 result.rewrites[family.kind] += gone
             stays = f"{int(keep.sum())} of {len(keep)} {family.kind} stay"
             result.matches.append(Applied(family.kind, family.name, stays))
-        result.sparsity += [
-            Sparsity(
-                name_of(node), reader.weight.numel(), int((~reader.keep).sum()) * len(reader.weight), reader.sqnr_db
-            )
-            for node, reader in thinned.items()
-        ]
+        errors = {name_of(node): reader.sqnr_db for node, reader in thinned.items()}
+        for node in program.calls(aten.linear.default):
+            if masks.is_masked(node.args[1]):
+                keep = program.tensor(node.args[1].args[1])  # type: ignore[union-attr, arg-type]
+                name = name_of(node)
+                result.sparsity.append(Sparsity(name, keep.numel(), int((keep == 0).sum()), errors.get(name)))
 
     def _kept_units(
         self, program: Program, channels: Any, found: Sequence[Family], context: Context
@@ -286,6 +286,7 @@ class MaskWeights(Pass):
             reason = f": {meant[0].name}: {meant[0].fixed}" if meant else ""
             raise RewriteError(f"there are no {self.kind} that can be cut{reason}")
         generator = torch.Generator().manual_seed(self.seed)
+        before = _sizes(program)
         for _ in range(min(round(float(self.sparsity or 0) * len(meant)), len(free))):
             if not context.take():
                 break
@@ -298,6 +299,14 @@ class MaskWeights(Pass):
             free.remove(layer)
             result.rewrites[self.kind] += 1
             result.matches.append(Applied(self.kind, layer.name, "dropped"))
+        after = _sizes(program)
+        result.sparsity += [Sparsity(name, size, size - after.get(name, 0)) for name, size in before.items()]
+
+
+def _sizes(program: Program) -> dict[str, int]:
+    """How many numbers the weight of each linear layer has, by name."""
+    weights = {name_of(node): masks.stored(node.args[1]) for node in program.calls(aten.linear.default)}
+    return {name: program.tensor(weight).numel() for name, weight in weights.items() if weight is not None}
 
 
 def _detail(report: Sparsity) -> str:

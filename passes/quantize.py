@@ -16,6 +16,7 @@ from ..ir.graph import Program, shape
 from ..ir.layers import name_of
 from ..ir.ops.quantize import dequantize, dynamic_quantize, int4_linear, int8_linear, quantize
 from ..ir.pattern import Refusal
+from ..ir.pruning.masks import masked
 from ..ir.quantization import grid as grids
 from ..ir.quantization.choice import UNTOUCHED, Choice
 from ..ir.quantization.fold import fold
@@ -148,6 +149,8 @@ class Quantize(Pass):
         """Rewrite the program in place."""
         if program.calls(quantize, dequantize, dynamic_quantize, int8_linear, int4_linear):
             raise RewriteError("the program is quantized already; give one Quantize with all options")
+        if masked(program):
+            raise RewriteError("weights are masked for training; put the pass fold before quantize")
         result = PassResult()
         if context.max_rewrites != 0 and (count := expand(program)):
             result.rewrites["expand"] = count

@@ -26,7 +26,8 @@ def gptq(
     """Quantize a weight column by column, each making up for the rounding of those before.
 
     The scales are those of the weight as it was, found before the sweep: a group is a run of neighbouring columns in
-    whatever order they are visited, and the result is stored as `nearest` stores it. For no output is the error larger
+    whatever order they are visited, and the result is stored as `nearest` stores it. A number that is exactly 0, as
+    pruning leaves them, stays 0. For no output is the error larger
     than with `nearest` and the same scales: where the sweep does not pay, the row is simply rounded.
 
     Args:
@@ -54,7 +55,7 @@ def gptq(
 
     def project(column: Tensor, index: int) -> Tensor:
         zero = None if zeros is None else zeros[:, index]
-        integers = to_integers(column, scales[:, index], zero, grid)
+        integers = to_integers(torch.where(values[:, index] == 0, 0, column), scales[:, index], zero, grid)
         return (integers if zero is None else integers - zero) * scales[:, index]
 
     visits = torch.argsort(power, descending=True, stable=True) if order == "importance" else None
