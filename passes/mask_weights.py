@@ -20,7 +20,7 @@ from ..ir.pruning import masks, ranking, structured, weights
 from ..ir.pruning.channels import follow
 from ..ir.pruning.select import Pattern
 from ..ir.pruning.sensitivity import Loss, fisher, slopes
-from ..ir.pruning.units import Family, cut_unread, families
+from ..ir.pruning.units import cut_unread, families
 from ..ir.rewrite import Applied, Context, Pass, PassResult, Sparsity
 
 aten = torch.ops.aten
@@ -244,8 +244,17 @@ class MaskWeights(Pass):
             reasons = [f"{name}: {refused[name]}" for name in sorted(named) if name in refused]
             raise RewriteError(f"there are no {self.pattern} that can be cut" + (f"; {reasons[0]}" if reasons else ""))
         found = [item for item in found if context.take()]
-        keeps = self._kept_units(program, channels, found, context)
-        thinned = structured.readers(program, found, keeps, self._refits, context.calibration, context.track)
+        batches, track = context.calibration, context.track
+        reaches = None
+        if self.method == "sparsegpt":
+            reaches = ranking.reader_reaches(program, found, batches, self.loss, track)
+        rankings = ranking.rank(program, found, self.method, batches, self.loss, track, self.seed, reaches)
+        if self._scope == "layer":
+            counts = ranking.counts_by_share(found, float(self.sparsity or 0))
+        else:
+            counts = ranking.counts_by_loss(program, channels, found, rankings, float(self.sparsity or 0))
+        keeps = [ranking.chosen(item, count) for item, count in zip(rankings, counts, strict=True)]
+        thinned = structured.readers(program, found, keeps, self._refits, batches, track, reaches)
         if self._refits:
             structured.write(program, thinned)
         for family, keep in zip(found, keeps, strict=True):
@@ -260,18 +269,6 @@ class MaskWeights(Pass):
                 keep = program.tensor(node.args[1].args[1])  # type: ignore[union-attr, arg-type]
                 name = name_of(node)
                 result.sparsity.append(Sparsity(name, keep.numel(), int((keep == 0).sum()), errors.get(name)))
-
-    def _kept_units(
-        self, program: Program, channels: Any, found: Sequence[Family], context: Context
-    ) -> list[torch.Tensor]:
-        """Booleans by family, True for the units that stay."""
-        rankings = ranking.rank(program, found, self.method, context.calibration, self.loss, context.track, self.seed)
-        sparsity = float(self.sparsity or 0)
-        if self._scope == "layer":
-            counts = ranking.counts_by_share(found, sparsity)
-        else:
-            counts = ranking.counts_by_loss(program, channels, found, rankings, sparsity)
-        return [ranking.chosen(item, count) for item, count in zip(rankings, counts, strict=True)]
 
     # --- layers ------------------------------------------------------------------------------------------------
 

@@ -51,8 +51,9 @@ def rank(
     loss: Loss | None,
     track: Track,
     seed: int,
+    reaches: Mapping[fx.Node, Reach] | None = None,
 ) -> list[Ranking]:
-    """A ranking of each family by a method of `MaskWeights`."""
+    """A ranking of each family by a method of `MaskWeights`; `reaches` of the readers, if they are known yet."""
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
         return [by_worth(torch.rand(len(family.channels), generator=generator)) for family in families]
@@ -63,10 +64,21 @@ def rank(
     if method == "wanda":
         powers = {node: total.diagonal() for node, total in grams(program, families, batches, track, None).items()}
         return [by_worth(_summed(program, family, powers)) for family in families]
-    readers = [axis.reader for family in families for axis in family.columns]
-    reaches = reach(program, readers, batches, loss, track)
+    if reaches is None:
+        reaches = reader_reaches(program, families, batches, loss, track)
     totals = grams(program, families, batches, track, reaches)
     return [_eliminated(program, family, totals, reaches) for family in track(list(families), "ranking units")]
+
+
+def reader_reaches(
+    program: Program,
+    families: Sequence[Family],
+    batches: Sequence[Sequence[Tensor]],
+    loss: Loss | None,
+    track: Track,
+) -> dict[fx.Node, Reach]:
+    """The reach of the layers that read units."""
+    return reach(program, [axis.reader for family in families for axis in family.columns], batches, loss, track)
 
 
 def _summed(program: Program, family: Family, powers: Mapping[fx.Node, Tensor] | None) -> Tensor:

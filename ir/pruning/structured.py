@@ -14,6 +14,7 @@ from ..graph import Program, arguments
 from ..rewrite import Track
 from .masks import put, stored
 from .ranking import DAMP
+from .sensitivity import Reach
 from .units import Family
 from .weights import output_sqnr_db
 
@@ -41,11 +42,17 @@ def readers(
     refit: bool,
     batches: Sequence[Sequence[Tensor]],
     track: Track,
+    reaches: Mapping[fx.Node, Reach] | None = None,
 ) -> dict[fx.Node, Reader]:
-    """The layers that read units without those that go, in graph order: each behind the thinned ones before it."""
+    """The layers that read units without those that go, in graph order: each behind the thinned ones before it.
+
+    Args:
+        refit: whether what stays is fitted to what the layer gave.
+        reaches: of these layers, what their tokens count in the fit; see `fitted`.
+    """
     wanted = _kept_columns(families, keeps)
     if not batches:
-        return {node: _thinned(program, node, keep, None, refit) for node, keep in wanted.items()}
+        return {node: _thinned(program, node, keep, None, refit, None) for node, keep in wanted.items()}
     found: dict[fx.Node, Reader] = {}
     lockstep = Lockstep(program, batches, track, "thinning layers")
 
@@ -53,7 +60,7 @@ def readers(
         if node not in wanted:
             return None
         inputs = arguments(node)["input"]
-        found[node] = _thinned(program, node, wanted[node], lockstep.rows(inputs), refit)
+        found[node] = _thinned(program, node, wanted[node], lockstep.rows(inputs), refit, (reaches or {}).get(node))
         return [F.linear(value, found[node].weight, found[node].bias) for value in lockstep.values(inputs)]
 
     lockstep.run(visit)
@@ -70,7 +77,9 @@ def _kept_columns(families: Sequence[Family], keeps: Sequence[Tensor]) -> dict[f
     return wanted
 
 
-def _thinned(program: Program, node: fx.Node, keep: Tensor, rows: Sequence[Tensor] | None, refit: bool) -> Reader:
+def _thinned(
+    program: Program, node: fx.Node, keep: Tensor, rows: Sequence[Tensor] | None, refit: bool, known: Reach | None
+) -> Reader:
     given = arguments(node)
     weight, bias = stored(given["weight"]), stored(given["bias"])
     assert weight is not None
@@ -81,26 +90,36 @@ def _thinned(program: Program, node: fx.Node, keep: Tensor, rows: Sequence[Tenso
     if not refit or bool(keep.all()):
         masked = torch.where(keep, old, 0)
         return Reader(masked, level, keep, output_sqnr_db(rows, masked, old))
-    new, new_level = fitted(torch.cat(list(rows)), old, level, keep)
+    weights = None if known is None else torch.cat(known.tokens)
+    new, new_level = fitted(torch.cat(list(rows)), old, level, keep, weights)
     return Reader(new, new_level, keep, output_sqnr_db(rows, new, old))
 
 
 def fitted(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, damp: float = DAMP
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    keep: Tensor,
+    tokens: Tensor | None = None,
+    damp: float = DAMP,
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias with zeros in the columns that go, the rest fitted by least squares to the outputs as before.
 
-    Every token counts by the length of its output: the few that are a hundred times as long as the others, as most
-    Transformers have them behind feed-forward blocks, would else be all that is fitted to.
-
     Args:
-        rows: [tokens, K], what the layer reads. weight: [N, K]. bias: [N].
+        rows: [tokens, K], what the layer reads.
+        weight: [N, K].
+        bias: [N].
         keep: [K].
-        damp: what pulls towards the weight as it was, in units of the mean square of what the layer reads.
+        tokens: [tokens], what the squared error of each counts; None: as much as its output is short. The few tokens
+            that are a hundred times as long as the others, as many Transformers have them behind feed-forward blocks,
+            would else be all that is fitted to.
+        damp: what pulls towards the weight as it was, in units of the mean weighed square of what the layer reads.
     """
     x, w = rows.double(), weight.double()
     level = torch.zeros(len(w)).double() if bias is None else bias.double()
-    share = 1 / (x @ w.T + level).norm(dim=1, keepdim=True).clamp(min=1e-12)
+    if tokens is None:
+        tokens = 1 / (x @ w.T + level).square().sum(1).clamp(min=1e-12)
+    share = tokens.double().sqrt().unsqueeze(1)
     x = x * share
     if bias is not None:  # one more input, which is always 1 and stays
         x, w = torch.cat([x, share], 1), torch.cat([w, level.unsqueeze(1)], 1)

@@ -369,8 +369,9 @@ def test_symbolic_sizes_are_small_and_no_two_alike() -> None:
 def test_a_size_is_as_large_as_the_program_needs() -> None:
     traced = program(lambda m, x: F.linear(x[:, 5:], m.u), normal(2, 9, WIDTH), **UP)
     least = traced.signature.ranges["d1"][0]
-    assert least > 5
-    assert sorted(small_sizes(traced).values()) == [2, least + 1]
+    batch, length = sorted(small_sizes(traced).values())
+    assert batch == 2
+    assert length >= least > 5
 
 
 def test_a_fixed_size_is_none_of_them() -> None:
