@@ -86,7 +86,8 @@ class _Following:
         self._count = 0
         self._pairs: list[Tensor] = []  # channels that are one, two numbers of 32 bits in one
         self._outputs: list[fx.Node] = []
-        self._contexts: set[int] = set()  # channels of what attention gives
+        self._contexts: set[fx.Node] = set()  # what is computed from what attention gives
+        self._shared: set[int] = set()  # numbers of keys and values
         self._fixed: list[tuple[Tensor, str]] = []
 
     def visit(self, node: fx.Node) -> None:
@@ -98,6 +99,8 @@ class _Following:
             found = self._call(node)
             if found is not None:
                 self.found.values[node] = found
+                if node.target is attention or self._contexts.intersection(node.all_input_nodes):
+                    self._contexts.add(node)
 
     def finish(self) -> Channels:
         """Join the channels that meet.
@@ -120,7 +123,7 @@ class _Following:
         heads = {root(channel) for channels in found.heads.values() for channel in channels.tolist()}
         for value in self._outputs:
             numbers = torch.unique(found.values[value][found.values[value] >= 0]).tolist()
-            if not all(root(number) in heads and number not in self._contexts for number in numbers):
+            if value in self._contexts or not all(root(n) in heads and n in self._shared for n in numbers):
                 self._fix(found.values[value], f"{spell(value)} is an output of the model{source_of(value)}")
         for numbers, reason in self._fixed:
             for channel in torch.unique(found.of(numbers)).tolist():
@@ -163,7 +166,7 @@ class _Following:
                 self._fix(columns, str(reason))
             else:
                 self.found.columns.append(Axis(own, 1, columns, node))
-        if own is None or reason:
+        if own is None or reason or self.program.tensor(own).dim() != 2:
             return
         rows = self._new(self.program.tensor(own).shape[0])
         self.found.rows.append(Axis(own, 0, rows, node))
@@ -175,6 +178,8 @@ class _Following:
         """A group of heads is one channel; where one group serves all heads, each head is, and the group stays."""
         given = arguments(node)
         query, key, value = (self._numbers(given[name]) for name in ("query", "key", "value"))
+        for name in ("bias", "key_mask", "sinks"):
+            self._fix(self._numbers(given[name]), f"it is the {name} of {spell(node)}{source_of(node)}")
         if query is None or key is None or value is None:
             for numbers in (query, key, value):
                 self._fix(numbers, f"{spell(node)} has heads that no linear layer makes{source_of(node)}")
@@ -190,11 +195,9 @@ class _Following:
         for numbers in parts:
             per_unit = numbers.movedim(1, 0).reshape(units, -1)
             self._join(per_unit, channels.unsqueeze(1).expand_as(per_unit))
-        for name in ("bias", "key_mask", "sinks"):
-            if isinstance(given[name], fx.Node):
-                self._fix(self.found.values.get(given[name]), f"it is the {name} of {spell(node)}{source_of(node)}")
         self.found.heads[node] = channels
-        self._contexts.update(channels.tolist())
+        for numbers in (key, value):
+            self._shared.update(torch.unique(numbers).tolist())
         return channels.repeat_interleave(heads // units)[None, :, None, None].expand(self._shape(node))
 
     def _view(self, node: fx.Node) -> Tensor | None:
@@ -218,21 +221,26 @@ class _Following:
     def _mix(self, node: fx.Node, source: Any) -> Tensor:
         """What mixes the elements of the last axis makes one channel of them."""
         numbers = self.found.values[source]
-        if numbers.dim() < 2 or bool((numbers == numbers.flatten(0, -2)[0]).all()):
+        wide = node.target is aten.layer_norm.default and len(arguments(node)["normalized_shape"]) > 1
+        if wide or numbers.dim() < 2 or bool((numbers == numbers.flatten(0, -2)[0]).all()):
             self._fix(numbers, f"{spell(node)} needs all of {source.name}{source_of(node)}")
         first = numbers[..., :1].expand_as(numbers)
         self._join(numbers, first)
         for used in node.all_input_nodes:
             if used is not source:
                 self._fix(self.found.values.get(used), f"{spell(node)} needs all of {used.name}{source_of(node)}")
+                shape = self._shape(used)
+                axes = range(max(0, numbers.dim() - len(shape)), numbers.dim() - 1)
+                if any(shape[axis - numbers.dim()] > 1 and _varies(numbers, axis) for axis in axes):
+                    self._fix(numbers, f"{spell(node)} joins it with {used.name}, whose size stays{source_of(node)}")
         return numbers
 
     def _pointwise(self, node: fx.Node) -> Tensor:
         """Elements that meet are one channel; an operand that does not know of channels may only be broadcast."""
         shape = self._shape(node)
         operands = [self.found.values[used] for used in node.all_input_nodes if used in self.found.values]
-        result = torch.full(shape, NONE)
-        for numbers in operands:
+        result = operands[0].expand(shape)
+        for numbers in operands[1:]:
             wide = numbers.expand(shape)
             self._join(wide, result)
             result = torch.where(result < 0, wide, result)
@@ -249,7 +257,7 @@ class _Following:
         if not broad:
             return
         own = stored(other)
-        if own is not None and own is other and len(broad) == 1 and not _not_own(node, own):
+        if own is not None and len(broad) == 1 and not _not_own(node, own):
             axis = broad[0]
             along = numbers.movedim(axis, 0).reshape(numbers.shape[axis], -1)
             if bool((along == along[:, :1]).all()):
@@ -281,7 +289,7 @@ class _Following:
         both = (first >= 0) & (second >= 0) & (first != second)
         if bool(both.any()):
             self._pairs.append(torch.unique(first[both] << 32 | second[both]))
-        lonely = ((first >= 0) != (second >= 0)) & (second != NONE)
+        lonely = (first >= 0) != (second >= 0)
         if bool(lonely.any()):
             self._fix(torch.where(lonely, torch.maximum(first, second), NONE), "it meets what keeps its size")
 
@@ -321,7 +329,10 @@ def small_sizes(program: Program) -> dict[Any, int]:
                 for symbol in size.node.expr.free_symbols:
                     name = program.symbols.get(str(symbol), str(symbol))
                     low = ranges[name][0] if name in ranges else 2
-                    symbols.setdefault(symbol, max(low, 2) + len(symbols))
+                    small = max(low, 2)
+                    while symbol not in symbols and small in symbols.values():
+                        small += 1
+                    symbols.setdefault(symbol, small)
     return symbols
 
 

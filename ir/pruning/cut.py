@@ -35,7 +35,7 @@ def cut(program: Program, channels: Channels, removed: Collection[int]) -> None:
         RewriteError: a view lays the channels out in a way that leaves no rectangle; nothing was changed then.
     """
     cutting = _Cutting(program, channels, torch.tensor(sorted(removed), dtype=torch.int64))
-    edits = [(node, cutting.arguments(node)) for node in channels.values if cutting.loses(node)]
+    edits = [(node, cutting.arguments(node)) for node in channels.values if cutting.touches(node)]
     heads = [(node, cutting.heads(node)) for node in channels.heads if cutting.loses(node)]
     changed: list[fx.Node] = []
     for weight, tensor in cutting.weights().items():
@@ -51,6 +51,18 @@ def cut(program: Program, channels: Channels, removed: Collection[int]) -> None:
     program.module.recompile()
 
 
+def fits(program: Program, channels: Channels, removed: Collection[int]) -> bool:
+    """Whether `cut` can remove channels: no view lays them out in a way that leaves no rectangle."""
+    cutting = _Cutting(program, channels, torch.tensor(sorted(removed), dtype=torch.int64))
+    try:
+        for node in channels.values:
+            if cutting.touches(node):
+                cutting.arguments(node)
+    except RewriteError:
+        return False
+    return True
+
+
 class _Cutting:
     def __init__(self, program: Program, channels: Channels, removed: Tensor) -> None:
         self.program, self.channels, self.removed = program, channels, removed
@@ -60,6 +72,10 @@ class _Cutting:
 
     def loses(self, node: fx.Node) -> bool:
         return not bool(self.kept(self.channels.values[node]).all())
+
+    def touches(self, node: fx.Node) -> bool:
+        """Whether a call or what it reads loses something: a slice behind what is cut moves."""
+        return any(self.loses(item) for item in (node, *node.all_input_nodes) if item in self.channels.values)
 
     def weights(self) -> dict[fx.Node, Tensor]:
         """The smaller tensors of the weights that lose something."""
@@ -83,9 +99,10 @@ class _Cutting:
         given = arguments(node)
         before = self._axes(given["self"])[given["dim"]]
         if node.target is aten.select.int:
-            if not before[given["index"]]:
+            index = given["index"] % len(before)
+            if not before[index]:
                 raise RewriteError(f"{spell(node)} takes what is to be cut{source_of(node)}")
-            return {2: int(before[: given["index"]].sum()) if given["index"] >= 0 else given["index"]}
+            return {2: int(before[:index].sum())}
         if bool(before.all()):
             return {}
         start, end = _bounds(given["start"], given["end"], len(before))

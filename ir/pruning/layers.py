@@ -23,10 +23,13 @@ class Branch:
     """A sum of a stream and of what linear layers make of it.
 
     Attributes:
+        total: the sum.
+        stream: the operand that stays.
         fixed: why it cannot be dropped; None: it can.
     """
 
     total: fx.Node
+    stream: fx.Node
     name: str
     fixed: str | None = None
 
@@ -46,16 +49,21 @@ class Layer:
 
 def branches(program: Program) -> list[Branch]:
     """The residual branches of a program, in graph order."""
-    found = []
+    found: list[Branch] = []
     for node in program.calls(aten.add.Tensor):
         given = arguments(node)
         if given["alpha"] != 1 or not isinstance(given["other"], fx.Node):
             continue
         for stream, branch in ((given["self"], given["other"]), (given["other"], given["self"])):
             inside = _between(stream, branch) if same_value(stream.meta["val"], node.meta["val"]) else None
+            earlier = {item.total: item.stream for item in found}
+            start = stream
+            while inside is None and start in earlier:  # beside an earlier branch: (x + f(x)) + g(x)
+                start = earlier[start]
+                inside = _between(start, branch)
             if inside is not None and any(item.target is aten.linear.default for item in inside):
                 linear = next(item for item in inside if item.target is aten.linear.default)
-                found.append(Branch(node, module_path(linear) or node.name, _fixed(inside)))
+                found.append(Branch(node, stream, module_path(linear) or node.name, _fixed(inside)))
                 break
     return found
 
@@ -76,7 +84,7 @@ def drop(program: Program, layer: Layer) -> None:
     after:   %x in place of %y
     """
     for branch in layer.branches:
-        program.replace(branch.total, _stream(branch.total))
+        program.replace(branch.total, _stream(branch))
 
 
 def least(layers: Sequence[Layer], program: Program, batches: Sequence[Sequence[Tensor]], track: Track) -> Layer:
@@ -89,10 +97,10 @@ def least(layers: Sequence[Layer], program: Program, batches: Sequence[Sequence[
 
     def visit(node: fx.Node) -> None:
         if node in starts:
-            entered[starts[node]] = lockstep.rows(_stream(node))
+            entered[starts[node]] = lockstep.rows(_stream(starts[node].branches[0]))
         if node in ends:
-            both = [lockstep.rows(item) for item in _operands(node)]
-            after = torch.cat([first + second for first, second in zip(*both, strict=True)])
+            both = zip(*(lockstep.values(item) for item in _operands(node)), strict=True)
+            after = torch.cat([lockstep.unpadded(first + second, index) for index, (first, second) in enumerate(both)])
             before = torch.cat(entered.pop(ends[node]))
             turned[ends[node]] = 1 - float(F.cosine_similarity(before.double(), after.double(), dim=-1).mean())
 
@@ -105,9 +113,11 @@ def _operands(total: fx.Node) -> tuple[fx.Node, fx.Node]:
     return given["self"], given["other"]
 
 
-def _stream(total: fx.Node) -> fx.Node:
-    """The operand that the other one depends on."""
-    first, second = _operands(total)
+def _stream(branch: Branch) -> fx.Node:
+    """The operand that stays, by whatever it was replaced since."""
+    first, second = _operands(branch.total)
+    if branch.stream in (first, second):
+        return branch.stream
     return first if _between(first, second) is not None else second
 
 

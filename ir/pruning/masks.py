@@ -68,7 +68,8 @@ def fold(program: Program) -> int:
     """Multiply weights by their masks for good: masked numbers are exactly 0. How many."""
     found = masked(program)
     for item in found:
-        program.set_weight(item.weight, program.tensor(item.weight).detach() * program.tensor(item.mask))
+        weight, mask = program.tensor(item.weight).detach(), program.tensor(item.mask)
+        program.set_weight(item.weight, torch.where(mask == 0, 0, weight))
         item.product.replace_all_uses_with(item.weight)
         program.graph.erase_node(item.product)
     if found:

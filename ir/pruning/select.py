@@ -50,6 +50,8 @@ def mask(scores: Tensor, sparsity: float, pattern: Pattern, by_row: bool = False
 
 def lowest(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
     """Booleans for several scores, False for the lowest of all together: exactly round(sparsity * count)."""
+    if not scores:
+        return []
     flat = torch.cat([item.flatten() for item in scores])
     keep = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
     keep[torch.argsort(flat, stable=True)[: round(sparsity * len(flat))]] = False
@@ -65,7 +67,7 @@ def rows(scores: Tensor, sparsity: float) -> Tensor:
 
 def shares(sparsity: float, parts: int, size: int) -> Tensor:
     """[parts], how many go from each of so many parts of one size, so that every sum from the front is right."""
-    total = [round(sparsity * size * count) for count in range(parts + 1)]
+    total = [round(sparsity * (size * count)) for count in range(parts + 1)]
     return torch.tensor([after - before for before, after in pairwise(total)])
 
 

@@ -40,7 +40,10 @@ def gradients(
         live = {name: fixed[name].clone().requires_grad_() for name in names}
         with torch.enable_grad():
             outputs = functional_call(module, {**fixed, **live}, tuple(batches[index]))
-            found = torch.autograd.grad(judge(outputs, index), list(live.values()), allow_unused=True)
+            total = judge(outputs, index)
+            found: Any = [None] * len(live)
+            if live and total.requires_grad:
+                found = torch.autograd.grad(total, list(live.values()), allow_unused=True)
         pairs = zip(names, found, strict=True)
         yield {name: torch.zeros_like(live[name]) if grad is None else grad for name, grad in pairs}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..graph import Program
 from ..layers import name_of
 from .channels import Axis, Channels, follow
-from .cut import cut
+from .cut import cut, fits
 
 ROUND = 8  # neurons stay in multiples: every backend's matmul is faster than at odd sizes
 
@@ -70,9 +70,10 @@ def families(channels: Channels) -> tuple[list[Family], dict[str, str]]:
         fixed = next((channels.fixed[item] for item in present if item in channels.fixed), None)
         if fixed is not None:
             refused[name_of(axis.reader)] = fixed
-        free = tuple(sorted(item for item in present if item not in channels.fixed))
-        if len(free) > 1:
-            grouped.setdefault(free, []).append(axis)
+        for own in (True, False):  # heads, neurons
+            free = tuple(sorted(item for item in present if item not in channels.fixed and (item in heads) is own))
+            if len(free) > 1:
+                grouped.setdefault(free, []).append(axis)
     found = []
     for free, columns in grouped.items():
         kind = "heads" if heads.intersection(free) else "neurons"
@@ -88,19 +89,18 @@ def cut_unread(program: Program) -> Mapping[str, int]:
     channels = follow(program)
     removed: list[int] = []
     counts: dict[str, int] = {}
+    read = [torch.empty(0, dtype=torch.int64)]
+    for axis in channels.columns:
+        zero = (program.tensor(axis.weight).detach() == 0).movedim(axis.axis, 0).flatten(1).all(1)
+        read.append(axis.channels[~zero.cpu()])
     for family in families(channels)[0]:
-        unread = torch.ones(len(family.channels), dtype=torch.bool)
-        for axis in family.columns:
-            weight = program.tensor(axis.weight).detach()
-            zero = (weight == 0).movedim(axis.axis, 0).flatten(1).all(1)
-            units = family.units(axis)
-            unread[units[~zero & (units >= 0)]] = False
+        unread = ~torch.isin(family.channels, torch.cat(read))
         stay = int((~unread).sum())
         size = len(unread)
         if family.kind == "neurons" and size >= ROUND:
             stay = min(size, -(-stay // ROUND) * ROUND)
         gone = unread.nonzero().flatten()[: size - max(stay, family.least)]
-        if len(gone):
+        if len(gone) and fits(program, channels, family.channels[gone].tolist()):
             counts[family.kind] = counts.get(family.kind, 0) + len(gone)
             removed += family.channels[gone].tolist()
     if removed:

@@ -181,7 +181,7 @@ def test_streams_may_be_outputs() -> None:
 
 def test_a_layer_with_a_fixed_branch_is_fixed() -> None:
     total = next(iter(stack("pre").graph.nodes))
-    free, fixed = Branch(total, "a"), Branch(total, "b", "because")
+    free, fixed = Branch(total, total, "a"), Branch(total, total, "b", "because")
     assert Layer("layer", (free, free)).fixed is None
     assert Layer("layer", (free, fixed)).fixed == "because"
 
@@ -211,7 +211,7 @@ def test_branches_of_one_numbered_module_are_a_layer(kind: str) -> None:
 )
 def test_a_layer_is_named_up_to_its_first_number(name: str, layer: str) -> None:
     total = next(iter(stack("pre").graph.nodes))
-    assert [item.name for item in grouped([Branch(total, name)])] == [layer]
+    assert [item.name for item in grouped([Branch(total, total, name)])] == [layer]
 
 
 # --- drop ------------------------------------------------------------------------------------------------------
