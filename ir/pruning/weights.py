@@ -115,10 +115,11 @@ class Criterion:
             keep: a mask that is decided already.
         """
         weight = weight.float()
-        total = None if rows is None else gram(rows)
+        total = None if rows is None else gram(rows if self.method == "wanda" else balanced(rows, weight))
         if self.method == "sparsegpt":
             assert total is not None
             values, keep = sparsegpt(weight, total, self.sparsity, self.pattern)
+            values = values if self.refit else weight
         else:
             if keep is None:
                 scores = self.scores(target, weight, None if total is None else total.diagonal())
@@ -138,6 +139,16 @@ def gram(rows: Sequence[Tensor]) -> Tensor:
     for batch in rows:
         total.addmm_(batch.float().T, batch.float())
     return total
+
+
+def balanced(rows: Sequence[Tensor], weight: Tensor) -> list[Tensor]:
+    """Rows [tokens, K] by batch in units of the length of what the layer gives for them.
+
+    Squared errors of outputs then count by token. The few tokens that are a hundred times as long as the others, as
+    many Transformers have them behind feed-forward blocks, would else be all that is fitted to.
+    """
+    lengths = ((batch.float() @ weight.float().T).norm(dim=1, keepdim=True) for batch in rows)
+    return [batch.float() / length.clamp(min=1e-12) for batch, length in zip(rows, lengths, strict=True)]
 
 
 def output_sqnr_db(rows: Sequence[Tensor], new: Tensor, old: Tensor) -> float:

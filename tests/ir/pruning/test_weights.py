@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fxpress.ir.equality import sqnr_db
 from fxpress.ir.graph import Program
 from fxpress.ir.pruning.select import Pattern, lowest, mask
-from fxpress.ir.pruning.sparsegpt import sparsegpt
 from fxpress.ir.pruning.weights import Criterion, Pruned, Target, decide, gram, output_sqnr_db, prune, targets
 from fxpress.ir.rewrite import untracked
 
@@ -145,7 +144,7 @@ U = Target(next(node for node in traced().graph.nodes if node.target == "u"), (t
 
 
 def pruned(method: str, sparsity: float = 0.5, rows: Sequence[Tensor] | None = ROWS, **options: Any) -> Pruned:
-    scores = {"given": {U.weight: normal(INNER, WIDTH, seed=5)}, **options}
+    scores = {"given": {U.weight: normal(INNER, WIDTH, seed=5)}, "refit": method == "sparsegpt", **options}
     return criterion(method, sparsity, **scores).pruned(U, WEIGHTS["u"], rows, options.get("keep"))
 
 
@@ -174,11 +173,18 @@ def test_given_scores_decide(method: str) -> None:
     assert torch.equal(pruned(method).keep, lowest([normal(INNER, WIDTH, seed=5)], 0.5)[0])
 
 
-def test_sparsegpt_is_computed_with_what_is_read() -> None:
-    values, keep = sparsegpt(WEIGHTS["u"], gram(ROWS), 0.5, UNSTRUCTURED)
+def test_sparsegpt_makes_up_for_zeros_with_what_is_read() -> None:
+    """Zeros of its mask alone are worse, and those of Wanda's."""
     found = pruned("sparsegpt")
-    assert torch.equal(found.keep, keep)
-    torch.testing.assert_close(found.values, values)
+    assert torch.equal(found.values != 0, found.keep)
+    plain = [torch.where(keep, WEIGHTS["u"], 0) for keep in (found.keep, pruned("wanda").keep)]
+    assert found.sqnr_db is not None
+    assert all(found.sqnr_db > output_sqnr_db(ROWS, weight, WEIGHTS["u"]) + 0.3 for weight in plain)
+
+
+def test_sparsegpt_without_a_fit_is_its_mask_alone() -> None:
+    found = criterion("sparsegpt", refit=False).pruned(U, WEIGHTS["u"], ROWS, None)
+    assert torch.equal(found.values, torch.where(found.keep, WEIGHTS["u"], 0))
 
 
 @pytest.mark.parametrize("method", ["random", "magnitude", "wanda", "fisher", "movement"])
