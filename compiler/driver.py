@@ -27,7 +27,7 @@ from ..ir.graph import Program
 from ..ir.printer import print_program
 from ..ir.rewrite import Context, Pass
 from ..ir.signature import describe, leaves
-from . import artifact, hf, structure
+from . import artifact, hf, pretrained, structure
 from .calibration import check_batches, track
 from .pipeline import has_masks, parameters, parse_passes, run_passes, zeros
 from .report import Report
@@ -102,6 +102,7 @@ class Compiled:
 
     _model: torch.nn.Module | ExportedProgram | Program
     _settings: _Settings
+    _origin: Any = None  # the model that the first program was traced from
     _made: _Product | None = field(default=None, init=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -200,6 +201,19 @@ class Compiled:
             save(model, Path(folder) / artifact.MODEL)
             write_onnx(Path(folder), Path(path))
 
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write a new folder, config.json and model.safetensors, that the transformers model's class reads.
+
+        Weights may be zero, trained, or cut alike in every layer: neurons, whole layers, heads where the config has a
+        size for them. What is written is read back and must equal the program on the example. The backend may be any.
+
+        Raises:
+            InputError: the model is none of transformers, its config cannot express the program (names what), or the
+                folder exists or cannot be written.
+        """
+        made = self._product
+        pretrained.write(self._origin, made.program, made.traced, made.flat, Path(path))
+
     @property
     def _product(self) -> _Product:
         if self._made is None:
@@ -238,7 +252,7 @@ class Compiled:
             lambda batch: ((), dict(zip(paths, signature.bind(*_as_arguments(batch)), strict=True))),
         )
         model = made.program.copy()
-        found = Compiled(model, settings)
+        found = Compiled(model, settings, self._origin)
         with torch.no_grad(), _without_collector():
             eager = list(model.run(made.flat))
             found._made = _rewritten(made.report.model, model.copy(), made.flat, eager, settings, _Clock())
@@ -283,7 +297,7 @@ def compile(
     if isinstance(model, torch.nn.Module) and any(module.training for module in model.modules()):
         raise InputError("the model is in training mode, where dropout is random; call model.eval() first")
     settings = _settings(passes, dynamic_shapes, backend, calibration, verify, max_rewrites, threads)
-    compiled = Compiled(model, settings)
+    compiled = Compiled(model, settings, model)
     if isinstance(model, ExportedProgram):
         compiled._make(model.example_inputs or ((), {}))
     elif example_inputs is not None:

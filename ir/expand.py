@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import fx
 
-from .graph import Program, arguments
+from .graph import Program, arguments, shape
 from .ops.linear import ATEN_ACTIVATIONS, gated_linear, linear_act, mlp, split_linear
 
 aten = torch.ops.aten
+
+
+def slices(program: Program) -> None:
+    """Write the parts of every split as slices.
+
+    before:  %parts = aten.split_with_sizes(%x, [8, 8], -1);  %b = operator.getitem(%parts, 1)
+    after:   %b = aten.slice(%x, -1, 8, 16)
+    """
+    for node in program.calls(aten.split_with_sizes.default):
+        given = arguments(node)
+        ends = list(accumulate(given["split_sizes"]))
+        axis = given["dim"] % len(shape(given["self"]))
+        for part in list(node.users):
+            place: Any = part.args[1]
+            start = ends[place] - given["split_sizes"][place]
+            new = program.call(aten.slice.Tensor, given["self"], axis, start, ends[place], before=part)
+            program.replace(part, new)
+    program.clean()
 
 
 def expand(program: Program) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import InputError, RewriteError, nearest
-from ..ir.expand import expand
+from ..ir.expand import expand, slices
 from ..ir.graph import Program
 from ..ir.layers import fits, is_named, name_of
 from ..ir.pattern import Refusal
@@ -59,7 +59,7 @@ class MaskWeights(Pass):
         seed: of "random".
         block: height and width of blocks.
         refit: whether the weights that stay make up for those that go, by least squares on the calibration data; None:
-            for "sparsegpt" and "fisher". Without it, what stays is as it was.
+            for "sparsegpt", and for heads and neurons by "fisher". Without it, what stays is as it was.
         loss: for methods that look at the outputs ("fisher", "movement", "sparsegpt" of heads and neurons), a number
             from the model's flat outputs that is to stay low; None: how far they are from what they are.
         fold: whether weights are zeroed for good and units cut, or masks left for training; the pass `fold` cuts then.
@@ -99,6 +99,12 @@ class MaskWeights(Pass):
             raise InputError("movement needs a loss, or training: give loss=, or train with a MaskScheduler")
         if self.loss is not None and self.method not in ("fisher", "movement", "sparsegpt"):
             raise InputError(f"method {self.method!r} has no use for a loss; give 'fisher' or 'movement'")
+        if self.loss is not None and not callable(self.loss):
+            raise InputError(f"loss must be a function of the model's outputs, found {self.loss!r}")
+        if self.loss is not None and self.method == "sparsegpt" and self.kind not in UNIT_PATTERNS:
+            raise InputError(f"method 'sparsegpt' has no use for a loss with pattern {self.pattern!r}")
+        if self.kind in ("layers", "branches") and (self.refit or self.scope == "global"):
+            raise InputError(f"{self.kind} go as a whole; refit and scope are for weights, heads and neurons")
         if self.kind in ("layers", "branches") and self.method not in ("random", "magnitude"):
             raise InputError(f"{self.kind} are chosen by 'random' or 'magnitude', found {self.method!r}")
         if self.scope == "global" and self.method == "sparsegpt" and self.kind not in UNIT_PATTERNS:
@@ -108,20 +114,21 @@ class MaskWeights(Pass):
 
     def _check_pattern(self) -> None:
         """Refuse a pattern or sparsity that there is not."""
-        named = isinstance(self.pattern, str) and re.fullmatch(r"(\d+):(\d+)", self.pattern)
-        if named:
+        sparsity = self.sparsity
+        number = isinstance(sparsity, float | int) and not isinstance(sparsity, bool)
+        if sparsity is not None and not (number and 0 <= sparsity <= 1):
+            raise InputError(f"sparsity must lie between 0 and 1, found {sparsity!r}")
+        if isinstance(self.pattern, str) and re.fullmatch(r"(\d+):(\d+)", self.pattern):
             keep, of = map(int, self.pattern.split(":"))
             if not 0 < keep < of:
                 raise InputError(f"pattern {self.pattern!r} must keep some, not all, of each group, as in '2:4'")
-            if self.sparsity is not None and abs(self.sparsity - (1 - keep / of)) > 0.005:
-                raise InputError(f"pattern {self.pattern!r} is a sparsity of {1 - keep / of:g}, found {self.sparsity}")
+            if sparsity is not None and abs(sparsity - (1 - keep / of)) > 0.005:
+                raise InputError(f"pattern {self.pattern!r} is a sparsity of {1 - keep / of:g}, found {sparsity}")
             return
         if self.pattern not in PATTERNS or self.pattern == "n:m":
             raise InputError(f"unknown pattern {self.pattern!r}: {nearest(str(self.pattern), PATTERNS)}")
-        if self.sparsity is None:
+        if sparsity is None:
             raise InputError(f"give a sparsity: the share of {self.pattern} that goes, between 0 and 1")
-        if not isinstance(self.sparsity, float | int) or isinstance(self.sparsity, bool) or not 0 <= self.sparsity <= 1:
-            raise InputError(f"sparsity must lie between 0 and 1, found {self.sparsity!r}")
 
     @property
     def kind(self) -> str:
@@ -157,6 +164,7 @@ class MaskWeights(Pass):
         result = PassResult()
         if context.max_rewrites != 0 and (count := expand(program)):
             result.rewrites["expand"] = count
+        slices(program)
         linears = self._linears(program)
         if self.kind in ("layers", "branches"):
             self._drop(program, context, result)
@@ -227,7 +235,7 @@ class MaskWeights(Pass):
         if self.method == "movement":
             assert self.loss is not None
             moved = slopes(program, names, context.calibration, self.loss, context.track)
-            return {weight: -program.tensor(weight).detach().float() * moved[str(weight.target)] for weight in found}
+            return {weight: -masks.value(program, weight).float() * moved[str(weight.target)] for weight in found}
         return {}
 
     # --- heads and neurons -------------------------------------------------------------------------------------
@@ -236,7 +244,9 @@ class MaskWeights(Pass):
         channels = follow(program)
         every, refused = families(channels)
         kinds = self.pattern.split("+")
-        found = [item for item in every if item.kind in kinds and any(map(self._means, item.layers))]
+        spared = [item for item in every if any(fits(name, self.skip) for name in item.layers)]
+        found = [item for item in every if item.kind in kinds and item not in spared]
+        found = [item for item in found if any(map(self._means, item.layers))]
         named = {name_of(node) for node in self._linears(program)} if self.layers else set()
         for name, reason in refused.items():
             result.refusals.append(Refusal(f"its inputs cannot be cut: {reason}", self.pattern, name))

@@ -41,6 +41,13 @@ def stored(node: Any) -> fx.Node | None:
     return node if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
+def value(program: Program, weight: fx.Node) -> Tensor:
+    """The numbers of a weight as its readers see them, masked where it is masked."""
+    tensor = program.tensor(weight).detach()
+    product = next((user for user in weight.users if is_masked(user)), None)
+    return tensor if product is None else tensor * program.tensor(product.args[1])  # type: ignore[arg-type]
+
+
 def put(program: Program, weight: fx.Node, mask: Tensor) -> None:
     """Mask a weight for all its readers; a mask that is there already is multiplied with the new one.
 

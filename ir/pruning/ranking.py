@@ -14,6 +14,7 @@ from ..graph import Program, arguments
 from ..rewrite import Track
 from .channels import Channels
 from .costs import unit_macs
+from .masks import value
 from .sensitivity import Loss, Reach, gradients, reach
 from .surgeon import Reading, eliminate, reading
 from .units import ROUND, Family
@@ -85,7 +86,7 @@ def _summed(program: Program, family: Family, powers: Mapping[fx.Node, Tensor] |
     """[U], the squares of the weights that read each unit; times those of what they read, where it is known."""
     total = torch.zeros(len(family.channels))
     for axis in family.columns:
-        squares = program.tensor(axis.weight).detach().float().square().sum(0)
+        squares = value(program, axis.weight).float().square().sum(0)
         if powers is not None:
             squares = squares * powers[axis.reader]
         units = family.units(axis)
@@ -98,7 +99,7 @@ def _eliminated(
 ) -> Ranking:
     readings: list[Reading] = [
         reading(
-            program.tensor(axis.weight).detach(),
+            value(program, axis.weight),
             totals[axis.reader],
             reaches[axis.reader].channels,
             family.units(axis),
@@ -146,7 +147,7 @@ def _by_gradient(
 ) -> list[Ranking]:
     """Fisher information of the units' masks (Kwon et al., 2022), or what the loss gains without each (movement)."""
     axes = [axis for family in families for axis in family.columns]
-    weights = {str(axis.weight.target): program.tensor(axis.weight).detach() for axis in axes}
+    weights = {str(axis.weight.target): value(program, axis.weight) for axis in axes}
     joint = [torch.zeros(len(family.channels), len(family.channels)) for family in families]
     moved = [torch.zeros(len(family.channels)) for family in families]
     for found in gradients(program, sorted(weights), batches, loss, track):

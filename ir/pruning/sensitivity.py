@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from ..calibration.lockstep import Lockstep
 from ..errors import RewriteError
-from ..graph import Program
+from ..graph import Program, describe_value
 from ..ops.attention import attention
 from ..rewrite import Track
 
@@ -73,7 +73,7 @@ def reach(
         recorder = _Recorder(program.module, layers, fixed)
         with torch.enable_grad():
             outputs = recorder.run(*batches[index])
-            totals = [judge(outputs, index) for _ in range(probes)]
+            totals = [judge(outputs, index) for _ in range(probes)] if layers else []
         for place, total in enumerate(totals):
             grads = torch.autograd.grad(
                 total, list(recorder.seen.values()), retain_graph=place < probes - 1, allow_unused=True
@@ -126,7 +126,12 @@ class _Judge:
 
     def __call__(self, outputs: Sequence[Any], index: int) -> Tensor:
         if self._loss is not None:
-            return self._loss(outputs)
+            total = self._loss(outputs)
+            if not isinstance(total, Tensor) or total.numel() != 1:
+                raise RewriteError(f"the loss must be a tensor of one number, found {describe_value(total)}")
+            if not total.requires_grad:
+                raise RewriteError("the loss does not depend on the weights")
+            return total
         return sum((self._signed(outputs[place], index) for place in self._places), torch.zeros(()))
 
     def _signed(self, output: Tensor, index: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ..calibration.lockstep import Lockstep
 from ..graph import Program, arguments
 from ..rewrite import Track
-from .masks import put, stored
+from .masks import put, stored, value
 from .ranking import DAMP
 from .sensitivity import Reach
 from .units import Family
@@ -61,7 +61,7 @@ def readers(
             return None
         inputs = arguments(node)["input"]
         found[node] = _thinned(program, node, wanted[node], lockstep.rows(inputs), refit, (reaches or {}).get(node))
-        return [F.linear(value, found[node].weight, found[node].bias) for value in lockstep.values(inputs)]
+        return [F.linear(item, found[node].weight, found[node].bias) for item in lockstep.values(inputs)]
 
     lockstep.run(visit)
     return found
@@ -83,8 +83,8 @@ def _thinned(
     given = arguments(node)
     weight, bias = stored(given["weight"]), stored(given["bias"])
     assert weight is not None
-    old = program.tensor(weight).detach()
-    level = None if bias is None else program.tensor(bias).detach()
+    old = value(program, weight)
+    level = None if bias is None else value(program, bias)
     if rows is None:
         return Reader(torch.where(keep, old, 0), level, keep)
     if not refit or bool(keep.all()):
@@ -139,10 +139,10 @@ def write(program: Program, thinned: Mapping[fx.Node, Reader]) -> None:
     """Give the layers their weights and biases."""
     for node, reader in thinned.items():
         given = arguments(node)
-        for name, value in (("weight", reader.weight), ("bias", reader.bias)):
+        for name, new in (("weight", reader.weight), ("bias", reader.bias)):
             own = stored(given[name])
-            if own is not None and value is not None:
-                program.set_weight(own, value)
+            if own is not None and new is not None:
+                program.set_weight(own, new)
 
 
 def put_masks(program: Program, family: Family, keep: Tensor) -> None:

@@ -50,7 +50,7 @@ def eliminate(readings: Sequence[Reading], count: int, together: int, least: int
 
     Args:
         count: of units, U.
-        together: units that go before the others are looked at again.
+        together: units that go before what all others know of them is brought up to date; saves time alone.
         least: units that stay; they come last in the order, at a loss that says no more than that they are last.
     """
     alive = torch.ones(count, dtype=torch.bool)
@@ -58,31 +58,77 @@ def eliminate(readings: Sequence[Reading], count: int, together: int, least: int
     losses = [0.0]
     total = 0.0
     while int(alive.sum()) > least:
-        worth = torch.full((count,), torch.inf, dtype=torch.double)
-        worth[alive] = 0.0
-        for item in readings:
-            worth += _worths(item, alive)
-        going = torch.argsort(worth, stable=True)[: min(together, int(alive.sum()) - least)]
-        for item in readings:
-            total += _remove(item, going)
-        alive[going] = False
-        order += going.tolist()
-        start = losses[-1]
-        losses += [start + (total - start) * (place + 1) / len(going) for place in range(len(going))]
+        wanted = min(together, int(alive.sum()) - least)
+        for unit, loss in _next(readings, alive, wanted):
+            alive[unit] = False
+            total += loss
+            order.append(unit)
+            losses.append(total)
     rest = alive.nonzero().flatten().tolist()
     order += rest
     losses += [max(total, losses[-1]) * 2 + 1.0] * len(rest)
     return torch.tensor(order), torch.tensor(losses)
 
 
+def _next(readings: Sequence[Reading], alive: Tensor, wanted: int) -> list[tuple[int, float]]:
+    """The units that go next, one after another, and the loss of each; the readings are changed accordingly."""
+    places = [_single_columns(item, len(alive)) for item in readings]
+    singles = [place for place in places if place is not None]
+    if len(singles) == len(readings):
+        return _next_columns(readings, singles, alive, wanted)
+    found = []
+    for _ in range(wanted):
+        worth = sum((_worths(item, alive) for item in readings), torch.zeros(len(alive), dtype=torch.double))
+        unit = int(worth.masked_fill(~alive, torch.inf).argmin())
+        found.append((unit, sum(_remove(item, unit) for item in readings)))
+        alive = alive.clone()
+        alive[unit] = False
+    return found
+
+
+def _single_columns(item: Reading, count: int) -> Tensor | None:
+    """[U], the column of each unit; None where units have several, or none."""
+    columns = (item.units >= 0).nonzero().flatten()
+    if len(columns) != count or len(torch.unique(item.units[columns])) != count:
+        return None
+    return columns[torch.argsort(item.units[columns])]
+
+
+def _next_columns(
+    readings: Sequence[Reading], places: Sequence[Tensor], alive: Tensor, wanted: int
+) -> list[tuple[int, float]]:
+    """`_next` for units of one column: the inverse is brought up to date once for all that go.
+
+    With H^-1 - sum u u^T the inverse without the columns that went, removing column j adds u = h / sqrt(h_j), h being
+    the j-th column of that.
+    """
+    updates: list[list[Tensor]] = [[] for _ in readings]
+    diagonals = [item.inverse.diagonal().clone() for item in readings]
+    found: list[tuple[int, float]] = []
+    alive = alive.clone()
+    for _ in range(wanted):
+        worth = torch.zeros(len(alive), dtype=torch.double)
+        for item, place, diagonal in zip(readings, places, diagonals, strict=True):
+            worth += item.weight.square().sum(0)[place] / diagonal[place]
+        unit = int(worth.masked_fill(~alive, torch.inf).argmin())
+        found.append((unit, float(worth[unit])))
+        alive[unit] = False
+        for item, place, diagonal, done in zip(readings, places, diagonals, updates, strict=True):
+            column = place[unit]
+            across = item.inverse[:, column] - sum((u * u[column] for u in done), torch.zeros_like(diagonal))
+            item.weight -= torch.outer(item.weight[:, column], across / across[column])
+            done.append(across / across[column].sqrt())
+            diagonal -= done[-1].square()
+    for item, place, done in zip(readings, places, updates, strict=True):
+        changes = torch.stack(done)
+        item.inverse -= changes.T @ changes
+        _isolate(item, place[torch.tensor([unit for unit, _ in found])])
+    return found
+
+
 def _worths(item: Reading, alive: Tensor) -> Tensor:
     """[U], the loss without each unit alone: tr(W_S (H^-1_SS)^-1 W_S^T) for its columns S."""
     found = torch.zeros(len(alive), dtype=torch.double)
-    columns = (item.units >= 0).nonzero().flatten()
-    owners = item.units[columns]
-    if len(torch.unique(owners)) == len(owners):  # one column each
-        found[owners] = item.weight[:, columns].square().sum(0) / item.inverse.diagonal()[columns]
-        return found.masked_fill(~alive, 0)
     for unit in alive.nonzero().flatten().tolist():
         mine = (item.units == unit).nonzero().flatten()
         part = item.weight[:, mine]
@@ -90,19 +136,21 @@ def _worths(item: Reading, alive: Tensor) -> Tensor:
     return found
 
 
-def _remove(item: Reading, going: Tensor) -> float:
-    """Remove units and let the other columns make up for them; the loss."""
-    mine = torch.isin(item.units, going).nonzero().flatten()
+def _remove(item: Reading, unit: int) -> float:
+    """Remove a unit and let the other columns make up for it; the loss."""
+    mine = (item.units == unit).nonzero().flatten()
     part, inner, outer = item.weight[:, mine], item.inverse[mine][:, mine], item.inverse[:, mine]
     solved = torch.linalg.solve(inner, outer.T)  # [S, K]
     loss = float((part * torch.linalg.solve(inner, part.T).T).sum())
     item.weight -= part @ solved
     item.inverse -= outer @ solved
-    item.weight[:, mine] = 0
-    item.inverse[mine] = 0
-    item.inverse[:, mine] = 0
-    item.inverse[mine, mine] = 1
+    _isolate(item, mine)
     return loss
 
 
-__all__ = ["Reading", "eliminate", "reading"]
+def _isolate(item: Reading, columns: Tensor) -> None:
+    """Columns that went have no part in anything any more."""
+    item.weight[:, columns] = 0
+    item.inverse[columns] = 0
+    item.inverse[:, columns] = 0
+    item.inverse[columns, columns] = 1

@@ -14,7 +14,7 @@ from ..graph import Program, arguments
 from ..layers import name_of
 from ..pattern import Refusal
 from ..rewrite import Sparsity, Track
-from .masks import stored
+from .masks import stored, value
 from .select import Pattern, lowest, mask
 from .sparsegpt import refit, sparsegpt
 
@@ -171,7 +171,7 @@ def prune(
     known = decided or {}
     if not batches:
         for target in track(list(found), "masking weights"):
-            weight = program.tensor(target.weight).detach()
+            weight = value(program, target.weight)
             result[target] = criterion.pruned(target, weight, None, known.get(target.weight))
         return result
     places = {reader: target for target in found for reader in target.readers}
@@ -182,13 +182,13 @@ def prune(
         if target is None:
             return None
         given = arguments(node)
-        weight = program.tensor(target.weight).detach()
+        weight = value(program, target.weight)
         if target not in result:
             rows = lockstep.rows(given["input"])
             result[target] = criterion.pruned(target, weight, rows, known.get(target.weight))
         new = result[target].values.to(weight.dtype)
         bias = None if given["bias"] is None else lockstep.values(given["bias"])[0]
-        return [torch.nn.functional.linear(value, new, bias) for value in lockstep.values(given["input"])]
+        return [torch.nn.functional.linear(item, new, bias) for item in lockstep.values(given["input"])]
 
     lockstep.run(visit)
     return result
@@ -213,6 +213,6 @@ def decide(
                 power[places[node]] = torch.stack([batch.float().square().sum(0) for batch in rows]).sum(0)
 
         lockstep.run(visit)
-    scores = [criterion.scores(item, program.tensor(item.weight).detach().float(), power.get(item)) for item in found]
+    scores = [criterion.scores(item, value(program, item.weight).float(), power.get(item)) for item in found]
     keeps = lowest(scores, criterion.sparsity)
     return {target.weight: keep for target, keep in zip(found, keeps, strict=True)}

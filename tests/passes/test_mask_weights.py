@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from build import assert_equal, before_after, inputs, normal, program, reasons, rewritten
+from build import assert_equal, before_after, normal, program, reasons, rewritten
 from torch import Tensor, nn
 
 import fxpress
 from fxpress.ir.equality import sqnr_db
-from fxpress.ir.errors import InputError, RewriteError
+from fxpress.ir.errors import RewriteError
 from fxpress.ir.graph import Program
 from fxpress.ir.ops.quantize import int8_linear
 from fxpress.ir.printer import print_program
@@ -34,16 +36,16 @@ def loss(outputs: Sequence[Tensor]) -> Tensor:
 
 
 def mask_weights(method: str = "magnitude", sparsity: float | None = 0.5, **options: Any) -> MaskWeights:
-    """With a loss where one is needed."""
+    """Masks that are left in the graph; with a loss where one is needed."""
     if method == "movement":
         options.setdefault("loss", loss)
-    return MaskWeights(sparsity, method, **options)
+    return MaskWeights(sparsity, method, **{"fold": False, **options})
 
 
 @functools.cache
-def encoder() -> Program:
+def encoder(dtype: torch.dtype = torch.float32) -> Program:
     """One Transformer layer, canonical; not to be changed."""
-    return rewritten(program(tiny.encoder(), *tiny.inputs().values()), Canonicalize())[0]
+    return rewritten(program(tiny.encoder().to(dtype), *tiny.inputs().values()), Canonicalize())[0]
 
 
 @functools.cache
@@ -52,12 +54,14 @@ def pruned(rewrite: MaskWeights) -> tuple[Program, PassResult]:
     return rewritten(encoder(), rewrite, Context(calibration=TEXTS))
 
 
-def weights(traced: Program, names: Sequence[str] = NAMES) -> dict[str, Tensor]:
-    return {name: getattr(traced.module, name).weight.detach() for name in names}
+def weights(traced: Program) -> dict[str, Tensor]:
+    return {name: getattr(traced.module, name).weight.detach() for name in NAMES}
 
 
 def zeros(traced: Program) -> dict[str, Tensor]:
-    return {name: weight == 0 for name, weight in weights(traced).items()}
+    """Of the masks, by layer, in the order of the layers."""
+    found = {str(item.weight.target).rpartition(".")[0]: traced.tensor(item.mask) == 0 for item in masked(traced)}
+    return {name: found[name] for name in NAMES if name in found}
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -105,19 +109,27 @@ def test_graph(case: str, golden: Callable[[str], None]) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_stays_is_as_it_was_and_what_goes_is_zero(method: str) -> None:
-    after = weights(pruned(mask_weights(method, refit=False))[0])
+    masks = zeros(pruned(mask_weights(method, refit=False))[0])
+    folded = weights(rewritten(pruned(mask_weights(method, refit=False))[0], Fold())[0])
     for name, before in weights(encoder()).items():
-        assert torch.equal(after[name], torch.where(after[name] != 0, before, 0))
+        assert torch.equal(folded[name], torch.where(masks[name], 0, before))
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.5, 1.0])
+@pytest.mark.parametrize("method", METHODS)
+def test_folded_at_once_or_later_is_the_same(method: str) -> None:
+    at_once, later = pruned(mask_weights(method, fold=True))[0], rewritten(pruned(mask_weights(method))[0], Fold())[0]
+    assert print_program(at_once) == print_program(later)
+    assert same(dict(at_once.module.state_dict()), dict(later.module.state_dict()))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.37, 1.0])
 @pytest.mark.parametrize("method", METHODS)
 def test_each_weight_loses_exactly_its_share(method: str, sparsity: float) -> None:
     for zero in zeros(pruned(mask_weights(method, sparsity, scope="layer"))[0]).values():
         assert int(zero.sum()) == round(sparsity * zero.numel())
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.5, 1.0])
+@pytest.mark.parametrize("sparsity", [0.0, 0.37, 1.0])
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"sparsegpt"}))
 def test_over_all_weights_exactly_the_share_goes(method: str, sparsity: float) -> None:
     every = torch.cat(
@@ -127,7 +139,7 @@ def test_over_all_weights_exactly_the_share_goes(method: str, sparsity: float) -
 
 
 def test_over_all_weights_layers_differ() -> None:
-    shares = [float(zero.float().mean()) for zero in zeros(pruned(MaskWeights(0.5, scope="global"))[0]).values()]
+    shares = [float(zero.float().mean()) for zero in zeros(pruned(mask_weights(scope="global"))[0]).values()]
     assert max(shares) - min(shares) > 0.05
 
 
@@ -161,29 +173,30 @@ def test_blocks_go_as_a_whole(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_biases_norms_and_embeddings_stay(method: str) -> None:
-    before, after = encoder().module.state_dict(), pruned(mask_weights(method))[0].module.state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    before, after = encoder().module.state_dict(), rewritten(pruned(mask_weights(method))[0], Fold())[0]
+    found = after.module.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], found[name])}
     assert changed == {f"{name}.weight" for name in NAMES}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_again(method: str) -> None:
-    first, second = (rewritten(encoder(), mask_weights(method), Context(calibration=TEXTS))[0] for _ in range(2))
-    assert same(weights(first), weights(second))
+    again = rewritten(encoder(), mask_weights(method, fold=True), Context(calibration=TEXTS))[0]
+    assert same(weights(pruned(mask_weights(method, fold=True))[0]), weights(again))
 
 
 def test_another_seed_takes_others() -> None:
-    first, second = (zeros(pruned(MaskWeights(0.5, "random", seed=seed))[0]) for seed in (0, 1))
+    first, second = (zeros(pruned(mask_weights("random", seed=seed))[0]) for seed in (0, 1))
     assert not any(torch.equal(first[name], second[name]) for name in NAMES)
 
 
 def test_every_layer_has_random_numbers_of_its_own() -> None:
-    found = zeros(pruned(MaskWeights(0.5, "random"))[0])
+    found = zeros(pruned(mask_weights("random"))[0])
     assert not torch.equal(found["query"], found["key"])
 
 
 def test_what_was_done_is_reported() -> None:
-    _, result = pruned(MaskWeights(0.25, layers=["up", "down"]))
+    _, result = rewritten(encoder(), mask_weights(sparsity=0.25, layers=["up", "down"]))
     assert result.rewrites == {"weight": 2}
     assert [(match.node, match.detail) for match in result.matches] == [("up", "25.0% zero"), ("down", "25.0% zero")]
     assert result.sparsity == [Sparsity("up", 512, 128), Sparsity("down", 512, 128)]
@@ -240,7 +253,7 @@ LINEAR = {"w": normal(24, 32, seed=1)}
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_on_correlated_inputs_the_methods_are_better_in_their_order(pattern: str) -> None:
     """On rows that were not calibrated with: random, magnitude, wanda, sparsegpt."""
-    before = program(lambda m, x: torch.tanh(F.linear(x, m.w)) * 0 + F.linear(x, m.w), normal(4, 32), **LINEAR)
+    before = program(lambda m, x: F.linear(x, m.w), normal(4, 32), **LINEAR)
     x = correlated(9)
     context = Context(calibration=[correlated(seed) for seed in range(3)])
     share = 0.5 if pattern == "unstructured" else None
@@ -250,7 +263,7 @@ def test_on_correlated_inputs_the_methods_are_better_in_their_order(pattern: str
         )
         for method in ("random", "magnitude", "wanda", "sparsegpt")
     ]
-    assert all(later > earlier + 0.5 for earlier, later in zip(errors, errors[1:], strict=False)), errors
+    assert all(later > earlier + 0.2 for earlier, later in itertools.pairwise(errors))
 
 
 @pytest.mark.parametrize("method", ["random", "magnitude", "wanda", "fisher"])
@@ -304,33 +317,33 @@ def test_tied_weights_that_are_named_share_one_mask() -> None:
 )
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_layers_that_are_meant(options: dict[str, Any], names: list[str], scope: str) -> None:
-    after, result = rewritten(encoder(), MaskWeights(0.5, scope=scope, **options))
+    after, result = rewritten(encoder(), mask_weights(scope=scope, **options))
     assert [report.layer for report in result.sparsity] == names
-    assert [name for name, zero in zeros(after).items() if zero.any()] == names
+    assert list(zeros(after)) == names
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("budget", [0, 1, 4])
+@pytest.mark.parametrize("budget", [0, 4])
 def test_as_many_weights_as_rewrites_are_left(budget: int, method: str) -> None:
     context = Context(calibration=TEXTS, max_rewrites=budget)
     after, result = rewritten(encoder(), mask_weights(method), context)
     assert result.changes == context.rewrites == budget
-    assert sum(bool(zero.any()) for zero in zeros(after).values()) == budget
+    assert len(masked(after)) == budget
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (5, 7), (3, 33)])
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 33)])
 @pytest.mark.parametrize("method", METHODS)
 def test_odd_sizes(method: str, sizes: tuple[int, int]) -> None:
     before = program(lambda m, x: F.linear(x, m.w).tanh(), normal(4, sizes[1]), w=normal(*sizes))
-    after, _ = rewritten(before, mask_weights(method), Context(calibration=[[normal(9, sizes[1])]]))
+    after, _ = rewritten(before, mask_weights(method, fold=True), Context(calibration=[[normal(9, sizes[1])]]))
     assert int((after.module.w == 0).sum()) == round(sizes[0] * sizes[1] / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_keeps_its_dtype(method: str, half: torch.dtype) -> None:
-    before = rewritten(program(tiny.encoder().to(half), *tiny.inputs().values()), Canonicalize())[0]
-    after, _ = rewritten(before, mask_weights(method), Context(calibration=TEXTS))
+    after, _ = rewritten(encoder(half), mask_weights(method), Context(calibration=TEXTS))
     assert all(weight.dtype is half for weight in weights(after).values())
     assert outputs(after).isfinite().all()
 
@@ -345,7 +358,7 @@ def test_an_activation_that_several_layers_read(method: str) -> None:
 
     given = {name: normal(8, 8, seed=seed) for seed, name in enumerate("abc")}
     before = program(forward, normal(4, 8), **given)
-    after, _ = rewritten(before, mask_weights(method, scope="layer"), Context(calibration=[[normal(9, 8)]]))
+    after, _ = rewritten(before, mask_weights(method, scope="layer", fold=True), Context(calibration=[[normal(9, 8)]]))
     x = normal(5, 8, seed=4)
     by_hand = forward(after.module, x)
     assert all((getattr(after.module, name) == 0).sum() == 32 for name in "abc")
@@ -356,8 +369,10 @@ def test_an_activation_that_several_layers_read(method: str) -> None:
 # --- twice -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "blocks"])
-@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize(
+    ("pattern", "fold"),
+    [("unstructured", True), ("unstructured", False), ("2:4", True), ("2:4", False), ("blocks", False)],
+)
 def test_magnitude_a_second_time_changes_nothing(pattern: str, fold: bool) -> None:
     rewrite = MaskWeights(None if pattern == "2:4" else 0.5, pattern=pattern, block=8, fold=fold)
     first = rewritten(encoder(), rewrite)[0]
@@ -366,7 +381,122 @@ def test_magnitude_a_second_time_changes_nothing(pattern: str, fold: bool) -> No
     assert same(dict(first.module.state_dict()), dict(second.module.state_dict()))
 
 
-def test_the_program_given_to_the_compiler_is_not_changed() -> None:
+def test_neurons_whose_weights_all_go_are_cut() -> None:
+    """Of the 32 columns of down, 8 are a block that goes as a whole."""
+    before = encoder().copy()
+    small = before.module.down.weight.detach().clone()
+    small[:, 8:16] /= 100
+    before.set_weight(next(n for n in before.graph.nodes if n.target == "down.weight"), small)
+    after, _ = rewritten(before, MaskWeights(0.25, pattern="blocks", block=8, layers=["down"]))
+    assert after.module.up.weight.shape == (24, 16)
+    masks, _ = rewritten(before, MaskWeights(0.25, pattern="blocks", block=8, layers=["down"], fold=False))
+    torch.testing.assert_close(outputs(after), outputs(masks))
+
+
+# --- training --------------------------------------------------------------------------------------------------
+
+
+def trained(compiled: fxpress.Compiled, kind: type[torch.optim.Optimizer]) -> None:
+    """Five steps towards outputs of one."""
+    module = compiled.program.module
+    optimizer = kind(module.parameters(), lr=0.05)  # type: ignore[call-arg]
+    for step in range(5):
+        loss = (module(*tiny.inputs(3, 5 + step).values())[0] - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def compiled_masks() -> fxpress.Compiled:
+    return fxpress.compile(tiny.encoder(), [MaskWeights(0.5, fold=False)], tiny.inputs(), backend="eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW], ids=["sgd", "adamw"])
+def test_zeros_stay_zeros_in_training_and_the_others_move(kind: type[torch.optim.Optimizer]) -> None:
+    compiled = compiled_masks()
+    before, masks = weights(compiled.program), zeros(compiled.program)
+    before = {name: weight.clone() for name, weight in before.items()}
+    trained(compiled, kind)
+    after = weights(compiled.then([Fold()], backend="eager").program)
+    for name, zero in masks.items():
+        assert torch.equal(after[name] == 0, zero)
+        assert bool((after[name] != before[name])[~zero].float().mean() > 0.9)
+
+
+@pytest.mark.slow
+def test_folding_what_was_trained_does_not_change_the_outputs() -> None:
+    compiled = compiled_masks()
+    trained(compiled, torch.optim.SGD)
+    folded = compiled.then([Fold()], backend="eager")
+    assert masked(folded.program) == []
+    for size in SIZES:
+        assert folded.verify(tiny.inputs(*size)).equal
+
+
+@pytest.mark.slow
+def test_what_was_trained_is_saved_and_loaded(tmp_path: Path) -> None:
+    compiled = compiled_masks()
+    trained(compiled, torch.optim.SGD)
+    folded = compiled.then([Fold()], backend="onnx")
+    folded.save(tmp_path / "model")
+    loaded = fxpress.load(tmp_path / "model")
+    for size in SIZES:
+        found = torch.as_tensor(loaded(**tiny.inputs(*size)))
+        torch.testing.assert_close(found, outputs(compiled.program, size), rtol=1e-4, atol=1e-5)
+
+
+# --- other passes and backends ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"pattern": "2:4", "sparsity": None}, {"method": "sparsegpt"}], ids=str)
+@pytest.mark.parametrize("fold", [True, False])
+def test_the_onnx_backend_gives_what_the_masked_program_gives(fold: bool, options: dict[str, Any]) -> None:
+    compiled = fxpress.compile(
+        tiny.encoder(),
+        [mask_weights(**{"fold": fold, **options})],
+        tiny.inputs(),
+        calibration=[tiny.inputs(3, length) for length in (6, 9)],
+        backend="onnx",
+    )
+    for size in SIZES:
+        found = torch.as_tensor(compiled(**tiny.inputs(*size)))
+        torch.testing.assert_close(found, outputs(compiled.program, size), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fold", [True, False])
+def test_before_and_after_fuse_are_the_same(fold: bool) -> None:
+    """Where every few numbers lose their share, it does not matter that fuse packs weights into one."""
+    rewrite = MaskWeights(pattern="2:4", fold=fold)
+    early = rewritten(rewritten(encoder(), rewrite)[0], Fuse())[0]
+    late = rewritten(rewritten(rewritten(encoder(), Fuse())[0], rewrite)[0], Fuse())[0]
+    for size in SIZES:
+        assert_equal(early, late, list(tiny.inputs(*size).values()))
+
+
+PLAIN: dict[str, Any] = {"method": "minmax", "symmetric": True}
+
+
+@pytest.mark.parametrize(("options", "batches"), [(PLAIN, []), ({"symmetric": True}, TEXTS)], ids=["minmax", "data"])
+def test_what_is_quantized_afterwards_stays_zero(options: dict[str, Any], batches: list[list[Tensor]]) -> None:
+    before, _ = rewritten(encoder(), MaskWeights(0.5, skip=["up"]))
+    after, _ = rewritten(before, Quantize(**options), Context(calibration=batches))
+    stored = {str(node.args[3].target): after.tensor(node.args[3]) for node in after.calls(int8_linear)}
+    for name in set(NAMES) - {"up"}:
+        integers = next(value for key, value in stored.items() if key.startswith(f"{name}_weight"))
+        assert not integers[weights(before)[name] == 0].any()
+    assert len(stored) == len(NAMES)
+
+
+def test_masks_have_to_be_folded_before_weights_are_quantized() -> None:
+    with pytest.raises(RewriteError, match="masked for training; put the pass fold before quantize"):
+        rewritten(pruned(mask_weights())[0], Quantize())
+
+
+@pytest.mark.slow
+def test_the_model_is_not_changed() -> None:
     model = tiny.encoder()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     fxpress.compile(model, [mask_weights("sparsegpt")], tiny.inputs(), backend="eager", calibration=[tiny.inputs(3, 9)])
