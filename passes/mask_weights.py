@@ -205,6 +205,8 @@ class MaskWeights(Pass):
             if misfit:
                 raise RewriteError(f"{target.name} cannot have pattern {self.pattern!r}: {misfit}; name it in skip")
         found = [target for target in found if context.take()]
+        if not found:
+            return
         given = self._given(program, [target.weight for target in found], context)
         share = 1 - keep / of if self.kind == "n:m" else float(self.sparsity or 0)
         generator = torch.Generator().manual_seed(self.seed)
@@ -254,6 +256,8 @@ class MaskWeights(Pass):
             reasons = [f"{name}: {refused[name]}" for name in sorted(named) if name in refused]
             raise RewriteError(f"there are no {self.pattern} that can be cut" + (f"; {reasons[0]}" if reasons else ""))
         found = [item for item in found if context.take()]
+        if not found:
+            return
         batches, track = context.calibration, context.track
         reaches = None
         if self.method == "sparsegpt":
