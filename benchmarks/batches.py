@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from corpus import read_corpus
+from corpus import CALIBRATION, EVALUATION, read_corpus
 from workloads import Inputs, Shape, model_folder, padding
 
 EVALUATION_SHAPE = (8, 128)  # texts of the evaluation are cut or padded to it
@@ -35,15 +35,20 @@ def encode(texts: Sequence[str], length: int | None = None) -> Inputs:
     return {name: found[name].astype(numpy.int64) for name in ("input_ids", "attention_mask")}
 
 
-def calibration() -> list[Inputs]:
-    """Batches of 8 texts, shortest first, so that there is little padding."""
-    texts = sorted(read_corpus().calibration, key=lambda text: int(encode([text])["attention_mask"].sum()))
+def calibration(count: int = CALIBRATION) -> list[Inputs]:
+    """Batches of 8 texts, shortest first, so that there is little padding.
+
+    Texts beyond those that the corpus has for it are the last that no part has; `samples` takes the first.
+    """
+    corpus = read_corpus()
+    chosen = [*corpus.calibration, *corpus.rest[len(corpus.rest) - (count - CALIBRATION) :]]
+    texts = sorted(chosen, key=lambda text: int(encode([text])["attention_mask"].sum()))
     return [encode(texts[start : start + 8]) for start in range(0, len(texts), 8)]
 
 
-def evaluation() -> list[Inputs]:
-    """The docstrings of all pairs and then their sources, in batches of EVALUATION_SHAPE."""
-    pairs = read_corpus().evaluation
+def evaluation(count: int = EVALUATION) -> list[Inputs]:
+    """The docstrings of so many pairs and then their sources, in batches of EVALUATION_SHAPE."""
+    pairs = read_corpus().evaluation[:count]
     texts = [pair.docstring for pair in pairs] + [pair.source for pair in pairs]
     batch, length = EVALUATION_SHAPE
     assert len(texts) % batch == 0

@@ -43,6 +43,7 @@ class Candidate:
     open: Callable[[Workload, Path], Prepare]
     build: Callable[[Workload, Path, Shape, Inputs], str] | None = None
     files: Callable[[Path], Iterable[Path]] = lambda work: ()  # the model and its weights, for one shape
+    artifact: str = ""  # the folder that fxpress saved
 
 
 def named(shape: Shape) -> str:
@@ -182,6 +183,11 @@ def open_onnx(name: str, workload: Workload, work: Path) -> Prepare:
     return prepare
 
 
+def fxpress_candidate(artifact: str, build: Callable[[Workload, Path, Shape, Inputs], str] | None = None) -> Candidate:
+    """One saved artefact."""
+    return Candidate(partial(open_fxpress, artifact), build, partial(artifact_files, artifact), artifact)
+
+
 def open_fxpress(artifact: str, workload: Workload, work: Path) -> Prepare:
     """The one saved artefact, loaded once, for every shape; numpy arrays, no torch."""
     from fxpress import load
@@ -202,5 +208,5 @@ FLOAT32 = {
     ONNX: Candidate(partial(open_onnx, ONNX), partial(build_onnx, ONNX, None)),
     ONNX_23: Candidate(partial(open_onnx, ONNX_23), partial(build_onnx, ONNX_23, 23)),
     OPTIMIZED: Candidate(partial(open_onnx, OPTIMIZED), partial(build_optimized, OPTIMIZED)),
-    OURS: Candidate(partial(open_fxpress, "artifact"), files=partial(artifact_files, "artifact")),
+    OURS: fxpress_candidate("artifact"),
 }

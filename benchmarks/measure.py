@@ -18,7 +18,7 @@ from batches import EVALUATION_SHAPE, load
 from candidates import named
 from lineup import CANDIDATES
 from quality import Closeness, Usefulness, closeness, pooled, usefulness
-from workloads import EAGER, OURS, POINTS, TORCHAO_TUNED, TUNED, Shape, Workload
+from workloads import CUTS, EAGER, OURS, POINTS, TORCHAO_TUNED, TUNED, Shape, Workload
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 LOADS = 5  # fresh processes that load the artefact
@@ -69,6 +69,7 @@ class Results:
     loads: list[dict[str, float]] = field(default_factory=list)
     memory: dict[str, dict[str, float | str]] = field(default_factory=dict)  # by candidate and shape: MB or failure
     quality: dict[str, Quality] = field(default_factory=dict)  # by candidate
+    multiplications: dict[str, float] = field(default_factory=dict)  # share left, of those that fxpress compiled
 
 
 class Worker:
@@ -134,7 +135,7 @@ class Measurement:
         """Inputs, reference, exported files (at the shapes where memory is measured too) and fxpress's artefact."""
         self.tell("inputs and fp64 reference")
         self._single("reference")
-        shapes = sorted({*self.shapes, *memory, *([EVALUATION_SHAPE] if self.workload.quantized else [])})
+        shapes = sorted({*self.shapes, *memory, *([EVALUATION_SHAPE] if self.workload.calibration else [])})
         built = [name for name in self.names if CANDIDATES[name].build]
         for pair in groups(built):
             self.tell("build: " + " and ".join(pair))
@@ -145,6 +146,11 @@ class Measurement:
             self.tell("fxpress: compile, save, load")
             self.results.compile = self._single("compile")
             self.results.loads = [self._single("load") for _ in range(LOADS)]
+        for name in self.names:
+            file = self.work / CANDIDATES[name].artifact / "report.json"
+            if CANDIDATES[name].artifact and file.exists():
+                report = json.loads(file.read_text(encoding="utf-8"))
+                self.results.multiplications[name] = report["macs_after"] / report["macs_before"]
 
     def time(self, rounds: int, seconds: float) -> None:
         """Start every candidate, then take them in turn, A B C A B C."""
@@ -256,7 +262,7 @@ def pairs(names: list[str]) -> list[list[str]]:
 
 def groups(names: list[str]) -> list[list[str]]:
     """Two workers prepare at a time, but those that tune themselves by measuring do so alone."""
-    alone = {TUNED, TORCHAO_TUNED, *POINTS}
+    alone = {TUNED, TORCHAO_TUNED, *POINTS, *CUTS}
     return [[name] for name in names if name in alone] + pairs([name for name in names if name not in alone])
 
 

@@ -1,4 +1,4 @@
-"""The points of our curve of speed against error: a name and its passes, as fxpress.compile takes them."""
+"""The points of our curves of speed against error: a name and its passes, as fxpress.compile takes them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,21 @@ from functools import partial
 from pathlib import Path
 
 from batches import load
-from candidates import Candidate, artifact_files, open_fxpress, saved_inputs, tensors_of
-from workloads import INT4, INT4_NEAREST, INT8, INT8_CLOSE, INT8_STATIC, Inputs, Shape, Workload
+from candidates import fxpress_candidate, saved_inputs, tensors_of
+from workloads import (
+    CUT50,
+    CUT70,
+    CUTS,
+    INT4,
+    INT4_NEAREST,
+    INT8,
+    INT8_CLOSE,
+    INT8_STATIC,
+    POINTS,
+    Inputs,
+    Shape,
+    Workload,
+)
 
 PASSES = {
     INT8_CLOSE: "quantize(int8, min_cosine=0.999), fuse",
@@ -16,6 +29,21 @@ PASSES = {
     INT4: "quantize(int4), fuse",
     INT4_NEAREST: "quantize(int4, method=minmax), fuse",
 }
+PRUNING = {  # by workload
+    "minilm-pruned": {
+        CUT70: "mask_weights(0.3, sparsegpt, 'heads+neurons'), fuse",
+        CUT50: "mask_weights(0.5, sparsegpt, 'heads+neurons'), fuse",
+    },
+    "bert-pruned": {
+        CUT70: "mask_weights(0.3, magnitude, 'heads+neurons'), fuse",
+        CUT50: "mask_weights(0.5, magnitude, 'heads+neurons'), fuse",
+    },
+}
+
+
+def passes_of(workload: Workload, name: str) -> str:
+    """The passes of a point in a workload."""
+    return PASSES[name] if name in PASSES else PRUNING[workload.name][name]
 
 
 def folder_of(name: str) -> str:
@@ -23,26 +51,22 @@ def folder_of(name: str) -> str:
 
 
 def build_point(name: str, workload: Workload, work: Path, shape: Shape, inputs: Inputs) -> str:
-    """One artefact for every shape, compiled from one small example and calibrated on the corpus."""
+    """One artefact for every shape, compiled from one small example and, if the workload says so, calibrated."""
     from fxpress import compile
 
-    folder = work / folder_of(name)
+    folder, passes = work / folder_of(name), passes_of(workload, name)
     if not folder.exists():
         example = saved_inputs(work, workload.example)
+        texts = load(work / "calibration.npz") if workload.calibration else []
         compiled = compile(
             workload.build(),
-            PASSES[name],
+            passes,
             example_inputs=tensors_of(example),
-            calibration=[tensors_of(batch) for batch in load(work / "calibration.npz")],
+            calibration=[tensors_of(batch) for batch in texts],
             threads=1,
         )
         compiled.save(folder)
-    return f"{name}: passes {PASSES[name]}"
+    return f"{name}: passes {passes}"
 
 
-OUR_POINTS = {
-    name: Candidate(
-        partial(open_fxpress, folder_of(name)), partial(build_point, name), partial(artifact_files, folder_of(name))
-    )
-    for name in PASSES
-}
+OUR_POINTS = {name: fxpress_candidate(folder_of(name), partial(build_point, name)) for name in (*POINTS, *CUTS)}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from batches import EVALUATION_SHAPE, SAMPLES
-from corpus import CALIBRATION, EVALUATION
+from corpus import CALIBRATION
 from measure import Quality, Results, Row
-from quality import NEIGHBOURS, Closeness
+from quality import NEIGHBOURS
 from report import cell, opening, row_of
+from report_quality import cosines, quality_table
+from targets import target_table
 from targets_int8 import PEERS, targets
-from workloads import DYNAMIC, EAGER, Shape, Workload
+from workloads import DYNAMIC, Shape, Workload
 
 PLOT = "quantization.png"
 INTRODUCTION = f"""Peers (benchmarks/peers_int8.py): quantize_dynamic with int8 weights a channel, of the default
@@ -21,6 +23,8 @@ smallest. Each table by shape judges {SAMPLES} rows of that shape or more. Texts
 Python's standard library (benchmarks/corpus.py), none in two parts; the evaluation's are cut to {EVALUATION_SHAPE[1]}
 tokens.
 """
+TARGETS = f"""Speed is over the fastest {DYNAMIC} at each shape, quality on the corpus; a loss is what is missing from 1
+(Spearman, top {NEIGHBOURS}) or from fp32's (MRR)."""
 
 
 def quantized_section(workload: Workload, results: Results, settings: str) -> str:
@@ -29,7 +33,7 @@ def quantized_section(workload: Workload, results: Results, settings: str) -> st
     for shape, rows in results.rows.items():
         lines += speed_table(shape, rows, results)
     lines += quality_table(results)
-    lines += target_table(results)
+    lines += target_table(targets(results), TARGETS)
     lines += [f"![speed against error]({PLOT})", ""]
     lines += [f"- {note}" for note in sorted(set(results.notes))]
     return "\n".join(lines)
@@ -54,55 +58,4 @@ def speed_table(shape: Shape, rows: list[Row], results: Results) -> list[str]:
         near = results.quality.get(row.name, Quality()).shapes.get(shape)
         lines.append(f"| {row.name} | {row.ms:.2f} | {row.spread:.2f} | {' | '.join(times)} | {cosines(near)} |")
     lines.append(f"| *matmul floor in fp32* | {results.floors[shape]:.2f} | | | | | | | |")
-    return [*lines, ""]
-
-
-def cosines(near: Closeness | None) -> str:
-    """Four cells."""
-    if near is None:
-        return "- | - | - | -"
-    return f"{near.token_mean:.5f} | {near.token_min:.4f} | {near.pooled_mean:.5f} | {near.pooled_min:.4f}"
-
-
-def quality_table(results: Results) -> list[str]:
-    """What each candidate does on the corpus."""
-    truth = results.quality[EAGER]
-    assert truth.usefulness is not None
-    lines = [
-        "### Quality on the corpus",
-        "",
-        f"{EVALUATION} pairs in batches of {EVALUATION_SHAPE[0]}. Spearman: of all pairwise similarities, with fp32's; "
-        f"top {NEIGHBOURS}: nearest neighbours that are fp32's too; MRR: finding a function among {EVALUATION} by its "
-        "docstring, and what it loses of fp32's. Files: model and weights on disk, and their share of fp32's weights.",
-        "",
-        f"| candidate | token cosine | smallest | pooled cosine | smallest | Spearman | top {NEIGHBOURS} | MRR | loss "
-        "| MB | of fp32 |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, found in results.quality.items():
-        if found.usefulness is None:
-            lines.append(f"| {name} | failed: {cell(found.failure or 'not run')} | | | | | | | | | |")
-            continue
-        use = found.usefulness
-        lines.append(
-            f"| {name} | {cosines(found.closeness)} | {use.spearman:.4f} | {use.overlap:.1%} | {use.mrr:.4f} "
-            f"| {1 - use.mrr / truth.usefulness.mrr:.2%} | {found.megabytes:.1f} "
-            f"| {found.megabytes / truth.megabytes:.2f} |"
-        )
-    return [*lines, ""]
-
-
-def target_table(results: Results) -> list[str]:
-    """What our points were meant to reach, what they reach, and whether that is enough."""
-    lines = [
-        "### Targets",
-        "",
-        f"Speed is over the fastest {DYNAMIC} at each shape, quality on the corpus; a loss is what is missing from 1 "
-        f"(Spearman, top {NEIGHBOURS}) or from fp32's (MRR).",
-        "",
-        "| point | target | found | met |",
-        "|---|---|---|---|",
-    ]
-    for target in targets(results):
-        lines.append(f"| {target.point} | {target.wanted} | {target.found} | {target.verdict} |")
     return [*lines, ""]

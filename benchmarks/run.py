@@ -3,6 +3,7 @@
     .venv/bin/python benchmarks/run.py                    every workload and candidate, 5 rounds
     .venv/bin/python benchmarks/run.py --only minilm      one workload; rewrites its section alone
     .venv/bin/python benchmarks/run.py --only minilm --only fxpress --shapes 1x128 --quick      only prints
+    .venv/bin/python benchmarks/run.py --only sparsity    the table of sparse weights
 
 RESULTS.md is written when a workload was measured whole: all of its candidates and shapes, not --quick.
 
@@ -15,81 +16,119 @@ largest less their smallest. The matmul floor (floor.py) is measured in the same
 A workload in fewer bits (minilm-int8: peers_int8.py, our points.py) is also judged by what its embeddings are good for
 (corpus.py, batches.py, quality.py), against targets (targets_int8.py), in a section and a plot of its own
 (report_int8.py, plot_int8.py). It needs: pip install 'fxpress[bench]'.
+
+A workload with fewer heads and neurons (minilm-pruned, bert-pruned) has points of points.py too, and a section of its
+own (report_pruned.py). "sparsity" is a table of what single zeros do, by method, without any timing (sparsity.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from candidates import named
 from lineup import CANDIDATES
-from measure import Measurement
+from measure import Measurement, Results
 from plot_int8 import plot
 from report import section, summary_rows, update
 from report_int8 import PLOT, quantized_section
+from report_pruned import pruned_section
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from workloads import WORKLOADS
+from workloads import SPARSITY, WORKLOADS, Shape, Workload
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
+SECTIONS = {"exact": section, "quantized": quantized_section, "pruned": pruned_section}
+CONSOLE = Console()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2 short rounds; does not write RESULTS.md")
-    parser.add_argument("--only", action="append", choices=[*WORKLOADS, *CANDIDATES], metavar="NAME", default=[],
+    names = [*WORKLOADS, SPARSITY, *CANDIDATES]
+    parser.add_argument("--only", action="append", choices=names, metavar="NAME", default=[],
                         help="only this workload or candidate (again for more): "
-                        + ", ".join([*WORKLOADS, *CANDIDATES]))  # fmt: skip
+                        + ", ".join(names).replace("%", "%%"))  # fmt: skip
     parser.add_argument("--shapes", nargs="+", metavar="BxL", default=[], help="only these shapes, such as 1x128")
     options = parser.parse_args()
-    workloads = [WORKLOADS[name] for name in WORKLOADS if name in options.only] or list(WORKLOADS.values())
-    wanted = [name for name in CANDIDATES if name in options.only] or list(CANDIDATES)
-    rounds, seconds = (2, 0.1) if options.quick else (5, 0.5)
-    console = Console()
-    for workload in workloads:
-        names = [name for name in workload.candidates if name in wanted]
-        shapes = [shape for shape in workload.shapes if not options.shapes or named(shape) in options.shapes]
-        if not names or not shapes:
+    candidates = [name for name in CANDIDATES if name in options.only]
+    every = list(WORKLOADS) if candidates or options.shapes else [*WORKLOADS, SPARSITY]
+    for name in [name for name in (*WORKLOADS, SPARSITY) if name in options.only] or every:
+        if name == SPARSITY:
+            measure_sparsity(options.quick)
             continue
-        whole = len(names) == len(workload.candidates) and len(shapes) == len(workload.shapes) and not options.quick
-        memory = list(workload.memory) if not options.shapes else [s for s in workload.memory if s in shapes]
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with (
-            tempfile.TemporaryDirectory(prefix="fxpress-bench-") as folder,
-            Progress(*columns, console=console, transient=True) as progress,
-        ):
-            step = progress.add_task("")
+        workload = WORKLOADS[name]
+        wanted = [name for name in workload.candidates if name in (candidates or CANDIDATES)]
+        shapes = [shape for shape in workload.shapes if not options.shapes or named(shape) in options.shapes]
+        if wanted and shapes:
+            measure(workload, wanted, shapes, options.quick)
 
-            def tell(text: str, progress: Progress = progress, step: object = step, name: str = workload.name) -> None:
-                progress.update(step, description=f"{name}: {text}")  # type: ignore[arg-type]
-                if not console.is_terminal:
-                    console.print(f"{name}: {text}")
 
-            measurement = Measurement(workload, shapes, names, Path(folder), tell)
-            measurement.prepare(memory)
-            measurement.time(rounds, seconds)
-            if memory:
-                measurement.measure_memory(memory)
-            if workload.quantized:
-                measurement.measure_quality()
-        old = RESULTS.read_text(encoding="utf-8") if whole and RESULTS.exists() else ""
-        results, settings = measurement.results, f"{rounds} rounds of {seconds} s"
-        if workload.quantized:
-            text = update(old, workload.name, quantized_section(workload, results, settings), [])
-        else:
-            text = update(old, workload.name, section(workload, results, settings), summary_rows(workload, results))
-        console.print(Markdown(text))
-        if whole:
-            RESULTS.write_text(text, encoding="utf-8")
-            if workload.quantized:
-                try:
-                    plot(results, RESULTS.with_name(PLOT))
-                except ImportError:
-                    console.print("no plot without matplotlib: pip install 'fxpress[bench]'")
-            console.print(f"written: {RESULTS}")
+def measure(workload: Workload, names: list[str], shapes: list[Shape], quick: bool) -> None:
+    """Measure a workload and print its section; write it, and the plot, if it was measured whole."""
+    rounds, seconds = (2, 0.1) if quick else (5, 0.5)
+    whole = len(names) == len(workload.candidates) and len(shapes) == len(workload.shapes) and not quick
+    memory = [shape for shape in workload.memory if shape in shapes or len(shapes) == len(workload.shapes)]
+    with tempfile.TemporaryDirectory(prefix="fxpress-bench-") as folder, progress(workload.name) as tell:
+        measurement = Measurement(workload, shapes, names, Path(folder), tell)
+        measurement.prepare(memory)
+        measurement.time(rounds, seconds)
+        if memory:
+            measurement.measure_memory(memory)
+        if workload.calibration:
+            measurement.measure_quality()
+    results = measurement.results
+    text = SECTIONS[workload.kind](workload, results, f"{rounds} rounds of {seconds} s")
+    publish(workload.name, text, summary_rows(workload, results) if workload.kind == "exact" else [], whole)
+    if whole and workload.kind == "quantized":
+        draw(results)
+
+
+def measure_sparsity(quick: bool) -> None:
+    """Judge every setting of sparsity.py and print the section; write it if it was judged whole."""
+    import sparsity
+
+    cases = sparsity.cases(quick)  # training shows a progress of its own
+    with progress(SPARSITY) as tell:
+        found = {case.name: (case, sparsity.measure(case, tell)) for case in cases}
+    publish(SPARSITY, sparsity.section(found), [], whole=not quick)
+
+
+@contextmanager
+def progress(name: str) -> Iterator[Callable[[str], None]]:
+    """What shows, or where nobody watches prints, what happens."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=CONSOLE, transient=True) as shown:
+        step = shown.add_task("")
+
+        def tell(text: str) -> None:
+            shown.update(step, description=f"{name}: {text}")
+            if not CONSOLE.is_terminal:
+                CONSOLE.print(f"{name}: {text}")
+
+        yield tell
+
+
+def publish(name: str, body: str, summary: list[str], whole: bool) -> None:
+    """Print a section, and put it into the file if it is whole."""
+    old = RESULTS.read_text(encoding="utf-8") if whole and RESULTS.exists() else ""
+    text = update(old, name, body, summary)
+    CONSOLE.print(Markdown(text))
+    if whole:
+        RESULTS.write_text(text, encoding="utf-8")
+        CONSOLE.print(f"written: {RESULTS}")
+
+
+def draw(results: Results) -> None:
+    """The plot of speed against error."""
+    try:
+        plot(results, RESULTS.with_name(PLOT))
+    except ImportError:
+        CONSOLE.print("no plot without matplotlib: pip install 'fxpress[bench]'")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def reference(job: Job) -> None:
     import torch
     from floor import count_operations, linear_sizes
 
-    evaluated = [EVALUATION_SHAPE] if job.workload.quantized else []
+    evaluated = [EVALUATION_SHAPE] if job.workload.calibration else []
     for shape in {*job.shapes, *job.workload.memory, *evaluated, job.workload.example}:
         numpy.savez(job.work / f"inputs-{named(shape)}.npz", **job.workload.tokens(shape))
     model = job.workload.build().double()
@@ -63,10 +63,10 @@ def reference(job: Job) -> None:
 
         truth, operations[named(shape)] = count_operations(run, shape[1], job.workload.window)
         numpy.save(job.work / f"reference-{named(shape)}.npy", truth)
-    if job.workload.quantized:
+    if job.workload.calibration:
         import batches
 
-        batches.save(job.work / "calibration.npz", batches.calibration())
+        batches.save(job.work / "calibration.npz", batches.calibration(job.workload.calibration))
         batches.save(job.work / "evaluation.npz", batches.evaluation())
         for shape in job.shapes:
             batches.save(job.work / f"samples-{named(shape)}.npz", batches.samples(shape))

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy
+from corpus import CALIBRATION
 
 Shape = tuple[int, int]  # batch, length
 Inputs = dict[str, Any]  # by name: numpy arrays
@@ -24,9 +25,12 @@ DYNAMIC_OPTIMIZED, STATIC = "quantize_dynamic + optimizer", "static QDQ"
 TORCHAO, TORCHAO_TUNED = "torchao", "torchao max-autotune"
 INT8, INT8_CLOSE, INT8_STATIC = "fxpress int8", "fxpress int8, cosine 0.999", "fxpress int8, static"
 INT4, INT4_NEAREST = "fxpress int4, GPTQ", "fxpress int4, nearest"
+CUT70, CUT50 = "fxpress, 70% of the multiplications", "fxpress, 50% of the multiplications"
 ALL = (EAGER, COMPILED, TUNED, ONNX, ONNX_23, OPTIMIZED, OURS)
 QUANTIZED_PEERS = (DYNAMIC, DYNAMIC_23, DYNAMIC_OPTIMIZED, STATIC, TORCHAO, TORCHAO_TUNED)
 POINTS = (INT8_CLOSE, INT8, INT8_STATIC, INT4, INT4_NEAREST)  # ours, in the order of the plot's line
+CUTS = (CUT70, CUT50)
+SPARSITY = "sparsity"  # a section of RESULTS.md that is no workload: sparsity.py
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Workload:
     window: int | None = None  # each token sees this many others on either side
     memory: tuple[Shape, ...] = ()  # shapes at which memory is measured
     packages: tuple[str, ...] = ()  # whose versions matter here alone
-    quantized: bool = False  # calibrated and judged on the corpus: batches.py, quality.py, report_int8.py
+    kind: Literal["exact", "quantized", "pruned"] = "exact"  # how it is reported
+    calibration: int = 0  # texts of the corpus; with any, quality is judged on other texts of it
 
 
 def model_folder() -> Path:
@@ -198,7 +203,22 @@ WORKLOADS = {
             model_type="bert",
             candidates=(EAGER, OURS, *QUANTIZED_PEERS, *POINTS),
             packages=("torchao",),
-            quantized=True,
+            kind="quantized",
+            calibration=CALIBRATION,
+        ),
+        Workload(
+            "minilm-pruned",
+            "all-MiniLM-L6-v2 with its trained weights and fewer heads and neurons, on docstrings and functions of "
+            "Python's standard library; at batch 8 half of the rows are padded in the last third",
+            minilm,
+            sentence,
+            shapes=((1, 32), (1, 128), (8, 128), (1, 512)),
+            example=(2, 128),
+            num_heads=12,
+            hidden_size=384,
+            candidates=(EAGER, OURS, *CUTS),
+            kind="pruned",
+            calibration=512,  # what stays is fitted to them
         ),
         Workload(
             "bert",
@@ -211,6 +231,19 @@ WORKLOADS = {
             hidden_size=768,
             model_type="bert",
             targets={shape: Target(floor_share=0.95) for shape in ((1, 128), (1, 512))},
+        ),
+        Workload(
+            "bert-pruned",
+            "BERT-base with random weights and fewer heads and neurons, with an attention mask; it tells of speed "
+            "alone",
+            bert,
+            random_rows,
+            shapes=((1, 128), (1, 512)),
+            example=(2, 128),
+            num_heads=12,
+            hidden_size=768,
+            candidates=(OURS, CUT70, CUT50),
+            kind="pruned",
         ),
         Workload(
             "gpt2",
