@@ -30,7 +30,7 @@ class Canonicalize(Pass):
     Folded: dropout in evaluation, casts and copies to the same type, full slices, expansions and reshapes to the same
     shape, chains of transpositions and of reshapes, equal computations. Respelled: view, flatten and unflatten as
     reshape, einsum and bmm as matmul, chunk and split as slice, unbind as select, squares as products, a number less a
-    tensor as sub, slices of a weight that nothing reads whole as weights, addmm on flattened rows (Hugging Face's
+    tensor as sub, parts of a weight that is read in parts alone as weights, addmm on flattened rows (Hugging Face's
     Conv1D) as linear; attention, RMSNorm and tanh-GELU written out as one operator.
     Masks of attention become its arguments (`masks`), as far as they can be read.
     """
@@ -110,25 +110,34 @@ def _slice(program: Program, node: fx.Node) -> fx.Node | None:
 
 
 def _own_rows(program: Program, node: fx.Node) -> fx.Node | None:
-    """Rows of a weight that nothing reads whole, as nn.MultiheadAttention's projections in cross attention are kept."""
+    """Rows of a weight that is read in parts alone, as nn.MultiheadAttention's projections in cross attention are."""
     source: Any = node.args[0]
     if source.op != "get_attr" or not isinstance(program.tensor(source), torch.nn.Parameter):
         return None
-    parts = []
+    size = shape(source)[0]
+    parts: list[tuple[int, int, fx.Node]] = []
     for reader in source.users:
         given = arguments(reader)
         if reader.target is not aten.slice.Tensor or given["dim"] != 0 or given["step"] != 1:
             return None
         if not isinstance(given["start"], int) or not isinstance(given["end"], int) or given["start"] < 0:
             return None
-        parts.append((given["start"], given["end"]))
-    parts.sort()
-    if any(end > start for (_, end), (start, _) in pairwise(parts)):
+        parts.append((given["start"], min(given["end"], size), reader))
+    parts.sort(key=lambda part: part[:2])
+    whole = parts[0][0] == 0 and parts[-1][1] == size
+    if not whole or any(before[1] != after[0] for before, after in pairwise(parts)):
         return None
-    given = arguments(node)
-    rows = program.tensor(source).detach()[given["start"] : given["end"]]
-    name = f"{source.target}_{given['start']}"
-    return program.add_weight(name, rows, trainable=program.tensor(source).requires_grad)
+    weight = program.tensor(source)
+    found = {
+        reader: program.add_weight(
+            f"{source.target}_{start}", weight.detach()[start:end], trainable=weight.requires_grad
+        )
+        for start, end, reader in parts
+    }
+    for reader, own in found.items():
+        if reader is not node:
+            program.replace(reader, own)
+    return found[node]
 
 
 def _same_shape(program: Program, node: fx.Node) -> fx.Node | None:

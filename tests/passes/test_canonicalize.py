@@ -205,3 +205,25 @@ def test_budget_stops_before_equal_calls() -> None:
     before = program(SIMPLE["equal_calls"], normal(*X))
     _, result = rewritten(before, Canonicalize(), Context(max_rewrites=0))
     assert result.changes == 0
+
+
+def test_parts_of_a_weight_that_is_read_in_parts_alone_are_weights() -> None:
+    before = program(lambda m, x: (F.linear(x, m.w[:8]), F.linear(x, m.w[8:])), normal(2, 4), w=normal(12, 4))
+    after, _ = check(before, Canonicalize())
+    assert not after.calls(aten.slice.Tensor)
+    assert {tuple(weight.shape) for weight in after.module.parameters()} == {(8, 4), (4, 4)}
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda m, x: (F.linear(x, m.w[:8]), F.linear(x, m.w)),
+        lambda m, x: (F.linear(x, m.w[:8]), F.linear(x, m.w[4:])),
+        lambda m, x: (F.linear(x, m.w[:4]), F.linear(x, m.w[8:])),
+        lambda m, x: (F.linear(x, m.w[:8]), F.linear(x, m.w[8::2])),
+    ],
+    ids=["whole", "overlapping", "with_a_gap", "every_second"],
+)
+def test_parts_of_a_weight_that_something_else_needs_stay_slices(read: Any) -> None:
+    after, _ = check(program(read, normal(2, 4), w=normal(12, 4)), Canonicalize())
+    assert [tuple(weight.shape) for weight in after.module.parameters()] == [(12, 4)]
