@@ -218,10 +218,8 @@ def _check_heatmap(path: Path, output: Path, passes: Sequence[object]) -> None:
     check(path)
     if path.resolve() == output.resolve():
         raise InputError(f"--heatmap and --output are both {str(path)!r}; give two paths")
-    if not any(isinstance(item, MaskWeights) and item.kind not in ("layers", "branches") for item in passes):
-        raise InputError(
-            "--heatmap draws what pruning left: give --passes with mask_weights, not of layers or branches"
-        )
+    if not any(isinstance(item, MaskWeights) for item in passes):
+        raise InputError("--heatmap draws what pruning left: give --passes with mask_weights")
 
 
 def _passes(given: str | None) -> Sequence[object]:

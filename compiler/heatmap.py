@@ -45,9 +45,7 @@ def heatmap(report: Report, path: Path) -> None:
         item["layer"]: item["zeros"] / max(1, item["numbers"]) for pruned in report.passes for item in pruned.sparsity
     }
     if not shares:
-        raise InputError(
-            "no pass says which weights it pruned; compile with mask_weights, but not of layers or branches"
-        )
+        raise InputError("no pass says which weights it pruned; compile with mask_weights")
     figure = draw(shares, report.model)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:

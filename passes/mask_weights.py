@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,11 +43,10 @@ class MaskWeights(Pass):
         sparsity: the share that goes: of the numbers of each weight; of the multiplications of heads and neurons; of
             the layers. An n:m pattern says it itself.
         method: "random"; "magnitude", the smallest numbers, of layers those that turn their input the least (Men et
-            al., 2024); "wanda", the smallest of |w| times the norm of its input,
-            in each output row (Sun et al., 2024); "sparsegpt", what costs least once the others have made up for it
-            (Frantar and Alistarh, 2023); "fisher", what the outputs depend on least (Kwon et al., 2022); "movement",
-            what a `loss` wants to shrink (Sanh et al., 2020). All but the first two need
-            calibration data, as layers do.
+            al., 2024); "wanda", the smallest of |w| times the norm of its input, in each output row (Sun et al., 2024);
+            "sparsegpt", what costs least once the others have made up for it (Frantar and Alistarh, 2023); "fisher",
+            what the outputs depend on least (Kwon et al., 2022); "movement", what a `loss` wants to shrink (Sanh et
+            al., 2020). All but the first two need calibration data, as layers by "magnitude" do.
         pattern: "unstructured"; "2:4", "4:8" or any "n:m", n of m neighbours in a row stay; "blocks" of `block` x
             `block`; "heads" of attention, with their query, key, value and output weights; "neurons" of feed-forward
             blocks, in multiples of 8; "heads+neurons"; "layers" with all their residual branches; "branches", each
@@ -184,9 +184,9 @@ class MaskWeights(Pass):
         every = program.calls(aten.linear.default)
         for pattern in (*self.layers, *self.skip):
             if not any(is_named(node, [pattern]) for node in every):
-                raise InputError(
-                    f"no layer is named {pattern!r}: {nearest(pattern, {name_of(node) for node in every})}"
-                )
+                names = {name_of(node) for node in every}
+                close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+                raise InputError(f"no layer is named {pattern!r}; the nearest of {len(names)}: {', '.join(close)}")
         wanted = [node for node in every if not self.layers or is_named(node, self.layers)]
         return [node for node in wanted if not is_named(node, self.skip)]
 
@@ -231,8 +231,7 @@ class MaskWeights(Pass):
         if self.method == "fisher":
             scores = fisher(program, names, context.calibration, self.loss, context.track)
             return {
-                weight: program.tensor(weight).detach().float().square() * scores[str(weight.target)]
-                for weight in found
+                weight: masks.value(program, weight).float().square() * scores[str(weight.target)] for weight in found
             }
         if self.method == "movement":
             assert self.loss is not None
@@ -323,6 +322,3 @@ def _sizes(program: Program) -> dict[str, int]:
 def _detail(report: Sparsity) -> str:
     text = f"{report.zeros / report.numbers:.1%} zero"
     return text if report.sqnr_db is None else f"{text}, {report.sqnr_db:.1f} dB"
-
-
-__all__ = ["MaskWeights"]

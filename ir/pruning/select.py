@@ -78,6 +78,15 @@ def n_of_m(scores: Tensor, keep: int, of: int) -> Tensor:
     return (ranks >= of - keep).reshape(scores.shape)
 
 
+def whole(flags: Tensor, pattern: Pattern) -> Tensor:
+    """Booleans [N, K]; with blocks, True only where all of a block is."""
+    if pattern.kind != "blocks":
+        return flags
+    size = pattern.block
+    tiles = flags.reshape(len(flags) // size, size, flags.shape[1] // size, size).all(3).all(1)
+    return tiles.repeat_interleave(size, 0).repeat_interleave(size, 1)
+
+
 def blocks(scores: Tensor, sparsity: float, size: int) -> Tensor:
     """Booleans [N, K], False for the square blocks with the lowest sums; N and K are multiples of `size`."""
     height, width = len(scores) // size, scores.shape[1] // size

@@ -15,7 +15,7 @@ from ..layers import name_of
 from ..pattern import Refusal
 from ..rewrite import Sparsity, Track
 from .masks import stored, value
-from .select import Pattern, lowest, mask
+from .select import Pattern, lowest, mask, whole
 from .sparsegpt import refit, sparsegpt
 
 aten = torch.ops.aten
@@ -97,7 +97,13 @@ class Criterion:
     given: Mapping[fx.Node, Tensor]
 
     def scores(self, target: Target, weight: Tensor, power: Tensor | None) -> Tensor:
-        """[N, K], the lowest of which go; `power` is the sum of squares of each input, [K]."""
+        """[N, K], the lowest of which go; `power` is the sum of squares of each input, [K].
+
+        What is zero already goes first, whatever the method: it counts, and costs nothing.
+        """
+        return self._scores(target, weight, power).masked_fill(whole(weight == 0, self.pattern), -torch.inf)
+
+    def _scores(self, target: Target, weight: Tensor, power: Tensor | None) -> Tensor:
         if self.method == "random":
             return torch.rand(weight.shape, generator=self.generator)
         if self.method == "magnitude":

@@ -44,10 +44,6 @@ BAD = {
     "a heatmap without a parent": ([*HEATMAP, "a/map.png"], "'a' is no directory"),
     "a heatmap in place of the model": ([*HEATMAP, "x.png", "-o", "x.png"], "--heatmap and --output are both 'x.png'"),
     "a heatmap without pruning": (["compile", "empty", "-o", "out", "--heatmap", "map.png"], "give --passes with mask"),
-    "a heatmap of dropped layers": (
-        ["compile", "empty", "-o", "out", "--heatmap", "map.png", "--passes", "mask_weights(0.5, random, layers)"],
-        "not of layers or branches",
-    ),
     "an unknown pass to explain": (["inspect", "empty", "--explain", "fuze"], "did you mean 'fuse'?"),
     "an unknown family": (["families", "brt"], "did you mean 'bert'?"),
     "an unknown family of the survey": (["families", "--all", "llamma"], "did you mean 'llama'?"),

@@ -216,3 +216,10 @@ def test_a_drawing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(InputError, match=r"cannot write .*map\.png.*No space left on device"):
         report(BERT).save_heatmap(tmp_path / "map.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dropped_layers_are_drawn_as_gone(tmp_path: Path) -> None:
+    compiled = compile(tiny.encoder(), "mask_weights(0.5, random, branches)", tiny.inputs(), backend="eager")
+    assert {item["zeros"] / item["numbers"] for item in compiled.report.passes[-1].sparsity} == {0.0, 1.0}
+    compiled.report.save_heatmap(tmp_path / "map.svg")
+    assert (tmp_path / "map.svg").stat().st_size > 0

@@ -456,7 +456,7 @@ def test_a_bad_option(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("pattern", ["unstructured", "heads", "layers"])
 def test_a_name_that_no_layer_has(pattern: str, option: str) -> None:
     rewrite = MaskWeights(0.5, "random", pattern, **{option: ["quary"]})
-    with pytest.raises(InputError, match="no layer is named 'quary': did you mean 'query'"):
+    with pytest.raises(InputError, match=r"no layer is named 'quary'; the nearest of \d+: query, "):
         rewritten(encoder(), rewrite)
 
 
