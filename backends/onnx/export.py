@@ -21,9 +21,9 @@ from ...ir.errors import LoweringError, one_line
 from ...ir.graph import Program, identifier, source_of
 from ...ir.printer import target_name
 from ...ir.quantization.fold import fold
-from .lowerings import banded, causal, functions, padded
+from .lowerings import functions
 from .lowerings.lowering import STANDARD_OPSET, Lowering
-from .lowerings.table import LOWERINGS, standard, supported
+from .lowerings.table import FUNCTIONS, LOWERINGS, standard, supported
 from .nibbles import store_nibbles
 from .views import join_views
 
@@ -159,7 +159,7 @@ def write_onnx(
             output_names=outputs,
         )
     assert result is not None
-    functions.write_out(result.model, (*banded.FUNCTIONS, *causal.FUNCTIONS, *padded.FUNCTIONS))
+    functions.write_out(result.model, FUNCTIONS)
     join_views(result.model)
     _fold_constants(result.model)
     return result.model

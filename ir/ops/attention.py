@@ -78,6 +78,11 @@ def attention(
     return (weights @ value).to(dtype)
 
 
+def like_attention(query: Tensor, value: Tensor) -> Tensor:
+    """An empty tensor like the result of attention, [B, H, N, E]: the shape rule of those that replace it."""
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
 def band(rows: int, columns: int, left: int | None, right: int | None, device: torch.device | None = None) -> Tensor:
     """Which keys the band lets each query see: boolean [rows, columns]."""
     row = torch.arange(rows, device=device)[:, None]

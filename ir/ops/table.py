@@ -2,17 +2,20 @@
 
 An operator is a schema plus a reference in plain torch. The reference is registered as the operator's composite
 implementation, so that one function is the truth for every backend, the shape rule (it runs on fake tensors) and
-the gradient (autograd differentiates through it).
+the gradient (autograd differentiates through it). Where running it on sizes that are symbols would tie them to the
+example's, as counting blocks does, the operator states its shape rule beside it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch._subclasses import FakeTensor
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,15 @@ OPERATORS: dict[OpOverload, Operator] = {}
 _LIBRARY = torch.library.Library("fxpress", "DEF")
 
 
-def operator(schema: str, *, meaning: str) -> Callable[[Callable[..., Any]], OpOverload]:
+def operator(
+    schema: str, *, meaning: str, shape: Callable[..., Any] | None = None
+) -> Callable[[Callable[..., Any]], OpOverload]:
     """Declare an operator: decorate its reference; the decorated name becomes the operator (`OpOverload`).
 
     Args:
         schema: the signature in torch.library's language, e.g. `"scale(Tensor input, float by) -> Tensor"`.
         meaning: one line that says what the operator computes.
+        shape: the shape rule, from the operator's arguments to empty tensors like its results; None: the reference.
 
     Raises:
         ValueError: if an operator of that name exists already.
@@ -45,9 +51,21 @@ def operator(schema: str, *, meaning: str) -> Callable[[Callable[..., Any]], OpO
         if any(entry.name == name for entry in OPERATORS.values()):
             raise ValueError(f"operator fxpress::{name} is declared twice; give the second one another name")
         _LIBRARY.define(schema)
-        _LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
+        _LIBRARY.impl(name, reference if shape is None else _by_shape(reference, shape), "CompositeImplicitAutograd")
         overload: OpOverload = getattr(torch.ops.fxpress, name).default
         OPERATORS[overload] = Operator(name, overload, reference, meaning)
         return overload
 
     return register
+
+
+def _by_shape(reference: Callable[..., Any], shape: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference, or on fake tensors the shape rule."""
+
+    @functools.wraps(reference)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = [*args, *kwargs.values()]
+        chosen = shape if any(isinstance(item, FakeTensor) for item in given) else reference
+        return chosen(*args, **kwargs)
+
+    return run

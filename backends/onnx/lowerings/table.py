@@ -10,10 +10,10 @@ from torch import fx
 
 from ....ir.ops import attention, integer, linear, norm, quantize, rotary
 from . import attention as attentions
+from . import banded, causal, padded, portable
 from . import integer as integers
 from . import linear as linears
 from . import norm as norms
-from . import portable
 from . import quantize as quantizes
 from . import rotary as rotaries
 from .lowering import Lowering, Probe
@@ -42,6 +42,8 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     quantize.int8_linear: quantizes.INT8_LINEAR,
     quantize.int4_linear: quantizes.INT4_LINEAR,
 }
+
+FUNCTIONS = (*banded.FUNCTIONS, *causal.FUNCTIONS, *padded.FUNCTIONS)  # of our own, which lowerings call
 
 PORTABLE: dict[Any, tuple[Lowering, ...]] = {
     attention.attention: portable.ATTENTION,
