@@ -16,7 +16,18 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from .errors import RewriteError
-from .ops import attention, integer, linear, norm, quantize, rotary, table  # noqa: F401  # the families register their operators
+from .ops import (  # noqa: F401  # the families register their operators
+    attention,
+    integer,
+    linear,
+    linear_attention,
+    low_rank_attention,
+    norm,
+    quantize,
+    rotary,
+    table,
+    window_attention,
+)
 from .signature import Signature
 
 

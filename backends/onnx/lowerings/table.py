@@ -8,15 +8,27 @@ from typing import Any
 import torch
 from torch import fx
 
-from ....ir.ops import attention, integer, linear, norm, quantize, rotary
+from ....ir.ops import (
+    attention,
+    integer,
+    linear,
+    linear_attention,
+    low_rank_attention,
+    norm,
+    quantize,
+    rotary,
+    window_attention,
+)
 from . import attention as attentions
 from . import banded, causal, padded, portable
 from . import integer as integers
 from . import linear as linears
+from . import linear_attention as linear_attentions
 from . import norm as norms
 from . import quantize as quantizes
 from . import rotary as rotaries
-from .lowering import Lowering, Probe
+from . import window_attention as window_attentions
+from .lowering import Lowering, Probe, reference
 
 LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     attention.attention: attentions.ATTENTION,
@@ -41,9 +53,26 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     quantize.dynamic_quantize: quantizes.DYNAMIC_QUANTIZE,
     quantize.int8_linear: quantizes.INT8_LINEAR,
     quantize.int4_linear: quantizes.INT4_LINEAR,
+    window_attention.window_attention: window_attentions.WINDOW_ATTENTION,
+    linear_attention.linear_attention: linear_attentions.LINEAR_ATTENTION,
+    **{
+        operator: (Lowering("as torch's exporter has it", reference(operator)),)
+        for operator in (
+            linear_attention.random_features,
+            linear_attention.softmax_features,
+            low_rank_attention.nystrom_attention,
+            low_rank_attention.linformer_attention,
+        )
+    },
 }
 
-FUNCTIONS = (*banded.FUNCTIONS, *causal.FUNCTIONS, *padded.FUNCTIONS)  # of our own, which lowerings call
+FUNCTIONS = (
+    *banded.FUNCTIONS,
+    *causal.FUNCTIONS,
+    *padded.FUNCTIONS,
+    *window_attentions.FUNCTIONS,
+    *linear_attentions.FUNCTIONS,
+)  # of our own, which lowerings call
 
 PORTABLE: dict[Any, tuple[Lowering, ...]] = {
     attention.attention: portable.ATTENTION,

@@ -1,0 +1,152 @@
+"""Attention through a fixed number of summaries of the keys: Nystromformer's landmarks, Linformer's projections.
+
+Summaries are means over segments of the tokens that may be seen: of n such tokens, the r-th belongs to segment
+floor(r m / n) of m. So padding, on either side, changes nothing, and n <= m tokens have a segment each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .attention import like_attention
+from .table import operator
+
+_HIDDEN = -1e30  # finite: where nothing is seen the softmax is of no consequence, and no NaN
+
+
+def segments(key_mask: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Which of `number` segments each token belongs to, 0 or 1: [B, number, N]; and their sizes, [B, number].
+
+    `key_mask` is [B, N]; a token that may not be seen belongs to none.
+    """
+    real = key_mask.to(torch.int64)
+    rank = real.cumsum(1) - 1
+    count = real.sum(1, keepdim=True)
+    place = torch.div(rank * number, count.clamp(min=1), rounding_mode="floor")
+    here = torch.arange(number, device=key_mask.device)[None, :, None] == place[:, None, :]
+    members = (here & key_mask[:, None, :]).to(torch.float32)
+    return members, members.sum(-1)
+
+
+def _inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In fp32 at least, with a key head for each query head."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    if key.shape[1] != query.shape[1]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return query, key, value
+
+
+def _mask(key: Tensor, key_mask: Tensor | None) -> Tensor:
+    if key_mask is not None:
+        return key_mask
+    return torch.ones((key.shape[0], key.shape[2]), dtype=torch.bool, device=key.device)
+
+
+@operator(
+    "nystrom_attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask=None, int landmarks=64, "
+    "int iterations=6, float? scale=None) -> Tensor",
+    meaning="softmax(query landmarks^T) pinv(softmax(landmarks landmarks^T)) softmax(landmarks key^T) value",
+    shape=lambda query, key, value, *args, **kwargs: like_attention(query, value),
+)
+def nystrom_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    landmarks: int = 64,
+    iterations: int = 6,
+    scale: float | None = None,
+) -> Tensor:
+    """The Nystrom method on the softmax matrix (Nystromformer: Xiong et al., 2021).
+
+    Shapes as of `attention`, with as many keys as queries. Landmarks are means of queries and keys over segments of
+    the tokens that `key_mask` allows. The pseudo-inverse is approached by `iterations` steps of an iteration of third
+    order (Razavi et al., 2014); more are not better: few of them leave small singular values small, which regularises.
+
+    Where no more tokens may be seen than there are landmarks, the result is exact attention.
+    """
+    dtype = query.dtype
+    query, key, value = _inputs(query, key, value)
+    mask = _mask(key, key_mask)
+    factor = math.sqrt(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    query, key = query * factor, key * factor
+    members, sizes = segments(mask, landmarks)
+    members = members.to(query.dtype)[:, None]  # [B, 1, m, N]
+    means = members / sizes.to(query.dtype).clamp(min=1)[:, None, :, None]
+    query_marks, key_marks = means @ query, means @ key  # [B, H, m, D]
+    no_mark = (sizes == 0)[:, None, None, :]
+    first = torch.softmax((query @ key_marks.transpose(-1, -2)).masked_fill(no_mark, _HIDDEN), -1)
+    middle = torch.softmax((query_marks @ key_marks.transpose(-1, -2)).masked_fill(no_mark, _HIDDEN), -1)
+    scores = (query_marks @ key.transpose(-1, -2)).masked_fill(~mask[:, None, None, :], _HIDDEN)
+    seen = torch.softmax(scores, -1) @ value  # exact attention of the landmarks, [B, H, m, E]
+    approximate = first @ (_pseudo_inverse(middle, iterations) @ seen)
+    own = members.transpose(-1, -2) @ seen  # each token's own landmark
+    count = sizes.sum(-1)[:, None, None, None]
+    result = torch.where(count <= landmarks, own, approximate) * (count > 0).to(query.dtype)
+    return result.to(dtype)
+
+
+def _pseudo_inverse(matrix: Tensor, iterations: int) -> Tensor:
+    """Of matrices [..., m, m] whose rows are probabilities, by the iteration of Razavi et al. (2014)."""
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    columns = matrix.sum(-2, keepdim=True).amax(-1, keepdim=True)
+    found = matrix.transpose(-1, -2) / columns
+    for _ in range(iterations):
+        product = matrix @ found
+        found = 0.25 * found @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
+    return found
+
+
+@operator(
+    "linformer_attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask=None, Tensor? pooling=None, "
+    "int rank=64, float? scale=None) -> Tensor",
+    meaning="softmax(query (E key)^T + log size) (F value), E and F means over segments of the keys",
+    shape=lambda query, key, value, *args, **kwargs: like_attention(query, value),
+)
+def linformer_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    pooling: Tensor | None = None,
+    rank: int = 64,
+    scale: float | None = None,
+) -> Tensor:
+    """Keys and values projected to `rank` rows along the sequence (Linformer: Wang et al., 2020).
+
+    Shapes as of `attention`; keys may be more or fewer than queries. The projections are means over segments of the
+    tokens that `key_mask` allows, not matrices over positions, so that they suit any length; the score of a mean
+    counts as often as it has members.
+
+    `pooling` [H, 2, D] makes the means weighted ones: a key k counts exp(k . pooling[h, 0]) in the mean of the keys,
+    and exp(k . pooling[h, 1]) in that of the values. Zeros are plain means.
+
+    Where no more tokens may be seen than `rank`, the result is exact attention.
+    """
+    dtype = query.dtype
+    query, key, value = _inputs(query, key, value)
+    mask = _mask(key, key_mask)
+    members, sizes = segments(mask, rank)
+    members = members.to(query.dtype)[:, None]
+    if pooling is None:
+        means = members / sizes.to(query.dtype).clamp(min=1)[:, None, :, None]
+        keys, values = means @ key, means @ value
+    else:
+        keys, values = (_pooled(members, key, item, pooling[:, index]) for index, item in enumerate((key, value)))
+    scores = query @ keys.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    scores = scores + sizes.to(query.dtype).clamp(min=1).log()[:, None, None, :]
+    scores = scores.masked_fill((sizes == 0)[:, None, None, :], _HIDDEN)
+    result = torch.softmax(scores, -1) @ values * (sizes.sum(-1) > 0).to(query.dtype)[:, None, None, None]
+    return result.to(dtype)
+
+
+def _pooled(members: Tensor, key: Tensor, item: Tensor, vector: Tensor) -> Tensor:
+    """Means of `item` over segments, weighted by exp(key . vector): [B, H, m, E]."""
+    logits = (key * vector.to(key.dtype)[None, :, None, :]).sum(-1, keepdim=True)  # [B, H, N, 1]
+    weights = torch.exp(logits.clamp(-30, 30))
+    return (members @ (weights * item)) / (members @ weights).clamp(min=1e-30)
