@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..ir.calibration.lockstep import Lockstep
+from ..ir.calibration.target import Metric, Target
 from ..ir.errors import InputError, RewriteError, nearest
 from ..ir.expand import expand
 from ..ir.graph import Program, shape
@@ -22,7 +23,7 @@ from ..ir.quantization.choice import UNTOUCHED, Choice
 from ..ir.quantization.fold import fold
 from ..ir.quantization.insert import Insertion
 from ..ir.quantization.options import Data, Way, options, plain, refined
-from ..ir.quantization.precision import Metric, Target, applied, search
+from ..ir.quantization.precision import applied, search
 from ..ir.quantization.sites import Site, embeddings, least, linear_sites
 from ..ir.rewrite import Applied, Context, Pass, PassResult, Track
 

@@ -11,94 +11,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..calibration import target
 from ..calibration.lockstep import Lockstep, Visit
-from ..errors import RewriteError
+from ..calibration.target import Target
 from ..graph import Program, arguments, shape
 from ..rewrite import Track
 from .choice import UNTOUCHED, Choice
 from .sites import Site
 
-Outputs = Sequence[Tensor]
-Metric = Callable[[Outputs, Outputs], float]
-_TOKENS = 512  # of the calibration data, on which single sites are measured
 _ROUNDS = 4
-_WORST = 5  # how many times as far from 1 as the mean the cosine of one token may be
-
-
-@dataclass(frozen=True)
-class Target:
-    """How close the outputs have to be; padding is left out.
-
-    Attributes:
-        min_cosine: the mean over tokens of the cosine with the model's own output vectors, and no token further from
-            1 than five times as much; of the worst output.
-        min_sqnr_db: signal to quantization-noise ratio, of the worst output.
-        metric: a score of (outputs, the model's outputs), lists of tensors over the calibration data; at least
-            `min_metric`.
-    """
-
-    min_cosine: float | None = None
-    min_sqnr_db: float | None = None
-    metric: Metric | None = None
-    min_metric: float = 0.0
-
-    @property
-    def budget(self) -> float:
-        """The error that is allowed."""
-        if self.min_sqnr_db is not None:
-            return float(10 ** (-self.min_sqnr_db / 10))
-        return 1 - (0.999 if self.min_cosine is None else self.min_cosine)
-
-    def error(self, outputs: Outputs, truth: Outputs) -> float:
-        """Of the worst output: energy of the noise over that of the signal, or how far cosines are from 1."""
-        if self.min_sqnr_db is not None:
-            return max(float((a - b).square().sum() / b.square().sum()) for a, b in zip(outputs, truth, strict=True))
-        found = [1 - cosines(a, b) for a, b in zip(outputs, truth, strict=True)]
-        return max(max(float(item.mean()), float(item.max()) / _WORST) for item in found)
-
-    def reached(self, outputs: Outputs, truth: Outputs) -> bool:
-        """Whether outputs are close enough."""
-        if self.metric is not None:
-            return self.metric(outputs, truth) >= self.min_metric
-        return self.error(outputs, truth) <= self.budget
-
-    def __str__(self) -> str:
-        if self.metric is not None:
-            return f"metric {self.min_metric:g}"
-        return f"cosine {self.min_cosine:g}" if self.min_sqnr_db is None else f"SQNR {self.min_sqnr_db:g} dB"
-
-
-def cosines(outputs: Tensor, truth: Tensor) -> Tensor:
-    """Cosine of each output vector with the model's, [tokens]; 1 for two zero vectors."""
-    a, b = outputs.double(), truth.double()
-    lengths = a.norm(dim=-1) * b.norm(dim=-1)
-    return torch.where(lengths > 0, (a * b).sum(-1) / lengths.clamp(min=1e-300), (a == b).all(-1).double())
 
 
 def run(program: Program, batches: Sequence[Sequence[Tensor]], choices: Mapping[Site, Choice]) -> list[Tensor]:
-    """Each float output's vectors [tokens, D] over all batches, padding left out, with some sites quantized.
-
-    Where D differs between batches, as of scores by position, zeros fill it up.
-    """
-    lockstep = Lockstep(program, batches)
-    outputs = lockstep.run(applied(program, lockstep, choices.get, choices))
-    places = [place for place, value in enumerate(outputs[0]) if _is_vectors(value)]
-    if not places:
-        raise RewriteError("the program has no output of float vectors, by which its error could be measured")
-    found = []
-    for place in places:
-        vectors = [lockstep.unpadded(batch[place], index).float() for index, batch in enumerate(outputs)]
-        widest = max(item.shape[-1] for item in vectors)
-        found.append(torch.cat([F.pad(item, (0, widest - item.shape[-1])) for item in vectors]))
-    return found
-
-
-def _is_vectors(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+    """Each float output's vectors [tokens, D] over all batches, padding left out, with some sites quantized."""
+    return target.run(program, batches, lambda lockstep: applied(program, lockstep, choices.get, choices))
 
 
 def applied(
@@ -159,7 +87,7 @@ def search(
     program: Program,
     options: Mapping[Site, Sequence[Choice]],
     batches: Sequence[Sequence[Tensor]],
-    target: Target,
+    wanted: Target,
     finish: Finish,
     track: Track,
 ) -> Search:
@@ -170,15 +98,15 @@ def search(
         batches: on which errors are measured; better not those that the options were fitted to.
         finish: what is done with the options chosen before they are used; it may lower their error.
     """
-    few = _few(batches)
+    few = target.few(batches)
     truth = run(program, few, {})
     pairs = [(site, choice) for site, found in options.items() for choice in found if choice is not UNTOUCHED]
     errors = {(site, id(UNTOUCHED)): 0.0 for site in options}
     for site, choice in track(pairs, "measuring the sensitivity of layers"):
-        errors[site, id(choice)] = target.error(run(program, few, {site: choice}), truth)
+        errors[site, id(choice)] = wanted.error(run(program, few, {site: choice}), truth)
     whole = truth if few is batches else run(program, batches, {})
     best: Search | None = None
-    budget = target.budget
+    budget = wanted.budget
     known: list[dict[Site, Choice]] = []
     for _ in range(_ROUNDS):
         choices = _cheapest(options, errors, budget)
@@ -187,14 +115,14 @@ def search(
         known.append(choices)
         finished = finish(choices)
         outputs = run(program, batches, finished)
-        found = Search(finished, target.error(outputs, whole), target.reached(outputs, whole))
+        found = Search(finished, wanted.error(outputs, whole), wanted.reached(outputs, whole))
         if best is None or found.reached >= best.reached:
             better = best is None or not best.reached or _total(found.choices) < _total(best.choices)
             best = found if better else best
-        if target.metric is not None:
+        if wanted.metric is not None:
             budget *= 1.5 if found.reached else 0.5
         else:
-            budget *= min(3.0, max(0.2, 0.95 * target.budget / found.error)) if found.error else 3.0
+            budget *= min(3.0, max(0.2, 0.95 * wanted.budget / found.error)) if found.error else 3.0
     assert best is not None
     return best
 
@@ -225,14 +153,3 @@ def _cheapest(
         total += errors[site, id(choice)] - errors[site, id(current[site])]
         current[site] = choice
     return current
-
-
-def _few(batches: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
-    """The first batches, as far as single sites are measured on them."""
-    tokens, count = 0, 0
-    for batch in batches:
-        if tokens >= _TOKENS:
-            break
-        tokens += max(tensor.shape[0] * (tensor.shape[1] if tensor.dim() > 1 else 1) for tensor in batch)
-        count += 1
-    return batches if count == len(batches) else batches[:count]

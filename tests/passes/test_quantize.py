@@ -16,12 +16,12 @@ from build import before_after, normal, program, reasons, rewritten
 from torch import Tensor, nn
 
 import fxpress
+from fxpress.ir.calibration.target import cosines
 from fxpress.ir.equality import sqnr_db
 from fxpress.ir.errors import InputError, RewriteError
 from fxpress.ir.graph import Program
 from fxpress.ir.ops.quantize import dequantize, dynamic_quantize, int4_linear, int8_linear, quantize
 from fxpress.ir.quantization.fold import fold
-from fxpress.ir.quantization.precision import cosines
 from fxpress.ir.rewrite import Context
 from fxpress.ir.verify import verify
 from fxpress.passes import Canonicalize, Fuse, Quantize

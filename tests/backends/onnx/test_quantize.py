@@ -14,9 +14,9 @@ from build import normal
 from torch import Tensor, nn
 
 import fxpress
+from fxpress.ir.calibration.target import cosines
 from fxpress.ir.equality import sqnr_db
 from fxpress.ir.ops.quantize import dequantize, dynamic_quantize, int4_linear, int8_linear, quantize
-from fxpress.ir.quantization.precision import cosines
 from fxpress.passes import Fuse, Quantize
 
 Inputs = dict[str, Tensor]

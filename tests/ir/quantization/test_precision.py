@@ -14,12 +14,13 @@ from build import normal, program
 from torch import Tensor
 
 from fxpress.ir.calibration.lockstep import Lockstep
+from fxpress.ir.calibration.target import Target, cosines
 from fxpress.ir.errors import RewriteError
 from fxpress.ir.graph import Program
 from fxpress.ir.quantization.choice import UNTOUCHED, Choice
 from fxpress.ir.quantization.grid import Grid
 from fxpress.ir.quantization.options import Data, Way, options
-from fxpress.ir.quantization.precision import Search, Target, applied, cosines, cost, run, search
+from fxpress.ir.quantization.precision import Search, applied, cost, run, search
 from fxpress.ir.quantization.sites import Site, least, linear_sites
 from fxpress.ir.rewrite import untracked
 
