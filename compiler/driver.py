@@ -359,6 +359,10 @@ def _rewritten(
     with clock("passes"):
         calibration = [program.signature.bind(*_as_arguments(batch)) for batch in settings.calibration]
         context = Context(flat, calibration, settings.max_rewrites, track=track)
+        if backend == "onnx":
+            from ..backends.onnx.measure import seconds
+
+            context.seconds = functools.partial(seconds, threads=settings.threads)
         passed = run_passes(program, settings.passes, context, expected)
     report.passes, report.reshaped = passed.reports, passed.reshaped
     report.macs_before, report.macs_after = passed.macs_before, passed.macs_after

@@ -87,12 +87,12 @@ def _parse_one(item: ast.expr, text: str) -> Pass:
     name = call.func.id
     check_name(name)
     kind = PASSES[name]
-    options = [entry.name for entry in dataclasses.fields(kind)]
+    options = [entry.name for entry in dataclasses.fields(kind) if entry.init]
     if len(call.args) > len(options):
         raise InputError(f"pass {name!r} takes {len(options)} options, found {len(call.args)} in {text!r}")
     values = {option: _literal(value, text) for option, value in zip(options, call.args, strict=False)}
     for keyword in call.keywords:
-        if keyword.arg not in options:
+        if keyword.arg is None or (keyword.arg not in options and not kind.more_options):
             raise InputError(f"unknown option {keyword.arg!r} of pass {name!r}: {nearest(str(keyword.arg), options)}")
         values[keyword.arg] = _literal(keyword.value, text)
     return kind(**values)

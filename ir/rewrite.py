@@ -27,7 +27,8 @@ class Context:
     """What a pass may use besides the program.
 
     `inputs` are flat example tensors, `calibration` such tensors by batch; `track(items, title)` gives the items and
-    shows how far their work is; `max_rewrites` is a budget over the whole pipeline (None: no limit) that is
+    shows how far their work is; `seconds(program)` is the time that a program takes at the example's sizes on the
+    backend that the product is for, None where that cannot be measured; `max_rewrites` is a budget over the whole pipeline (None: no limit) that is
     used up one rewrite at a time, so that bisecting it finds the rewrite that breaks a model.
     """
 
@@ -36,6 +37,7 @@ class Context:
     max_rewrites: int | None = None
     rewrites: int = 0
     track: Track = untracked
+    seconds: Callable[[Program], float] | None = None
 
     def take(self) -> bool:
         """Use one rewrite of the budget; False if none is left."""
@@ -90,6 +92,7 @@ class Pass:
     """
 
     exact: ClassVar[bool] = True
+    more_options: ClassVar[bool] = False  # whether it takes options that are not fields, and checks them itself
 
     @property
     def needs_calibration(self) -> str | None:

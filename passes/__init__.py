@@ -6,5 +6,6 @@ from .fuse import Fuse
 from .integer_only import IntegerOnly
 from .mask_weights import MaskWeights
 from .quantize import Quantize
+from .replace_attention import ReplaceAttention
 
-__all__ = ["Canonicalize", "Fold", "Fuse", "IntegerOnly", "MaskWeights", "Quantize"]
+__all__ = ["Canonicalize", "Fold", "Fuse", "IntegerOnly", "MaskWeights", "Quantize", "ReplaceAttention"]

@@ -134,7 +134,7 @@ class _Probes(torch.nn.Module):
                     constants[name] = list(self.buffers())[-1]
                 else:
                     places[name] = len(self.inputs)
-                    self.inputs.append(_random(value.meta["val"]))
+                    self.inputs.append(random_input(value.meta["val"]))
             probe = PROBES.get(node.target)
             if probe is not None:
                 for name, index in places.items():
@@ -157,7 +157,7 @@ def _parts(node: fx.Node) -> int:
     return 1 if isinstance(value, Tensor) else len(value)
 
 
-def _random(fake: Tensor) -> Tensor:
+def random_input(fake: Tensor) -> Tensor:
     """Random values (ones for masks and integers) of a fake tensor's dtype, at the example's sizes."""
     sizes = [hint(size) for size in fake.shape]
     if fake.dtype.is_floating_point:
@@ -184,7 +184,7 @@ def _measure(program: Program, nodes: Sequence[fx.Node], threads: int | None) ->
         sessions = [_cut(model, outputs, Path(folder) / f"{outputs[0]}.onnx", threads, feed) for outputs in names]
         for node, count in zip(nodes, counts, strict=True):
             group, sessions = sessions[:count], sessions[count:]
-            times = _race(group, time.thread_time if threads == 1 else time.perf_counter)
+            times = race(group, time.thread_time if threads == 1 else time.perf_counter)
             found.append({item.name: ms for item, ms in zip(supported(node)[0], times, strict=True)})
     return found
 
@@ -212,7 +212,7 @@ def _cut(
     return lambda: session.run(arrays)
 
 
-def _race(calls: Sequence[Callable[[], Any]], clock: Callable[[], float]) -> list[float]:
+def race(calls: Sequence[Callable[[], Any]], clock: Callable[[], float]) -> list[float]:
     """The best time of each call in milliseconds; the calls take turns.
 
     On one thread the clock is the thread's own, so that other programs on the machine do not decide.

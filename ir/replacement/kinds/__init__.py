@@ -1,0 +1,1 @@
+"""The kinds of attention, one a file; `table` lists them."""
