@@ -18,10 +18,12 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from .errors import RewriteError
 from .ops import (  # noqa: F401  # the families register their operators
     attention,
+    conv_attention,
     integer,
     linear,
     linear_attention,
     low_rank_attention,
+    lsh_attention,
     norm,
     quantize,
     rotary,

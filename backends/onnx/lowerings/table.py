@@ -10,10 +10,12 @@ from torch import fx
 
 from ....ir.ops import (
     attention,
+    conv_attention,
     integer,
     linear,
     linear_attention,
     low_rank_attention,
+    lsh_attention,
     norm,
     quantize,
     rotary,
@@ -21,9 +23,11 @@ from ....ir.ops import (
 )
 from . import attention as attentions
 from . import banded, causal, padded, portable
+from . import conv_attention as conv_attentions
 from . import integer as integers
 from . import linear as linears
 from . import linear_attention as linear_attentions
+from . import lsh_attention as lsh_attentions
 from . import norm as norms
 from . import quantize as quantizes
 from . import rotary as rotaries
@@ -53,6 +57,8 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     quantize.dynamic_quantize: quantizes.DYNAMIC_QUANTIZE,
     quantize.int8_linear: quantizes.INT8_LINEAR,
     quantize.int4_linear: quantizes.INT4_LINEAR,
+    conv_attention.conv_attention: conv_attentions.CONV_ATTENTION,
+    lsh_attention.lsh_attention: lsh_attentions.LSH_ATTENTION,
     window_attention.window_attention: window_attentions.WINDOW_ATTENTION,
     linear_attention.linear_attention: linear_attentions.LINEAR_ATTENTION,
     **{
@@ -72,6 +78,8 @@ FUNCTIONS = (
     *padded.FUNCTIONS,
     *window_attentions.FUNCTIONS,
     *linear_attentions.FUNCTIONS,
+    *conv_attentions.FUNCTIONS,
+    *lsh_attentions.FUNCTIONS,
 )  # of our own, which lowerings call
 
 PORTABLE: dict[Any, tuple[Lowering, ...]] = {
