@@ -10,6 +10,7 @@ from torch import fx
 
 from ....ir.ops import (
     attention,
+    block_attention,
     conv_attention,
     integer,
     linear,
@@ -22,7 +23,8 @@ from ....ir.ops import (
     window_attention,
 )
 from . import attention as attentions
-from . import banded, causal, padded, portable
+from . import banded, block_tables, causal, padded, portable
+from . import block_attention as block_attentions
 from . import conv_attention as conv_attentions
 from . import integer as integers
 from . import linear as linears
@@ -60,6 +62,10 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     conv_attention.conv_attention: conv_attentions.CONV_ATTENTION,
     lsh_attention.lsh_attention: lsh_attentions.LSH_ATTENTION,
     window_attention.window_attention: window_attentions.WINDOW_ATTENTION,
+    block_attention.block_attention: block_attentions.BLOCK_ATTENTION,
+    block_attention.random_blocks: block_tables.RANDOM_BLOCKS,
+    block_attention.expander_blocks: block_tables.EXPANDER_BLOCKS,
+    block_attention.dynamic_blocks: block_tables.DYNAMIC_BLOCKS,
     linear_attention.linear_attention: linear_attentions.LINEAR_ATTENTION,
     **{
         operator: (Lowering("as torch's exporter has it", reference(operator)),)
@@ -77,6 +83,8 @@ FUNCTIONS = (
     *causal.FUNCTIONS,
     *padded.FUNCTIONS,
     *window_attentions.FUNCTIONS,
+    *block_attentions.FUNCTIONS,
+    *block_tables.FUNCTIONS,
     *linear_attentions.FUNCTIONS,
     *conv_attentions.FUNCTIONS,
     *lsh_attentions.FUNCTIONS,
