@@ -59,8 +59,8 @@ def samples_of(site: Site, lockstep: Lockstep) -> list[Sample]:
     for index in range(len(lockstep.batches)):
         inputs: list[Any] = [None if item is None else item[index] for item in values]
         args = {name: item for name, item in site.given.items() if not isinstance(item, fx.Node)}
-        tensors = dict(zip(("query", "key", "value", "key_mask"), inputs, strict=True))
-        found.append(Sample(*inputs, attention(**{**args, **tensors})))
+        tensors: dict[str, Any] = dict(zip(("query", "key", "value", "key_mask"), inputs, strict=True))
+        found.append(Sample(**tensors, output=attention(**{**args, **tensors})))
     return found
 
 
