@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..graph import Program, arguments, module_path, same_sizes, shape
+from ..graph import Program, arguments, module_path, same_sizes, shape, size_text
 from ..ops.attention import attention
 
 
@@ -21,6 +21,7 @@ class Site:
     node: fx.Node
     name: str  # the path of its module
     given: dict[str, Any]  # the arguments of `fxpress.attention`
+    longest: int | None = None  # the most tokens that it may be given; None: unknown
 
     @property
     def inputs(self) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None]:
@@ -90,4 +91,13 @@ class Sample:
 
 def sites(program: Program) -> list[Site]:
     """Every attention, in graph order."""
-    return [Site(node, module_path(node) or node.name, arguments(node)) for node in program.calls(attention)]
+    return [_site(program, node) for node in program.calls(attention)]
+
+
+def _site(program: Program, node: fx.Node) -> Site:
+    given = arguments(node)
+    size = shape(given["query"])[2]
+    longest = size if isinstance(size, int) else None
+    if longest is None:
+        longest = program.signature.ranges.get(size_text(size, program.symbols), (0, None))[1]
+    return Site(node, module_path(node) or node.name, given, longest)
