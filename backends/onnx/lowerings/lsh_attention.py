@@ -247,7 +247,8 @@ def Together(largest, total, result, found, rows, own, missing, value, real):  #
     power = op.Exp(height - top)
     itself = op.CastLike(missing, own) * op.Exp(own - top)
     kept = op.CastLike(real, own)
-    share = kept / (op.ReduceSum(power * op.Gather(op.Squeeze(total, one), row), zero, keepdims=0) + itself)
+    sums = op.ReduceSum(power * op.Gather(op.Squeeze(total, one), row), zero, keepdims=0) + itself
+    share = kept / (sums + (op.CastLike(one, own) - kept))
     weighted = op.Gather(result, row) * op.Unsqueeze(power * share, op.Constant(value_ints=[2]))
     return op.ReduceSum(weighted, zero, keepdims=0) + value * op.Unsqueeze(itself * share, one)
 
