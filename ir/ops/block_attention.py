@@ -180,8 +180,9 @@ def expander_blocks(
     """The neighbours of each block in a random graph, for `block_attention` with rows = block.
 
     Block i of the n real ones sees itself, i + a and i - a (modulo n) for degree / 2 random generators a, and the
-    `hubs` first blocks, which see every key. Such a Cayley graph is an expander for most generators (Alon and Roichman,
-    1994): few steps lead from any block to any other (Exphormer, Shirzad et al., 2023). block=1 is a graph of tokens.
+    `hubs` first blocks, which see every key. Random Cayley graphs are expanders, where few steps lead from any block to
+    any other, once their degree is some multiple of log n (Alon and Roichman, 1994); as a pattern of attention:
+    Exphormer (Shirzad et al., 2023). block=1 is a graph of tokens.
 
     Shapes: query [B, H, N, D], of which only the sizes are read; key_mask [B, N]; results
     [B, 1, ceil(N / block) + 1, 1 + degree + hubs] and [B, hubs], int64.
@@ -255,8 +256,8 @@ def dynamic_blocks(
         query, key = query.float(), key.float()
     length, device = query.shape[2], query.device
     real = torch.ones((query.shape[0], length), dtype=torch.bool, device=device) if key_mask is None else key_mask
-    queries, seen = (_shifted(query, rows - 1), _shifted(real[:, None], rows - 1)[:, 0]) if causal else (query, real)
-    row_mean, row_alike = _means(queries, seen, rows)
+    before = rows - 1 if causal else 0
+    row_mean, row_alike = _means(query, real, rows, before)
     key_mean, key_alike = _means(key, real, block)
     groups = query.shape[1] // key.shape[1]
     key_mean, key_alike = key_mean.repeat_interleave(groups, 1), key_alike.repeat_interleave(groups, 1)
@@ -303,26 +304,23 @@ def _real_blocks(query: Tensor, key_mask: Tensor | None, block: int) -> Tensor:
     return (count + block - 1) // block
 
 
-def _shifted(x: Tensor, by: int) -> Tensor:
-    """`by` zeros before the tokens of [B, H, N, D] or [B, H, N], and as many tokens less."""
-    zeros = x.new_zeros((*x.shape[:2], by, *x.shape[3:]))
-    return torch.cat((zeros, x), 2)[:, :, : x.shape[2]]
+def _cut(x: Tensor, size: int, before: int = 0) -> Tensor:
+    """`before` zeros, then [B, N, ...], then zeros: [B, blocks + 1, size, ...]."""
+    blocks = table_rows(x.shape[1], size)
+    filled = x.new_zeros((x.shape[0], blocks * size, *x.shape[2:]))
+    filled[:, before : before + x.shape[1]] = x
+    return filled.reshape(x.shape[0], blocks, size, *x.shape[2:])
 
 
-def _cut(x: Tensor, size: int) -> Tensor:
-    """[B, N] as [B, blocks + 1, size], with zeros at the end."""
-    filled = torch.nn.functional.pad(x, (0, -x.shape[1] % size + size))
-    return filled.reshape(x.shape[0], -1, size)
-
-
-def _means(x: Tensor, real: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _means(x: Tensor, real: Tensor, size: int, before: int = 0) -> tuple[Tensor, Tensor]:
     """The mean of each block's real tokens, [B, H, blocks + 1, D], and the mean cosine of their pairs, without D.
 
-    The latter is the squared length of the mean of the tokens scaled to length 1.
+    The latter is the squared length of the mean of the tokens scaled to length 1. `before`: how many tokens earlier
+    the blocks begin.
     """
-    mask = _cut(real, size)
-    missing = mask.shape[1] * size - x.shape[2]
-    blocks = torch.nn.functional.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, size)) * mask[:, None, ..., None]
-    count = mask.sum(-1).clamp(min=1)[:, None, :, None]
+    mask = _cut(real, size, before)[..., None, None]
+    blocks = _cut(x.transpose(1, 2), size, before) * mask  # [B, blocks, size, H, D]
+    count = mask.sum(2).clamp(min=1)
     directions = blocks / blocks.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
-    return blocks.sum(3) / count, (directions.sum(3) / count).square().sum(-1)
+    alike = (directions.sum(2) / count).square().sum(-1)
+    return (blocks.sum(2) / count).transpose(1, 2), alike.transpose(1, 2)

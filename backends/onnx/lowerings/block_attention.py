@@ -5,9 +5,9 @@
         gathered blocks of keys and values -> scores + hidden -> softmax -> values
     rows that see every key: one head at a time (Scan), scattered into the result
 
-A step takes as many row blocks as let its gathered keys, values and scores stay in the cache, so memory beyond the
-operands is the result and the table. Blocks are cut in ONNX, not in torch: traced, their number in a short example
-would become a constant.
+Sequences too short to gain run in one attention with a mask. A step takes as many row blocks as let its gathered
+keys, values and scores stay in the cache, so memory beyond the operands is the result and the table. Blocks are cut in
+ONNX, not in torch: traced, their number in a short example would become a constant.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from torch.onnx.ops import symbolic
 from .functions import DOMAIN
 from .lowering import Lowering
 
+LEAST = 512  # up to which length one mask is faster
 STEP = 2**19  # numbers that one step may hold
 
 _FXPRESS = Opset(DOMAIN, 1)
 
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
-def Blocks(x, size: int):  # type: ignore[no-untyped-def]
+def SequenceBlocks(x, size: int):  # type: ignore[no-untyped-def]
     """[B, H, N, D] -> [B * H * blocks, size, D], the last block filled with zeros."""
     one = op.Constant(value_ints=[1])
     length = op.Shape(x, start=2, end=3)
@@ -63,7 +64,7 @@ def KeptOnce(table, blocks):  # type: ignore[no-untyped-def]
 
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
-def Attend(query, key, value, places, own, scale: float, causal: int):  # type: ignore[no-untyped-def]
+def AttendTo(query, key, value, places, own, scale: float, causal: int):  # type: ignore[no-untyped-def]
     """query [C, R, D], key [C, L, D], value [C, L, E], places [C, 1, L] (of hidden keys 2^30), own [C, R, 1]."""
     raw = op.MatMul(query * op.CastLike(scale, query), op.Transpose(key, perm=[0, 2, 1]))
     low = op.CastLike(op.Constant(value_float=-1e30), query)
@@ -78,7 +79,7 @@ def Attend(query, key, value, places, own, scale: float, causal: int):  # type: 
 
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
-def Places(key_mask, size: int):  # type: ignore[no-untyped-def]
+def KeyPlaces(key_mask, size: int):  # type: ignore[no-untyped-def]
     """The place of each key in its sequence, 2^30 where it is hidden; the first row is a block without keys.
 
     key_mask [B, N] -> int32 [1 + B * blocks, size]
@@ -142,7 +143,7 @@ def SparseRows(  # type: ignore[no-untyped-def]
         value_shape = op.Concat(op.Constant(value_ints=[0, -1]), op.Shape(values, start=2), axis=0)
         visible = op.Gather(places, op.Slice(step_places, zero, used, one))
         start = op.Cast(op.Mod(step_rows, per_head) * rows, to=6)
-        return Attend(
+        return AttendTo(
             op.Gather(queries, step_rows),
             op.Reshape(op.Gather(keys, kept), shape),
             op.Reshape(op.Gather(values, kept), value_shape),
@@ -191,7 +192,7 @@ def FullRows(  # type: ignore[no-untyped-def]
         group = op.Unsqueeze(step_pair / op.Squeeze(heads / groups), zero)
         sample = op.Unsqueeze(step_pair / op.Squeeze(heads), zero)
         flat = op.Concat(one, last, op.Shape(queries, start=2), axis=0)
-        return Attend(
+        return AttendTo(
             op.Reshape(op.Gather(queries, step_rows), flat),
             op.Gather(head_keys, group),
             op.Gather(head_values, group),
@@ -209,20 +210,50 @@ def FullRows(  # type: ignore[no-untyped-def]
 
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
-def BlockAttention(  # type: ignore[no-untyped-def]
+def InOneMask(  # type: ignore[no-untyped-def]
+    query, key, value, table, full, key_mask, rows: int, block: int, scale: float, causal: int
+):
+    """Short sequences: one attention whose mask [B, H or 1, N, N] is the table; its rows without keys are zeros."""
+    one = op.Constant(value_ints=[1])
+    zero = op.Constant(value_ints=[0])
+    no = op.Cast(zero, to=9)
+    yes = op.Cast(one, to=9)
+    length = op.Shape(query, start=2, end=3)
+    blocks = (length + block - one) / block
+    per_head = (length + rows - one) / rows
+    named = op.Slice(table, zero, per_head, op.Constant(value_ints=[2]))
+    known = op.Where(op.And(named >= zero, named < blocks), named, blocks)
+    none = op.Expand(no, op.Concat(op.Shape(known, start=0, end=3), blocks + one, axis=0))
+    seen = op.ScatterElements(none, known, op.Expand(yes, op.Shape(known)), axis=3)
+    known_rows = op.Where(op.And(full >= zero, full < per_head), full, per_head)
+    none_full = op.Expand(no, op.Concat(op.Shape(full, start=0, end=1), per_head + one, axis=0))
+    every = op.ScatterElements(none_full, known_rows, op.Expand(yes, op.Shape(full)), axis=1)
+    token = op.Range(op.Squeeze(zero), op.Squeeze(length), op.Squeeze(one))
+    by_row = op.Or(
+        op.Gather(seen, token / rows, axis=2),
+        op.Unsqueeze(op.Gather(every, token / rows, axis=1), op.Constant(value_ints=[1, 3])),
+    )
+    visible = op.And(op.Gather(by_row, token / block, axis=3), op.Unsqueeze(key_mask, op.Constant(value_ints=[1, 2])))
+    future = op.Not(op.Cast(causal, to=9))
+    mask = op.And(visible, op.Or(token <= op.Unsqueeze(token, one), future))
+    return op.Attention(query, key, value, mask, scale=scale)
+
+
+@script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
+def RowsInSteps(  # type: ignore[no-untyped-def]
     query, key, value, table, full, key_mask, rows: int, block: int, step: int, scale: float, causal: int
 ):
-    """All operands as the operator has them; `full` may have no column."""
+    """Long sequences: the blocks of the table alone."""
     one = op.Constant(value_ints=[1])
     zero = op.Constant(value_ints=[0])
     two = op.Constant(value_ints=[2])
     length = op.Shape(query, start=2, end=3)
     batch, heads = op.Shape(query, start=0, end=1), op.Shape(query, start=1, end=2)
     groups = op.Shape(key, start=1, end=2)
-    queries = Blocks(query, rows)
-    keys = Blocks(key, block)
-    values = Blocks(value, block)
-    places = Places(key_mask, block)
+    queries = SequenceBlocks(query, rows)
+    keys = SequenceBlocks(key, block)
+    values = SequenceBlocks(value, block)
+    places = KeyPlaces(key_mask, block)
     per_head = (length + rows - one) / rows
     own = op.Slice(table, zero, per_head, two)
     # What a row block adds for each key: its scores twice, the key and the value.
@@ -242,7 +273,29 @@ def BlockAttention(  # type: ignore[no-untyped-def]
     return found
 
 
-FUNCTIONS = (Blocks, KeptOnce, Attend, Places, SparseRows, FullRows, BlockAttention)
+@script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
+def BlockAttention(  # type: ignore[no-untyped-def]
+    query, key, value, table, full, key_mask, rows: int, block: int, least: int, step: int, scale: float, causal: int
+):
+    """All operands as the operator has them; `full` may have no column."""
+    if op.Squeeze(op.Shape(query, start=2, end=3) > least):
+        result = RowsInSteps(query, key, value, table, full, key_mask, rows, block, step, scale, causal)
+    else:
+        result = InOneMask(query, key, value, table, full, key_mask, rows, block, scale, causal)
+    return result
+
+
+FUNCTIONS = (
+    SequenceBlocks,
+    KeptOnce,
+    AttendTo,
+    KeyPlaces,
+    SparseRows,
+    FullRows,
+    InOneMask,
+    RowsInSteps,
+    BlockAttention,
+)
 
 
 def _block_attention(
@@ -273,6 +326,7 @@ def _block_attention(
         {
             "rows": rows,
             "block": block,
+            "least": LEAST,
             "step": STEP,
             "scale": 1 / math.sqrt(size) if scale is None else scale,
             "causal": int(causal),

@@ -32,7 +32,7 @@ def RealBlocks(key_mask, block: int):  # type: ignore[no-untyped-def]
 
 
 @script(_FXPRESS, default_opset=op)
-def Hashed(value, number):  # type: ignore[no-untyped-def]
+def HashedWith(value, number):  # type: ignore[no-untyped-def]
     """One more number taken into a hash."""
     prime = op.Constant(value_int=2147483647)
     mixed = op.Mod(value + number, prime)
@@ -70,7 +70,7 @@ def RandomBlocks(  # type: ignore[no-untyped-def]
         full = op.Squeeze(op.Where(ends < real, ends, none), one)
     places = op.Constant(value_int=4194304)
     most = op.Constant(value_int=4611686018427387904)
-    order = op.Where(other, Hashed(Hashed(start, row), column) * places + column, most)
+    order = op.Where(other, HashedWith(HashedWith(start, row), column) * places + column, most)
     least, _ = op.TopK(order, random * one, largest=0)
     chosen = op.Where(least < most, op.Mod(least, places), none)
     table = op.Concat(
@@ -108,31 +108,27 @@ def ExpanderBlocks(key_mask, hashes, block: int, hubs: int):  # type: ignore[no-
 
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
-def CutBlocks(x, size: int):  # type: ignore[no-untyped-def]
-    """[B, H, N, D] -> [B, H, blocks + 1, size, D], filled with zeros."""
+def CutBlocks(x, size: int, before: int):  # type: ignore[no-untyped-def]
+    """`before` zeros, then the tokens of [B, H, N, D], then zeros: [B, H, blocks + 1, size, D]."""
+    one = op.Constant(value_ints=[1])
     length = op.Shape(x, start=2, end=3)
-    missing = op.Mod(op.Neg(length), size) + size
-    whole = op.Pad(x, op.Concat(op.Constant(value_ints=[0]), missing, axis=0), None, op.Constant(value_ints=[2]))
-    cut = op.Concat(
-        op.Shape(x, start=0, end=2),
-        (length + missing) / size,
-        op.Constant(value_ints=[1]) * size,
-        op.Shape(x, start=3),
-        axis=0,
-    )
+    blocks = (length + size - one) / size + one
+    after = blocks * size - length - before
+    whole = op.Pad(x, op.Concat(one * before, after, axis=0), None, op.Constant(value_ints=[2]))
+    cut = op.Concat(op.Shape(x, start=0, end=2), blocks, one * size, op.Shape(x, start=3), axis=0)
     return op.Reshape(whole, cut)
 
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
-def BlockMeans(x, real, size: int, similarity: float):  # type: ignore[no-untyped-def]
+def BlockMeans(x, real, size: int, before: int, similarity: float):  # type: ignore[no-untyped-def]
     """Of the real tokens of each block: mean [B, H, blocks, D], and whether they are less alike than `similarity`.
 
-    x [B, H, N, D], real [B, 1, N, 1] of numbers 0 and 1.
+    x [B, H, N, D], real [B, 1, N, 1] of numbers 0 and 1. `before`: how many tokens earlier the blocks begin.
     """
     axis = op.Constant(value_ints=[3])
     last = op.Constant(value_ints=[-1])
-    mask = CutBlocks(real, size)
-    blocks = CutBlocks(x, size) * mask
+    mask = CutBlocks(real, size, before)
+    blocks = CutBlocks(x, size, before) * mask
     count = op.Max(op.ReduceSum(mask, axis, keepdims=0), op.CastLike(op.Constant(value_float=1.0), x))
     mean = op.ReduceSum(blocks, axis, keepdims=0) / count
     if similarity > op.Constant(value_float=0.0):
@@ -147,14 +143,24 @@ def BlockMeans(x, real, size: int, similarity: float):  # type: ignore[no-untype
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
 def AnyReal(real, size: int):  # type: ignore[no-untyped-def]
     """real [B, 1, N, 1] -> whether each block has a real token, [B, 1, blocks]."""
-    return op.Cast(op.ReduceMax(CutBlocks(real, size), op.Constant(value_ints=[3, 4]), keepdims=0), to=9)
+    return op.Cast(op.ReduceMax(CutBlocks(real, size, 0), op.Constant(value_ints=[3, 4]), keepdims=0), to=9)
 
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
 def DynamicBlocks(  # type: ignore[no-untyped-def]
-    query, key, key_mask, rows: int, block: int, top_k: int, mass: float, similarity: float, causal: int, scale: float
+    query,
+    key,
+    key_mask,
+    rows: int,
+    block: int,
+    before: int,
+    top_k: int,
+    mass: float,
+    similarity: float,
+    causal: int,
+    scale: float,
 ):
-    """Either `top_k` or `mass` is above 0."""
+    """Either `top_k` or `mass` is above 0; row blocks are chosen for by the tokens from `before` earlier on."""
     one = op.Constant(value_ints=[1])
     two = op.Constant(value_ints=[2])
     zero = op.Constant(value_ints=[0])
@@ -169,18 +175,13 @@ def DynamicBlocks(  # type: ignore[no-untyped-def]
         op.Unsqueeze(AnyReal(real, rows), op.Constant(value_ints=[3])), op.Unsqueeze(AnyReal(real, block), two)
     )
     if op.Cast(causal, to=9):
-        front = op.Concat((rows - one), zero, axis=0)
-        queries = op.Slice(op.Pad(query, front, None, two), zero, length, two)
-        seen = op.Slice(op.Pad(real, front, None, two), zero, length, two)
         allowed = op.And(some, first < start + rows)
         weighed = op.And(some, first + block <= start)
     else:
-        queries = op.Identity(query)
-        seen = op.Identity(real)
         allowed = op.Identity(some)
         weighed = op.Identity(some)
-    row_mean, row_unlike = BlockMeans(queries, seen, rows, similarity)
-    key_mean, key_unlike = BlockMeans(key, real, block, similarity)
+    row_mean, row_unlike = BlockMeans(query, real, rows, before, similarity)
+    key_mean, key_unlike = BlockMeans(key, real, block, 0, similarity)
     # The heads of a group beside each other: [B, G, H / G, row blocks, D] over [B, G, 1, blocks, D].
     cut = op.Concat(op.Shape(key, start=0, end=2), last, op.Shape(row_mean, start=2), axis=0)
     raw = op.MatMul(op.Reshape(row_mean, cut), op.Transpose(op.Unsqueeze(key_mean, two), perm=[0, 1, 2, 4, 3]))
@@ -212,7 +213,7 @@ def DynamicBlocks(  # type: ignore[no-untyped-def]
     return op.Where(table < blocks, table, last)
 
 
-FUNCTIONS = (RealBlocks, Hashed, RandomBlocks, ExpanderBlocks, CutBlocks, BlockMeans, AnyReal, DynamicBlocks)
+FUNCTIONS = (RealBlocks, HashedWith, RandomBlocks, ExpanderBlocks, CutBlocks, BlockMeans, AnyReal, DynamicBlocks)
 
 
 def _mask(query: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -291,6 +292,7 @@ def _dynamic_blocks(
         {
             "rows": rows,
             "block": block,
+            "before": rows - 1 if causal else 0,
             "top_k": top_k,
             "mass": mass if mass < 1 else 2.0,
             "similarity": similarity,
