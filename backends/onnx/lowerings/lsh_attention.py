@@ -44,12 +44,13 @@ def _by_chunks(
     if key.shape[1] != heads:
         key, value = (tensor.repeat_interleave(heads // key.shape[1], 1) for tensor in (key, value))
     real = query.new_ones((batch, length), dtype=torch.int64) if key_mask is None else key_mask.to(torch.int64)
-    function = CausalHeads if causal else SharedHeads if shared else SeparateHeads
+    of_causal = CausalSharedHeads if shared else CausalHeads
+    function = of_causal if causal else SharedHeads if shared else SeparateHeads
     inputs = [query, key, value, rotations.expand(heads, -1, -1, -1), real, torch.arange(chunk)]
     inputs += [torch.tensor(size**-0.5 if scale is None else scale, dtype=query.dtype)]
     return symbolic(
         f"{DOMAIN}::{function.name}",
-        (*inputs, torch.tensor(int(shared))) if causal else inputs,
+        inputs,
         {},
         dtype=query.dtype,
         shape=(batch, heads, length, value.shape[3]),
@@ -163,11 +164,11 @@ def Starts(length, inside):  # type: ignore[no-untyped-def]
 def Batches(chunks, like):  # type: ignore[no-untyped-def]
     """[rounds, chunks, ...] -> [batches, some, ...], filled up by zeros; `like` [rounds, chunks, rows].
 
-    32 chunks at most: of 64 tokens of size 64, their keys, values and scores are 3 MB.
+    16 chunks at most: of 64 tokens of size 64, their keys, values and scores are 1.5 MB.
     """
     count = op.ReduceProd(op.Shape(like, start=0, end=2), keepdims=1)
     one = op.Constant(value_ints=[1])
-    most = op.Constant(value_ints=[32])
+    most = op.Constant(value_ints=[16])
     batches = (count + most - one) / most
     some = (count + batches - one) / batches
     flat = op.Reshape(chunks, op.Concat(count, op.Constant(value_ints=[-1]), axis=0))
@@ -250,7 +251,9 @@ def Together(largest, total, result, found, rows, own, missing, value, real):  #
     sums = op.ReduceSum(power * op.Gather(op.Squeeze(total, one), row), zero, keepdims=0) + itself
     share = kept / (sums + (op.CastLike(one, own) - kept))
     weighted = op.Gather(result, row) * op.Unsqueeze(power * share, op.Constant(value_ints=[2]))
-    return op.ReduceSum(weighted, zero, keepdims=0) + value * op.Unsqueeze(itself * share, one)
+    flat = op.Reshape(weighted, op.Concat(op.Shape(found, start=0, end=1), op.Constant(value_ints=[-1]), axis=0))
+    ones = op.Expand(op.CastLike(one, own), op.Concat(one, op.Shape(found, start=0, end=1), axis=0))
+    return op.Reshape(op.MatMul(ones, flat), op.Shape(value)) + value * op.Unsqueeze(itself * share, one)
 
 
 # --- separate queries and keys ---------------------------------------------------------------------------------------
@@ -333,7 +336,7 @@ def SharedHead(query, key, value, rotations, real, inside, scale):  # type: igno
     count = op.ReduceSum(real)
     starts = op.Unsqueeze(Starts(op.Shape(real), inside), zero)
     final = op.Constant(value_ints=[-1])
-    most = op.Constant(value_ints=[9223372036854775807])
+    most = op.Constant(value_ints=[16])
     before = op.Concat(op.Slice(order, final, most, zero), op.Slice(order, zero, final, zero), axis=0)
     rows = At(order, starts + inside)
     last = At(before, op.Unsqueeze(op.Unsqueeze(count - size + inside, zero), zero))
@@ -379,7 +382,7 @@ def Joint(ordered, chosen, length):  # type: ignore[no-untyped-def]
 
 
 @script(_FXPRESS, default_opset=op)
-def CausalHead(query, key, value, rotations, real, inside, scale, shared):  # type: ignore[no-untyped-def]
+def CausalHead(query, key, value, rotations, real, inside, scale):  # type: ignore[no-untyped-def]
     """Queries and keys are merged into one order, a key before the query at its position, and cut into chunks."""
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
@@ -387,9 +390,8 @@ def CausalHead(query, key, value, rotations, real, inside, scale, shared):  # ty
     three = op.Constant(value_ints=[3])
     size = op.Shape(inside)
     length = op.Shape(real)
-    is_key = op.Cast(shared, to=9)
     queries = Buckets(query, rotations, real, inside)
-    keys = Buckets(op.Where(is_key, query, key), rotations, real, inside)
+    keys = Buckets(key, rotations, real, inside)
     unique = op.Concat(queries * length + Positions(queries), keys * length + Positions(keys), axis=1) * two
     odd = op.Unsqueeze(op.Cast(Positions(unique) < length, to=7), zero)
     ordered, _ = op.TopK(unique + odd, two * length, axis=1, largest=0, sorted=1)
@@ -411,24 +413,65 @@ def CausalHead(query, key, value, rotations, real, inside, scale, shared):  # ty
     end = op.Unsqueeze(until - window, three)
     lowest = op.CastLike(op.Constant(value_float=ABSORBING), value)
     unlikely = op.CastLike(op.Constant(value_float=OWN), value)
-    itself = op.Unsqueeze(op.Where(is_key, rows, op.Constant(value_ints=[-1])), three)
+    itself = op.Unsqueeze(op.Expand(op.Constant(value_ints=[-1]), op.Shape(rows)), three)  # none is left out
     largest, total, result = MaskedChunks(query, key, value, scale, rows, columns, first, end, itself, lowest, unlikely)
     place = Places(query_order)
     of = op.GatherElements(joint, place, axis=1) / size
     found = of * size + place - op.GatherElements(op.Squeeze(before, two), of, axis=1)
     other = op.Cast(op.Not(op.Equal(queries, keys)), to=7)
     missing = op.ReduceSum(other, zero, keepdims=0)
-    own = op.Where(is_key, lowest, op.ReduceSum(query * key, one, keepdims=0) * scale)
+    own = op.ReduceSum(query * key, one, keepdims=0) * scale
     return Together(largest, total, result, found, rows, own, missing, value, real)
 
 
 @script(_FXPRESS, default_opset=op)
-def CausalHeads(query, key, value, rotations, real, inside, scale, shared):  # type: ignore[no-untyped-def]
-    """Up to each query's own position; `shared`, 0 or 1: whether queries are keys."""
+def CausalHeads(query, key, value, rotations, real, inside, scale):  # type: ignore[no-untyped-def]
+    """Separate queries and keys, up to each query's own position."""
 
     @graph()
     def head(q, k, v, turn, tokens):  # type: ignore[no-untyped-def]
-        mixed = CausalHead(q, k, v, turn, tokens, inside, scale, shared)
+        mixed = CausalHead(q, k, v, turn, tokens, inside, scale)
+        return mixed
+
+    found = op.Scan(
+        EachHead(query), EachHead(key), EachHead(value), Rotations(rotations, real, inside), RealTokens(real, query),
+        body=head, num_scan_inputs=5,
+    )  # fmt: skip
+    return op.Reshape(found, op.Concat(op.Shape(query, start=0, end=3), op.Shape(value, start=3), axis=0))
+
+
+@script(_FXPRESS, default_opset=op)
+def CausalSharedHead(query, key, value, rotations, real, inside, scale):  # type: ignore[no-untyped-def]
+    """Each chunk has itself and the one before, of which a query sees the last places of its bucket up to its own."""
+    one = op.Constant(value_ints=[1])
+    three = op.Constant(value_ints=[3])
+    size = op.Shape(inside)
+    bucket = Buckets(query, rotations, real, inside)
+    order = Order(bucket)
+    _, begin = Sizes(bucket, op.Shape(rotations, start=2))
+    starts = op.Unsqueeze(Starts(op.Shape(real), inside), op.Constant(value_ints=[0]))
+    until = starts + inside + one
+    rows = At(order, until - one)
+    window = starts - size
+    width = op.Range(op.Constant(value_int=0), op.Squeeze(size + size), op.Constant(value_int=1))
+    first = op.Unsqueeze(op.Max(At(begin, At(bucket, rows)), until - size) - window, three)
+    end = op.Unsqueeze(op.Expand(until - window, op.Shape(rows)), three)
+    lowest = op.CastLike(op.Constant(value_float=ABSORBING), value)
+    unlikely = op.CastLike(op.Constant(value_float=OWN), value)
+    columns = At(order, window + width)
+    itself = op.Unsqueeze(rows, three)
+    largest, total, result = MaskedChunks(query, key, value, scale, rows, columns, first, end, itself, lowest, unlikely)
+    none = op.Constant(value_ints=[0])
+    return Together(largest, total, result, Places(order), rows, lowest, none, value, real)
+
+
+@script(_FXPRESS, default_opset=op)
+def CausalSharedHeads(query, key, value, rotations, real, inside, scale):  # type: ignore[no-untyped-def]
+    """Queries that are keys, up to each query's own position."""
+
+    @graph()
+    def head(q, k, v, turn, tokens):  # type: ignore[no-untyped-def]
+        mixed = CausalSharedHead(q, k, v, turn, tokens, inside, scale)
         return mixed
 
     found = op.Scan(
@@ -442,5 +485,5 @@ LSH_ATTENTION = (Lowering("Hashing by chunks", _by_chunks, refuses, standard=Fal
 FUNCTIONS = (
     *(Rotations, EachHead, RealTokens, Buckets, Positions, Order, Places, At, Starts, Batches, Sums, Flat),
     *(OpenChunks, MaskedChunks, Together, Sizes, SeparateHead, SeparateHeads, SharedHead, SharedHeads),
-    *(Joint, CausalHead, CausalHeads),
+    *(Joint, CausalHead, CausalHeads, CausalSharedHead, CausalSharedHeads),
 )
