@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..ir.rewrite import Context, Pass
 from ..ir.signature import describe, leaves
 from . import artifact, hf, pretrained, structure
 from .calibration import check_batches, track
-from .pipeline import has_masks, parameters, parse_passes, run_passes, zeros
+from .pipeline import Passed, has_masks, parameters, parse_passes, run_passes, zeros
 from .report import Report
 from .trace import Arguments, admit_ones, bind_example, plain_attention, trace
 
@@ -381,7 +381,8 @@ def _rewritten(
         report.bytes_after = weight_bytes(program)
     if expected is not None:
         with clock("verify"):
-            verdict = _judged(runner.run(flat), *expected, program.signature.outputs, passed.reshaped)
+            lossy = not all(item.exact for item in settings.passes)
+            verdict = _judged(runner.run(flat), *expected, program.signature.outputs, passed, lossy)
         _record(report, verdict)
         if not verdict.equal and all(item.exact for item in settings.passes):
             raise VerifyError(
@@ -397,14 +398,20 @@ def _judged(
     eager: Sequence[Any],
     judge: Sequence[Any],
     names: Sequence[str],
-    reshaped: Mapping[str, list[list[int]]],
+    passed: Passed,
+    lossy: bool,
 ) -> Comparison:
-    """`compare` without the outputs that passes gave the shape that they have."""
-    if not reshaped:
-        return compare(found, eager, judge, names)
+    """`compare` without the outputs that passes gave the shape that they have; what lossy ones make of padding is no
+    loss."""
+    reshaped = passed.reshaped
     rows = zip(found, eager, judge, names, strict=True)
     kept = [row for row in rows if row[3] not in reshaped or list(row[0].shape) != reshaped[row[3]][1]]
-    return compare(*map(list, zip(*kept, strict=True))) if kept else Comparison()
+    if not kept:
+        return Comparison()
+    actual, usual, truth, kept_names = map(list, zip(*kept, strict=True))
+    if lossy:
+        actual, usual, truth = ([passed.real(value) for value in side] for side in (actual, usual, truth))
+    return compare(actual, usual, truth, kept_names)
 
 
 def _record(report: Report, verdict: Comparison) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import passes as pass_folder
+from ..ir.calibration.lockstep import without_padding
 from ..ir.equality import compare, sqnr_db
 from ..ir.errors import FxpressError, InputError, RewriteError, VerifyError, nearest
 from ..ir.graph import Program, arguments
@@ -116,12 +117,14 @@ class Passed:
         reports: of each pass.
         macs_before, macs_after: multiplications of `counted`, before the first pass and after the last; None: not run.
         reshaped: outputs that have another shape than before, as those of fewer heads do: [before, after].
+        real: gives the vectors of an output's real tokens, where the program knows which are padding.
     """
 
     reports: list[PassReport]
     macs_before: int | None = None
     macs_after: int | None = None
     reshaped: dict[str, list[list[int]]] = field(default_factory=dict)
+    real: Callable[[Any], Any] = field(default=lambda value: value)
 
 
 def run_passes(
@@ -142,6 +145,7 @@ def run_passes(
     """
     reports: list[PassReport] = []
     verify(program)
+    real: Callable[[Any], Any] = _as_it_is
     first, macs_before = counted(program, context.inputs) if expected else (None, None)
     before, macs_after = first, macs_before
     for index, rewrite in enumerate(passes):
@@ -169,12 +173,18 @@ def run_passes(
                 refusals=[{"rule": item.rule, "node": item.node, "reason": item.reason} for item in result.refusals],
                 matches=[dataclasses.asdict(item) for item in result.matches],
                 seconds=seconds,
-                sqnr_db=_introduced(after, before),
+                sqnr_db=_introduced(after, before, real),
                 sparsity=[dataclasses.asdict(item) for item in result.sparsity],
             )
         )
         before = after
-    return Passed(reports, macs_before, macs_after, _reshaped(program.signature.outputs, first, before))
+        if expected and index == 0:
+            real = without_padding(program, context.inputs)  # canonical attention says what padding is
+    return Passed(reports, macs_before, macs_after, _reshaped(program.signature.outputs, first, before), real)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _place(passes: Sequence[Pass], index: int) -> str:
@@ -182,12 +192,12 @@ def _place(passes: Sequence[Pass], index: int) -> str:
     return f"pass {passes[index]}{earlier}"
 
 
-def _introduced(after: Sequence[Any] | None, before: Sequence[Any] | None) -> float | None:
-    """The lowest SQNR among the outputs that a pass left their shape."""
+def _introduced(after: Sequence[Any] | None, before: Sequence[Any] | None, real: Callable[[Any], Any]) -> float | None:
+    """The lowest SQNR among the outputs that a pass left their shape; padding is left out."""
     if after is None or before is None:
         return None
     pairs = [(a, b) for a, b in zip(after, before, strict=True) if isinstance(a, Tensor) and a.is_floating_point()]
-    return min((sqnr_db(a, b) for a, b in pairs if a.shape == b.shape), default=None)
+    return min((sqnr_db(real(a), real(b)) for a, b in pairs if a.shape == b.shape), default=None)
 
 
 def _reshaped(

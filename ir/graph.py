@@ -26,6 +26,7 @@ from .ops import (  # noqa: F401  # the families register their operators
     low_rank_attention,
     lsh_attention,
     norm,
+    pool,
     quantize,
     rotary,
     table,

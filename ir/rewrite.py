@@ -28,8 +28,9 @@ class Context:
 
     `inputs` are flat example tensors, `calibration` such tensors by batch; `track(items, title)` gives the items and
     shows how far their work is; `seconds(program)` is the time that a program takes at the example's sizes on the
-    backend that the product is for, None where that cannot be measured; `max_rewrites` is a budget over the whole pipeline (None: no limit) that is
-    used up one rewrite at a time, so that bisecting it finds the rewrite that breaks a model.
+    backend that the product is for, None where that cannot be measured; `max_rewrites` is a budget over the whole
+    pipeline (None: no limit) that is used up one rewrite at a time, so that bisecting it finds the rewrite that breaks
+    a model.
     """
 
     inputs: Sequence[Tensor] = ()

@@ -20,8 +20,8 @@ from ..ir.pattern import Refusal
 from ..ir.replacement.choose import Candidate, Chosen, faster, replacing, samples_of, within
 from ..ir.replacement.kind import Kind
 from ..ir.replacement.kinds.exact import Exact
-from ..ir.replacement.lone import insert_weights, inserting, lone
-from ..ir.replacement.site import Site, sites
+from ..ir.replacement.lone import insert_weights, lone
+from ..ir.replacement.site import Site, site_of, sites
 from ..ir.replacement.table import KINDS
 from ..ir.rewrite import Applied, Context, Pass, PassResult
 
@@ -125,6 +125,8 @@ class ReplaceAttention(Pass):
                 raise InputError(f"unknown kind of attention {name!r}: {nearest(str(name), KINDS)}")
         if len(names) != 1 and self.layers != "auto":
             raise InputError("several kinds of attention need layers='auto', which chooses among them")
+        if self.layers == "auto" and (fixed := next((name for name in names if not KINDS[name].local), None)):
+            raise InputError(f"layers='auto' cannot try {fixed}, which changes more than the attention; name layers")
         if not names:
             raise InputError("give a kind of attention")
         known = {name: [entry.name for entry in dataclasses.fields(KINDS[name])] for name in names}
@@ -274,7 +276,7 @@ def _replace(program: Program, candidate: Candidate) -> None:
     site, kind = candidate.site, candidate.kind
     prefix = f"{site.name}.{kind.kind_name()}_"
     weights = insert_weights(program, candidate.weights, kind, dtype(site.given["query"]), prefix)
-    program.replace(site.node, kind.attend(inserting(program, site.node), site, site.inputs, weights))
+    kind.replace(program, site_of(program, site.node), weights)
 
 
 def _detail(candidate: Candidate, chosen: Chosen | None) -> str:

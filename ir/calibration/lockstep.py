@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import Program, arguments, attribute
-from ..ops.attention import attention
+from ..ops.table import OPERATORS
 from ..rewrite import Track, untracked
 
 Visit = Callable[[fx.Node], list[Any] | None]
@@ -88,9 +88,22 @@ class Lockstep:
 
 
 def _key_masks(program: Program) -> list[fx.Node]:
-    """The padding masks that attention reads, [B, M], True at real tokens."""
-    found = [arguments(node)["key_mask"] for node in program.calls(attention)]
+    """The padding masks that attention of any kind reads, [B, M], True at real tokens."""
+    found = [arguments(node).get("key_mask") for node in program.calls(*OPERATORS)]
     return [node for node in dict.fromkeys(found) if node is not None]
+
+
+def without_padding(program: Program, inputs: Sequence[Tensor]) -> Callable[[Any], Any]:
+    """A function from outputs to the vectors of their real tokens, where an output's sizes are those of a mask."""
+    masks = [_computed(program, node, [inputs])[0] for node in _key_masks(program)]
+
+    def real(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        mask = next((item for item in masks if value.dim() > 2 and value.shape[:2] == item.shape), None)
+        return value if mask is None else value[mask]
+
+    return real
 
 
 def _computed(program: Program, wanted: fx.Node, batches: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..errors import InputError
+from ..graph import Program
 from ..rewrite import Track
 from .site import Sample, Site
 
@@ -31,6 +32,7 @@ class Kind:
     cross: ClassVar[bool] = False  # whether keys may be more or fewer than queries
     band: ClassVar[bool] = False  # whether it keeps a window that the model has itself
     softcap: ClassVar[bool] = False  # whether it caps scores
+    local: ClassVar[bool] = True  # whether nothing but the attention's own result changes
     frozen: ClassVar[tuple[str, ...]] = ()  # weights that training must leave as they are
 
     @classmethod
@@ -97,10 +99,23 @@ class Kind:
         """The result [B, H, N, E] for query, key, value and key mask (or None)."""
         raise NotImplementedError
 
+    def replace(self, program: Program, site: Site, weights: Mapping[str, fx.Node]) -> None:
+        """Put it in the attention's place."""
+        program.replace(site.node, self.attend(inserting(program, site.node), site, site.inputs, weights))
+
 
 def compute(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The `Call` that computes."""
     return operator(*args, **kwargs)
+
+
+def inserting(program: Program, before: fx.Node) -> Call:
+    """The `Call` that inserts nodes before another."""
+
+    def call(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return program.call(operator, *args, before=before, **kwargs)
+
+    return call
 
 
 def check_integer(option: str, value: Any, least: int) -> None:

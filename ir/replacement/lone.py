@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -11,7 +10,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..graph import Program, dtype, size_text
 from ..signature import Signature, TensorInput
-from .kind import Kind
+from .kind import Kind, inserting
 from .site import Site
 
 
@@ -40,15 +39,6 @@ def lone(program: Program, site: Site, kind: Kind, weights: Mapping[str, Tensor]
     end.args = ((result,),)
     alone.clean()
     return alone
-
-
-def inserting(program: Program, before: fx.Node) -> Any:
-    """The `Call` that inserts nodes before another."""
-
-    def call(operator: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return program.call(operator, *args, before=before, **kwargs)
-
-    return call
 
 
 def insert_weights(

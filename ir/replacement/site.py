@@ -44,6 +44,11 @@ class Site:
         return int(shape(self.given["query"])[3])
 
     @property
+    def length(self) -> Any:
+        """Queries, N: a number or a symbol."""
+        return shape(self.given["query"])[2]
+
+    @property
     def left(self) -> Any:
         """How many earlier keys a query sees."""
         return self.given["left"]
@@ -91,10 +96,11 @@ class Sample:
 
 def sites(program: Program) -> list[Site]:
     """Every attention, in graph order."""
-    return [_site(program, node) for node in program.calls(attention)]
+    return [site_of(program, node) for node in program.calls(attention)]
 
 
-def _site(program: Program, node: fx.Node) -> Site:
+def site_of(program: Program, node: fx.Node) -> Site:
+    """One attention as it is now."""
     given = arguments(node)
     size = shape(given["query"])[2]
     longest = size if isinstance(size, int) else None

@@ -6,6 +6,7 @@ from .kind import Kind
 from .kinds.depthwise_conv import DepthwiseConv
 from .kinds.dynamic_sparse import DynamicSparse
 from .kinds.exact import Exact
+from .kinds.funnel import Funnel
 from .kinds.graph import Graph
 from .kinds.linear import Linear
 from .kinds.linformer import Linformer
@@ -28,6 +29,7 @@ KINDS: dict[str, type[Kind]] = {
         Linear,
         Lsh,
         DepthwiseConv,
+        Funnel,
         Exact,
     )
 }

@@ -18,6 +18,7 @@ from ....ir.ops import (
     low_rank_attention,
     lsh_attention,
     norm,
+    pool,
     quantize,
     rotary,
     window_attention,
@@ -74,6 +75,9 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
             linear_attention.softmax_features,
             low_rank_attention.nystrom_attention,
             low_rank_attention.linformer_attention,
+            pool.pool_tokens,
+            pool.pool_mask,
+            pool.unpool_tokens,
         )
     },
 }
