@@ -53,8 +53,10 @@ def KeptOnce(table, blocks):  # type: ignore[no-untyped-def]
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     last = op.Constant(value_ints=[-1])
-    width = op.Shape(table, start=3)
-    known = op.Where(op.And(table >= zero, table < blocks), table, blocks)
+    every = op.And(table >= zero, table < blocks)
+    column = op.Range(op.Squeeze(one), op.Squeeze(op.Shape(table, start=3) + one), op.Squeeze(one))
+    width = op.Reshape(op.ReduceMax(op.Where(every, column, one), keepdims=0), one)  # beyond it there is none
+    known = op.Slice(op.Where(every, table, blocks), zero, width, last)
     ascending, _ = op.TopK(known, width, largest=0)
     before = op.Pad(op.Slice(ascending, zero, last, last), op.Constant(value_ints=[1, 0]), last, last)
     once, _ = op.TopK(op.Where(ascending == before, blocks, ascending), width, largest=0)

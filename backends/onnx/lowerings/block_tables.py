@@ -189,13 +189,15 @@ def DynamicBlocks(  # type: ignore[no-untyped-def]
     low = op.CastLike(op.Constant(value_float=-1e30), query)
     scores = op.Where(weighed, op.Reshape(raw, shape) * op.CastLike(scale, query), low)
     weights = op.Softmax(scores) * op.CastLike(weighed, query)
-    ordered, order = op.TopK(weights, op.Shape(weights, start=3))
-    number = op.Range(begin, op.Squeeze(op.Shape(weights, start=3)), op.Squeeze(one))
+    blocks = op.Shape(first)
     if top_k > 0:
-        within = op.Expand(number < top_k, shape)
+        ordered, order = op.TopK(weights, op.Min(blocks, one * top_k))
+        within = ordered >= op.CastLike(op.Constant(value_float=0.0), query)
     else:
+        ordered, order = op.TopK(weights, blocks)
         within = op.CumSum(ordered, last, exclusive=1) < op.CastLike(mass, query)
-    chosen = op.ScatterElements(op.Cast(within, to=2), order, op.Cast(within, to=2), axis=3)
+    none = op.Expand(op.Cast(zero, to=2), shape)
+    chosen = op.ScatterElements(none, order, op.Cast(within, to=2), axis=3)
     by_key = op.Expand(
         op.Unsqueeze(key_unlike, two), op.Concat(op.Shape(key, start=0, end=2), one, op.Shape(first), axis=0)
     )
@@ -208,9 +210,10 @@ def DynamicBlocks(  # type: ignore[no-untyped-def]
     own = op.Or(op.And(first < start + rows, first + block > start), first == zero)
     alike = op.Or(key_heads, op.Unsqueeze(row_unlike, op.Constant(value_ints=[3])))
     kept = op.And(op.Or(op.Or(op.And(op.Cast(chosen, to=9), weighed), own), alike), allowed)
-    blocks = op.Shape(first)
-    table, _ = op.TopK(op.Where(kept, number, blocks), blocks, largest=0)
-    return op.Where(table < blocks, table, last)
+    # Each to the place that its number among the kept has; what is not kept to the last one, which is always free.
+    number = op.Range(begin, op.Squeeze(blocks), op.Squeeze(one))
+    place = op.Where(kept, op.CumSum(op.Cast(kept, to=7), last, exclusive=1), blocks - one)
+    return op.ScatterElements(op.Expand(last, shape), place, op.Where(kept, number, last), axis=3)
 
 
 FUNCTIONS = (RealBlocks, HashedWith, RandomBlocks, ExpanderBlocks, CutBlocks, BlockMeans, AnyReal, DynamicBlocks)
