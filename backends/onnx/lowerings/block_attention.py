@@ -312,7 +312,7 @@ def _block_attention(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    result, kind = query, query.dtype
+    kind = query.dtype
     batch, heads, length, size = query.shape
     if full is None:
         full = torch.zeros((1, 0), dtype=torch.int64)
