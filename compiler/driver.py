@@ -365,6 +365,7 @@ def _rewritten(
             context.seconds = functools.partial(seconds, threads=settings.threads)
         passed = run_passes(program, settings.passes, context, expected)
     report.passes, report.reshaped = passed.reports, passed.reshaped
+    report.ranges = dict(program.signature.ranges)  # passes may let sizes be larger
     report.macs_before, report.macs_after = passed.macs_before, passed.macs_after
     report.parameters_after = parameters(program)
     if had_masks or any(item.sparsity for item in report.passes):

@@ -166,6 +166,11 @@ class Program:
             holder.register_buffer(leaf, tensor.detach().clone())
         node.meta["val"] = self.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
 
+    def set_longest(self, symbol: str, size: int) -> None:
+        """Let a symbolic size of the signature be as large as `size`; copies of the program keep theirs."""
+        ranges = {**self.signature.ranges, symbol: (self.signature.ranges[symbol][0], size)}
+        object.__setattr__(self, "signature", replace(self.signature, ranges=ranges))
+
     def refresh(self, nodes: Sequence[fx.Node]) -> None:
         """Compute the fake values of weights' and calls' readers anew, where those of their arguments changed.
 
