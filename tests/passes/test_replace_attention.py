@@ -1,0 +1,407 @@
+"""ReplaceAttention: goldens, which attentions and how many are replaced, what is stored, training."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import integers
+import pytest
+import torch
+from build import before_after, normal, program, reasons, rewritten
+from sites import BITING
+from torch import Tensor, nn
+
+from fxpress.ir.calibration.target import Target, cosines, run
+from fxpress.ir.equality import sqnr_db
+from fxpress.ir.errors import RewriteError
+from fxpress.ir.graph import Program
+from fxpress.ir.ops.attention import attention
+from fxpress.ir.ops.low_rank_attention import nystrom_attention
+from fxpress.ir.ops.table import OPERATORS
+from fxpress.ir.printer import print_program
+from fxpress.ir.replacement.kind import Kind
+from fxpress.ir.replacement.kinds.depthwise_conv import DepthwiseConv
+from fxpress.ir.replacement.kinds.graph import Graph
+from fxpress.ir.rewrite import Context, PassResult
+from fxpress.ir.verify import verify
+from fxpress.passes import Canonicalize, ReplaceAttention
+
+TEXTS = [integers.batch(3, length, seed=length) for length in (12, 16, 20)]
+QUICK = {"linear": {"steps": 2}, "linformer": {"steps": 2}, "depthwise_conv": {"steps": 2}}
+EVERY = [
+    dataclasses.replace(kind, **QUICK.get(name, {}))
+    for name, kinds in BITING.items()
+    for kind in kinds
+    if not (isinstance(kind, Graph) and kind.adjacency)  # which needs sequences of limited length
+]
+every = pytest.mark.parametrize("kind", EVERY, ids=str)
+
+
+def replace(kind: Kind, **options: Any) -> ReplaceAttention:
+    """The pass with a kind's options."""
+    own = {entry.name: getattr(kind, entry.name) for entry in dataclasses.fields(kind)}
+    return ReplaceAttention(kind.kind_name(), **options, **own)
+
+
+@functools.cache
+def encoder(layers: int = 2) -> Program:
+    """An encoder with a key mask, canonical; not to be changed."""
+    return integers.canonical(integers.Encoder(layers=layers))
+
+
+def replaced(rewrite: ReplaceAttention, layers: int = 2, **context: Any) -> tuple[Program, PassResult]:
+    return rewritten(encoder(layers), rewrite, Context(calibration=TEXTS, **context))
+
+
+@functools.cache
+def once(kind: Kind) -> tuple[Program, PassResult]:
+    """The encoder with all its attention of a kind; not to be changed."""
+    return replaced(replace(kind))
+
+
+def names(result: PassResult) -> list[str]:
+    """Of the attentions that were replaced."""
+    return [match.node for match in result.matches]
+
+
+# --- golden graphs ---------------------------------------------------------------------------------------------
+
+GOLDEN = {
+    "band": ReplaceAttention("sliding_window", window=128),
+    "nystrom": ReplaceAttention("nystrom", landmarks=32),
+    "performer": ReplaceAttention("performer", features=8),
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_graph(case: str, golden: Callable[[str], None]) -> None:
+    golden(before_after(encoder(1), *rewritten(encoder(1), GOLDEN[case])))
+
+
+# --- every kind ------------------------------------------------------------------------------------------------
+
+
+@every
+def test_every_attention_is_replaced_and_reported(kind: Kind) -> None:
+    after, result = once(kind)
+    assert result.rewrites == {kind.kind_name(): 2} and result.refusals == []
+    assert [(match.node, match.detail) for match in result.matches] == [
+        ("layers.0", str(kind)),
+        ("layers.1", str(kind)),
+    ]
+    outputs = after.run(integers.batch(2, 9))[0]
+    assert outputs.shape == (2, 9, 12) and outputs.isfinite().all()
+
+
+REMAIN = ("exact", "sliding_window")  # which are exact attention again, without or with a window
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EVERY if kind.kind_name() not in REMAIN], ids=str)
+def test_a_second_time_nothing_changes(kind: Kind) -> None:
+    before, _ = once(kind)
+    after, result = rewritten(before, replace(kind), Context(calibration=TEXTS))
+    assert result.changes == 0 and print_program(before) == print_program(after)
+
+
+@pytest.mark.parametrize("size", [(2, 7), (1, 1), (3, 40)])
+@pytest.mark.parametrize("options", [("exact", {}), ("nystrom", {}), ("sliding_window", {"window": 64})], ids=str)
+def test_what_sees_all_keys_gives_what_the_model_does(options: tuple[str, Any], size: tuple[int, int]) -> None:
+    after, _ = replaced(ReplaceAttention(options[0], **options[1]))
+    given = integers.batch(*size)
+    mask = given[1]  # rows of padding may differ
+    torch.testing.assert_close(after.run(given)[0][mask], encoder().run(given)[0][mask], rtol=1e-4, atol=1e-5)
+
+
+def test_a_program_is_changed_in_no_other_place() -> None:
+    after, _ = replaced(ReplaceAttention("nystrom"))
+    old = [node.target for node in encoder().graph.nodes if node.target is not attention]
+    assert [node.target for node in after.graph.nodes if node.target is not nystrom_attention] == old
+
+
+# --- weights ---------------------------------------------------------------------------------------------------
+
+
+def added(rewrite: ReplaceAttention) -> tuple[set[str], set[str]]:
+    """Trainable weights and buffers that the program did not have, without the layer."""
+    after, _ = replaced(rewrite)
+    before = set(dict(encoder().module.state_dict()))
+    found = {name for name, weight in after.module.named_parameters() if weight.requires_grad} - before
+    return tuple(  # type: ignore[return-value]
+        {name.removeprefix("layers__0_") for name in part if "__0_" in name}
+        for part in (found, set(dict(after.module.named_buffers())))
+    )
+
+
+STORED: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
+    "performer": ({}, set(), {"performer_projection"}),
+    "lsh": ({}, set(), {"lsh_rotations"}),
+    "linear": ({"steps": 2}, {"linear_query_features", "linear_key_features", "linear_gain"}, set()),
+    "linformer": ({"projection": "fitted", "steps": 2}, {"linformer_pooling"}, set()),
+    "depthwise_conv": ({}, {"depthwise_conv_taps"}, set()),
+    "nystrom": ({}, set(), set()),
+    "random_sparse": ({}, set(), set()),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_weights_are_stored_with_the_program(name: str) -> None:
+    """What is learned as parameters; projections and rotations as buffers."""
+    options, parameters, buffers = STORED[name]
+    assert added(ReplaceAttention(name, **options)) == (parameters, buffers)
+
+
+def test_heads_are_chosen_by_integers_that_are_buffers() -> None:
+    _, buffers = added(ReplaceAttention("depthwise_conv", kernel=5, min_mass=0.3005))
+    assert buffers == {f"depthwise_conv_{name}" for name in ("mixed", "others", "order")}
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["performer", "lsh", "nystrom"])
+def test_weights_have_the_dtype_of_the_queries(name: str, half: torch.dtype) -> None:
+    x, mask = integers.batch()
+    traced = program(integers.Encoder(layers=1).to(half), x.to(half), mask)
+    after, _ = rewritten(rewritten(traced, Canonicalize())[0], ReplaceAttention(name))
+    assert all(tensor.dtype is half for tensor in after.module.buffers())
+    assert after.run([x.to(half), mask])[0].dtype is half
+
+
+@every
+def test_a_step_of_training(kind: Kind) -> None:
+    """Every trainable weight, those of the kind too, has a finite gradient; fixed taps read no query and no key."""
+    after = once(kind)[0].copy()
+    loss = (after.run(integers.batch(2, 13, seed=4))[0] - 1).square().mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    unread = (".q.weight", ".q.bias", ".k.weight", ".k.bias") if kind == DepthwiseConv(5, steps=2) else ()
+    for name, weight in after.module.named_parameters():
+        if not name.endswith(unread):
+            assert weight.grad is not None and weight.grad.isfinite().all(), name
+
+
+def test_fits_of_later_layers_know_the_earlier_ones() -> None:
+    """Taps of the second layer are those of what a convolution in the first makes of the data."""
+    both, _ = replaced(ReplaceAttention("depthwise_conv", kernel=3))
+    second, _ = replaced(ReplaceAttention("depthwise_conv", layers=["layers.1"], kernel=3))
+    name = "layers__1_depthwise_conv_taps"
+    assert not torch.equal(getattr(both.module, name), getattr(second.module, name))
+
+
+# --- shapes of graphs ------------------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """One attention block twice: tied weights; the result of the second is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = integers.Layer(False, nn.functional.gelu, False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.block(x, mask)
+        q, k, v = (part(x).unflatten(-1, (3, 4)).transpose(1, 2) for part in (self.block.q, self.block.k, self.block.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None, None, :])
+        return self.block.o(mixed.transpose(1, 2).flatten(2)), mixed * 2
+
+
+@pytest.mark.parametrize("name", ["performer", "linear", "sliding_window"])
+def test_layers_with_tied_weights_are_replaced_each(name: str) -> None:
+    before = integers.canonical(Shared())
+    after, result = rewritten(before, ReplaceAttention(name, **QUICK.get(name, {})), Context(calibration=TEXTS))
+    assert result.changes == 2
+    old, new = (sum(weight.numel() for weight in item.module.parameters()) for item in (before, after))
+    assert new - old == (2 * (2 * 3 * 4 * 64 + 3) if name == "linear" else 0)  # features and gains
+    block, both = after.run(integers.batch(2, 9))
+    expected = nn.functional.linear(
+        both.transpose(1, 2).flatten(2) / 2, after.module.block.o.weight, after.module.block.o.bias
+    )
+    torch.testing.assert_close(block, expected)
+
+
+# --- which attentions ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0, 1, 2]),
+        ({"layers": ["layers.1"]}, [1]),
+        ({"layers": ["layers"]}, [0, 1, 2]),
+        ({"layers": ["*.[02]"]}, [0, 2]),
+        ({"layers": ["layers.?"]}, [0, 1, 2]),
+        ({"layers": [2, 0]}, [0, 2]),
+        ({"layers": [0, "layers.2"]}, [0, 2]),
+        ({"skip": ["layers.0"]}, [1, 2]),
+        ({"skip": [1]}, [0, 2]),
+        ({"layers": [0, 1], "skip": ["layers.1"]}, [0]),
+        ({"layers": [0], "skip": [0]}, []),
+        ({"layers": []}, []),
+    ],
+    ids=str,
+)
+def test_layers_that_are_meant(options: dict[str, Any], expected: list[int]) -> None:
+    after, result = replaced(ReplaceAttention("nystrom", **options), 3)
+    assert names(result) == [f"layers.{index}" for index in expected]
+    assert len(after.calls(nystrom_attention)) == len(expected)
+
+
+def test_numbers_count_the_attentions_that_are_left() -> None:
+    before, _ = replaced(ReplaceAttention("nystrom", layers=[0]), 3)
+    _, result = rewritten(before, ReplaceAttention("nystrom", layers=[0]))
+    assert names(result) == ["layers.1"]
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2])
+@pytest.mark.parametrize("options", [{}, {"layers": "auto", "min_cosine": 0.1}], ids=str)
+def test_as_many_attentions_as_rewrites_are_left(options: dict[str, Any], budget: int) -> None:
+    after, result = replaced(ReplaceAttention("sliding_window", window=4, **options), 3, max_rewrites=budget)
+    assert result.changes == budget
+    assert len([node for node in after.calls(attention) if node.args[5:]]) == budget
+
+
+# --- layers="auto" ---------------------------------------------------------------------------------------------
+
+
+def automatic(kind: str | list[str] = "sliding_window", **options: Any) -> tuple[Program, PassResult]:
+    """Of an encoder of four layers."""
+    if "sliding_window" in kind:
+        options.setdefault("window", 4)
+    return replaced(ReplaceAttention(kind, layers="auto", **options), 4)
+
+
+def outputs(traced: Program) -> list[Tensor]:
+    return run(traced, TEXTS)
+
+
+def test_a_budget_of_cosine_is_kept() -> None:
+    """Measured on the data it was given; a tighter one leaves more attentions as they are."""
+    counts = []
+    for budget in (0.9, 0.99, 0.9999999):
+        after, result = automatic(min_cosine=budget)
+        found = cosines(outputs(after)[0], outputs(encoder(4))[0])
+        assert found.mean() >= budget and found.min() >= 1 - 5 * (1 - budget) - 1e-6
+        assert Target(budget).reached(outputs(after), outputs(encoder(4)))
+        assert len(result.refusals) == 4 - result.changes
+        counts.append(result.changes)
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1] == 0
+
+
+def test_a_budget_of_noise_is_kept() -> None:
+    counts = []
+    for budget in (5, 15, 200):
+        after, result = automatic(min_sqnr_db=budget)
+        assert result.changes == 0 or sqnr_db(outputs(after)[0], outputs(encoder(4))[0]) >= budget
+        counts.append(result.changes)
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1] == 0
+
+
+def test_without_a_budget_the_cosine_is_99_percent() -> None:
+    assert print_program(automatic()[0]) == print_program(automatic(min_cosine=0.99)[0])
+
+
+def test_what_stays_says_what_it_would_have_cost() -> None:
+    _, result = automatic(min_cosine=0.9999999)
+    assert len(reasons(result, "sliding_window")) == 4
+    assert all(reason.startswith("the budget is spent: alone an error of ") for reason in reasons(result))
+
+
+def test_what_is_replaced_says_what_it_costs() -> None:
+    _, result = automatic(min_cosine=0.1)
+    assert result.changes == 4 and all("; alone an error of " in match.detail for match in result.matches)
+
+
+def test_of_several_kinds_each_attention_gets_the_best() -> None:
+    """Nothing is as good as exact attention."""
+    _, result = automatic(["nystrom", "exact", "sliding_window"], min_cosine=0.9999, landmarks=2)
+    assert result.rewrites == {"exact": 4}
+
+
+def test_the_better_of_two_kinds() -> None:
+    _, result = automatic(["nystrom", "sliding_window"], min_cosine=0.1, landmarks=19, window=1)
+    assert result.rewrites == {"nystrom": 4}
+
+
+# --- time ------------------------------------------------------------------------------------------------------
+
+
+def clock(exact: float, other: float) -> Callable[[Program], float]:
+    """What attentions take, in seconds: exact ones, and others."""
+
+    def seconds(alone: Program) -> float:
+        (call,) = [node for node in alone.calls(*OPERATORS) if OPERATORS[node.target].name.endswith("attention")]
+        verify(alone)
+        return exact if call.target is attention else other
+
+    return seconds
+
+
+def test_what_is_slower_is_refused_with_both_times() -> None:
+    rewrite = ReplaceAttention("nystrom", landmarks=8)
+    after, result = replaced(rewrite, seconds=clock(0.001, 0.00234))
+    assert result.changes == 0 and not after.calls(nystrom_attention)
+    assert reasons(result, "nystrom") == 2 * [
+        "slower than exact attention at the example's sizes: 2.34 ms, exact 1 ms; a longer example, or force=True, "
+        "replaces it"
+    ]
+
+
+def test_what_is_slower_is_replaced_by_force() -> None:
+    _, result = replaced(ReplaceAttention("nystrom", landmarks=8, force=True), seconds=clock(0.001, 0.002))
+    assert result.changes == 2 and result.refusals == []
+
+
+def test_force_measures_nothing() -> None:
+    def seconds(alone: Program) -> float:
+        raise AssertionError("it was measured")
+
+    assert replaced(ReplaceAttention("nystrom", force=True), seconds=seconds)[1].changes == 2
+
+
+def test_what_is_faster_says_so() -> None:
+    _, result = replaced(ReplaceAttention("nystrom", landmarks=8), seconds=clock(0.002, 0.001))
+    assert [match.detail for match in result.matches] == 2 * ["nystrom(landmarks=8, iterations=6); 1 ms, exact 2 ms"]
+
+
+def test_exact_attention_is_never_too_slow() -> None:
+    assert replaced(ReplaceAttention("exact"), seconds=clock(0.001, 0.001))[1].changes == 2
+
+
+@pytest.mark.parametrize(("speedup", "count"), [(1.1, 1), (1.4, 2), (2, 3), (3.9, 4), (50, 4)])
+def test_as_few_as_make_attention_so_much_faster(speedup: float, count: int) -> None:
+    """Four of 10 ms, each 7.5 ms faster when replaced."""
+    rewrite = ReplaceAttention("nystrom", layers="auto", speedup=speedup, landmarks=4)
+    _, result = replaced(rewrite, 4, seconds=clock(0.01, 0.0025))
+    assert result.changes == count and len(result.refusals) == 4 - count
+
+
+def test_for_speed_those_go_that_harm_least() -> None:
+    rewrite = ReplaceAttention("nystrom", layers="auto", speedup=1.1, landmarks=4)
+    _, result = replaced(rewrite, 4, seconds=clock(0.01, 0.0025))
+    errors = {}
+    for index in range(4):
+        alone, _ = replaced(ReplaceAttention("nystrom", layers=[index], landmarks=4), 4)
+        errors[f"layers.{index}"] = Target(0.99).error(outputs(alone), outputs(encoder(4)))
+    assert names(result) == [min(errors, key=errors.__getitem__)]
+
+
+def test_what_is_slower_is_no_way_to_speed() -> None:
+    rewrite = ReplaceAttention("nystrom", layers="auto", speedup=2, landmarks=4, force=True)
+    assert replaced(rewrite, 4, seconds=clock(0.01, 0.02))[1].changes == 0
+
+
+# --- several attentions, some of which can be replaced ---------------------------------------------------------
+
+
+def test_what_cannot_be_replaced_stays_and_says_why() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows = x.unflatten(-1, (3, 4)).transpose(1, 2)
+        return attention(attention(rows, rows, rows, right=0), rows, rows).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
+
+    before = program(forward, normal(2, 5, 12), dynamic={"x": {0: torch.export.Dim("b"), 1: torch.export.Dim("n")}})
+    after, result = rewritten(before, ReplaceAttention("nystrom"))
+    assert result.changes == 1 and reasons(result) == ["it is causal, and nystrom would mix later tokens in"]
+    assert len(after.calls(attention)) == 1
+    with pytest.raises(RewriteError):
+        rewritten(after, ReplaceAttention("nystrom"))
