@@ -87,6 +87,7 @@ class Report:
             parts.append(choices)
         pruned = [item for item in self.passes if item.sparsity]
         parts += [_sparsity_table(item, f": {item.name}" if len(pruned) > 1 else "") for item in pruned]
+        parts += [_attention_table(item) for item in self.passes if item.name.startswith("replace_attention")]
         parts.append(self.summary())
         return Group(*parts)
 
@@ -169,6 +170,18 @@ def explain(report: PassReport) -> Group:
 
 
 _NOTICED = 0.005  # a change of less is no per cent
+
+
+def _attention_table(report: PassReport) -> Table:
+    """What each attention is now, and why others are exact."""
+    table = Table(title=escape(f"attention: {report.name}"), title_justify="left")
+    for column in ("attention", "is now"):
+        table.add_column(column, overflow="fold")
+    for item in report.matches:
+        table.add_row(escape(item["node"]), escape(item["detail"]))
+    for item in report.refusals:
+        table.add_row(escape(item["node"]), escape(f"not {item['rule']}: {item['reason']}"))
+    return table
 
 
 def _sparsity_table(report: PassReport, which: str) -> Table:

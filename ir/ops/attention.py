@@ -78,6 +78,19 @@ def attention(
     return (weights @ value).to(dtype)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What half precision is computed in: fp32; other dtypes as they are."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a dtype. Unlike `Tensor.to` it is an operator that ONNX exporters know without decomposing it."""
+    if value.dtype == dtype:
+        return value
+    result: Tensor = torch.ops.aten._to_copy.default(value, dtype=dtype)
+    return result
+
+
 def like_attention(query: Tensor, value: Tensor) -> Tensor:
     """An empty tensor like the result of attention, [B, H, N, E]: the shape rule of those that replace it."""
     return query.new_empty((*query.shape[:3], value.shape[3]))

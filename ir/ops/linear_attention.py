@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .attention import band, like_attention
+from .attention import band, cast, like_attention, wide
 from .table import operator
 
 _SMALLEST_FEATURE = 1e-4  # as in the reference code of Performer
@@ -35,11 +35,11 @@ def random_features(
     keys may be seen: all rows of a head have one, the largest exponent among these. Neither: the largest that there
     can be, |projection|^2 / 2, as far as it is beyond 60; nothing that comes later has a part in it then (causal).
     """
-    wide = torch.promote_types(input.dtype, torch.float32)
+    floats = wide(input.dtype)
     factor = math.sqrt(1 / math.sqrt(input.shape[-1]) if scale is None else scale)
-    rows, directions = input.to(wide) * factor, projection.to(wide)
+    rows, directions = cast(input, floats) * factor, cast(projection, floats)
     exponents = rows @ directions.t()
-    half = rows.square().sum(-1, keepdim=True) * 0.5
+    half = (rows * rows).sum(-1, keepdim=True) * 0.5
     # The shift and |x|^2 / 2 are one number a row: taken off together, the features are passed over once.
     if own_shift:
         off = exponents.amax(-1, keepdim=True)
@@ -47,11 +47,11 @@ def random_features(
         largest = exponents.amax(-1, keepdim=True) - half
         off = half + largest.masked_fill(~shared_shift[:, None, :, None], -1e30).amax(-2, keepdim=True)
     else:
-        off = half + (directions.square().sum(-1).amax(0) * 0.5 - 60).clamp(min=0)
+        off = half + ((directions * directions).sum(-1).amax(0) * 0.5 - 60).clamp(min=0)
     exponents = exponents - off
     if shared_shift is not None:
         exponents = exponents.clamp(max=0)  # of keys that may not be seen
-    return (torch.exp(exponents) + _SMALLEST_FEATURE).to(input.dtype)
+    return cast(torch.exp(exponents) + _SMALLEST_FEATURE, input.dtype)
 
 
 @operator(
@@ -97,9 +97,9 @@ def linear_attention(
     attention. A row without any key allowed gives zeros.
     """
     dtype = query.dtype
-    wide = torch.promote_types(dtype, torch.float32)
+    floats = wide(dtype)
     query, key, value, query_features, key_features = (
-        item.to(wide) for item in (query, key, value, query_features, key_features)
+        cast(item, floats) for item in (query, key, value, query_features, key_features)
     )
     groups = query.shape[1] // key.shape[1]
     if groups != 1:
@@ -110,14 +110,14 @@ def linear_attention(
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, None, :]
     near = allowed & band(length, length, window - 1, window - 1, query.device)
-    far = products * (allowed & ~near).to(wide)
+    far = products * (allowed & ~near).to(floats)
     if not window:
         sums = far.sum(-1, keepdim=True)
         return ((far @ value) / sums.clamp(min=_SMALLEST_SUM)).to(dtype)
     scores = query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     some = near.any(-1, keepdim=True)
-    exact = torch.softmax(scores.masked_fill(~near, -1e30), -1) * near.to(wide)
+    exact = torch.softmax(scores.masked_fill(~near, -1e30), -1) * near.to(floats)
     if gain is not None:
-        far = far * torch.exp(gain.to(wide))[None, :, None, None]
-    sums = some.to(wide) + far.sum(-1, keepdim=True)
+        far = far * torch.exp(gain.to(floats))[None, :, None, None]
+    sums = some.to(floats) + far.sum(-1, keepdim=True)
     return (((exact + far) @ value) / sums.clamp(min=_SMALLEST_SUM)).to(dtype)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .attention import like_attention
+from .attention import cast, like_attention, wide
 from .table import operator
 
 _HIDDEN = -1e30  # finite: where nothing is seen the softmax is of no consequence, and no NaN
@@ -22,19 +22,18 @@ def segments(key_mask: Tensor, number: int) -> tuple[Tensor, Tensor]:
 
     `key_mask` is [B, N]; a token that may not be seen belongs to none.
     """
-    real = key_mask.to(torch.int64)
+    real = cast(key_mask, torch.int64)
     rank = real.cumsum(1) - 1
     count = real.sum(1, keepdim=True)
     place = torch.div(rank * number, count.clamp(min=1), rounding_mode="floor")
     here = torch.arange(number, device=key_mask.device)[None, :, None] == place[:, None, :]
-    members = (here & key_mask[:, None, :]).to(torch.float32)
+    members = cast(torch.logical_and(here, key_mask[:, None, :]), torch.float32)
     return members, members.sum(-1)
 
 
 def _inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In fp32 at least, with a key head for each query head."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    query, key, value = (cast(item, wide(item.dtype)) for item in (query, key, value))
     if key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -76,8 +75,8 @@ def nystrom_attention(
     factor = math.sqrt(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     query, key = query * factor, key * factor
     members, sizes = segments(mask, landmarks)
-    members = members.to(query.dtype)[:, None]  # [B, 1, m, N]
-    means = members / sizes.to(query.dtype).clamp(min=1)[:, None, :, None]
+    members = cast(members, query.dtype)[:, None]  # [B, 1, m, N]
+    means = members / cast(sizes, query.dtype).clamp(min=1)[:, None, :, None]
     query_marks, key_marks = means @ query, means @ key  # [B, H, m, D]
     no_mark = (sizes == 0)[:, None, None, :]
     first = torch.softmax((query @ key_marks.transpose(-1, -2)).masked_fill(no_mark, _HIDDEN), -1)
@@ -87,13 +86,14 @@ def nystrom_attention(
     approximate = first @ (_pseudo_inverse(middle, iterations) @ seen)
     own = members.transpose(-1, -2) @ seen  # each token's own landmark
     count = sizes.sum(-1)[:, None, None, None]
-    result = torch.where(count <= landmarks, own, approximate) * (count > 0).to(query.dtype)
-    return result.to(dtype)
+    result = torch.where(count <= landmarks, own, approximate) * cast(count > 0, query.dtype)
+    return cast(result, dtype)
 
 
 def _pseudo_inverse(matrix: Tensor, iterations: int) -> Tensor:
     """Of matrices [..., m, m] whose rows are probabilities, by the iteration of Razavi et al. (2014)."""
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    number = torch.arange(matrix.shape[-1], device=matrix.device)
+    identity = cast(number[:, None] == number, matrix.dtype)
     columns = matrix.sum(-2, keepdim=True).amax(-1, keepdim=True)
     found = matrix.transpose(-1, -2) / columns
     for _ in range(iterations):
@@ -132,21 +132,21 @@ def linformer_attention(
     query, key, value = _inputs(query, key, value)
     mask = _mask(key, key_mask)
     members, sizes = segments(mask, rank)
-    members = members.to(query.dtype)[:, None]
+    members = cast(members, query.dtype)[:, None]
     if pooling is None:
-        means = members / sizes.to(query.dtype).clamp(min=1)[:, None, :, None]
+        means = members / cast(sizes, query.dtype).clamp(min=1)[:, None, :, None]
         keys, values = means @ key, means @ value
     else:
         keys, values = (_pooled(members, key, item, pooling[:, index]) for index, item in enumerate((key, value)))
     scores = query @ keys.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    scores = scores + sizes.to(query.dtype).clamp(min=1).log()[:, None, None, :]
+    scores = scores + cast(sizes, query.dtype).clamp(min=1).log()[:, None, None, :]
     scores = scores.masked_fill((sizes == 0)[:, None, None, :], _HIDDEN)
-    result = torch.softmax(scores, -1) @ values * (sizes.sum(-1) > 0).to(query.dtype)[:, None, None, None]
-    return result.to(dtype)
+    result = torch.softmax(scores, -1) @ values * cast(sizes.sum(-1) > 0, query.dtype)[:, None, None, None]
+    return cast(result, dtype)
 
 
 def _pooled(members: Tensor, key: Tensor, item: Tensor, vector: Tensor) -> Tensor:
     """Means of `item` over segments, weighted by exp(key . vector): [B, H, m, E]."""
-    logits = (key * vector.to(key.dtype)[None, :, None, :]).sum(-1, keepdim=True)  # [B, H, N, 1]
+    logits = (key * cast(vector, key.dtype)[None, :, None, :]).sum(-1, keepdim=True)  # [B, H, N, 1]
     weights = torch.exp(logits.clamp(-30, 30))
     return (members @ (weights * item)) / (members @ weights).clamp(min=1e-30)

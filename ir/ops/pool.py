@@ -10,6 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
+from .attention import cast
 from .table import operator
 
 
@@ -36,10 +37,12 @@ def pool_tokens(input: Tensor, key_mask: Tensor | None = None, stride: int = 2) 
     groups = _places(input.shape[-2], stride, input.device)
     members = [inside[None] for _, inside in groups]
     if key_mask is not None:
-        real = [key_mask.index_select(1, places) & inside for places, inside in groups]
+        real = [torch.logical_and(key_mask.index_select(1, places), inside) for places, inside in groups]
         none = ~functools.reduce(torch.logical_or, real)
-        members = [some | (inside & none) for some, inside in zip(real, members, strict=True)]
-    counted = [item.to(input.dtype)[..., None] for item in members]  # [B or 1, P, 1]
+        members = [
+            torch.logical_or(some, torch.logical_and(inside, none)) for some, inside in zip(real, members, strict=True)
+        ]
+    counted = [cast(item, input.dtype)[..., None] for item in members]  # [B or 1, P, 1]
     if input.dim() == 4:
         counted = [item[:, None] for item in counted]
     parts = [input.index_select(-2, places) * item for (places, _), item in zip(groups, counted, strict=True)]
@@ -54,7 +57,9 @@ def pool_tokens(input: Tensor, key_mask: Tensor | None = None, stride: int = 2) 
 def pool_mask(key_mask: Tensor, stride: int = 2) -> Tensor:
     """key_mask [B, N] as that of the pooled tokens, [B, P]."""
     groups = _places(key_mask.shape[1], stride, key_mask.device)
-    return functools.reduce(torch.logical_or, [key_mask.index_select(1, places) & inside for places, inside in groups])
+    return functools.reduce(
+        torch.logical_or, [torch.logical_and(key_mask.index_select(1, places), inside) for places, inside in groups]
+    )
 
 
 @operator(

@@ -69,7 +69,7 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     block_attention.dynamic_blocks: block_tables.DYNAMIC_BLOCKS,
     linear_attention.linear_attention: linear_attentions.LINEAR_ATTENTION,
     **{
-        operator: (Lowering("as torch's exporter has it", reference(operator)),)
+        operator: (Lowering("MatMul and other primitives", reference(operator)),)
         for operator in (
             linear_attention.random_features,
             linear_attention.softmax_features,

@@ -28,7 +28,7 @@ class Lsh(Kind):
 
     chunk: int = 64
     rounds: int = 4
-    buckets: int = 256
+    buckets: int = 128
     seed: int = 0
     frozen: ClassVar[tuple[str, ...]] = ("rotations",)
 
