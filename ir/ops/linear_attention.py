@@ -85,16 +85,18 @@ def linear_attention(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """Linear attention (Katharopoulos et al., 2020) beyond a window of exact attention (LoLCATs: Zhang et al., 2025).
+    """Linear attention (Katharopoulos et al., 2020) beyond a terraced window of exact attention (LoLCATs: Zhang et al.,
+    2025).
 
     Shapes: query, key and value as of `attention`, with as many keys as queries; query_features [B, H, N, M],
     key_features [B, G, N, M], not negative; gain [H].
 
     Without a window, row i is sum_j w_ij v_j / sum_j w_ij with w_ij = phi(q_i) . phi(k_j), over the keys that
-    `key_mask` and, if `causal`, j <= i allow. With one, the keys |i - j| < window have their exact probabilities p_ij
-    among each other, and row i is (sum_near p_ij v_j + g sum_far w_ij v_j) / (1 + g sum_far w_ij), g = exp(gain[h]):
-    the features say how much more than the window there is to see, and where. No key beyond the window: exact
-    attention. A row without any key allowed gives zeros.
+    `key_mask` and, if `causal`, j <= i allow. With one, tokens are cut into blocks of `window`, the last of which may
+    be short, and the allowed keys of a query's own block and of the blocks beside it are near. They have their exact
+    probabilities p_ij among each other, and row i is (sum_near p_ij v_j + g sum_far w_ij v_j) / (1 + g sum_far w_ij)
+    with g = exp(gain[h]): the features say how much more than the window there is to see, and where. No key beyond the
+    window: exact attention. A row without any key allowed gives zeros.
     """
     dtype = query.dtype
     floats = wide(dtype)
@@ -109,7 +111,10 @@ def linear_attention(
     allowed = band(length, length, None, 0 if causal else None, query.device)[None, None]
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, None, :]
-    near = allowed & band(length, length, window - 1, window - 1, query.device)
+    near = torch.zeros_like(allowed)
+    if window:
+        block = torch.arange(length, device=query.device) // window
+        near = allowed & ((block[:, None] - block).abs() <= 1)
     far = products * (allowed & ~near).to(floats)
     if not window:
         sums = far.sum(-1, keepdim=True)

@@ -144,8 +144,8 @@ def by_loops(
             g = h * key.shape[1] // heads
             for i in range(length):
                 keys = [j for j in range(length) if mask[b, j] and not (causal and j > i)]
-                near = [j for j in keys if abs(i - j) < window]
-                far = [j for j in keys if abs(i - j) >= window]
+                near = [j for j in keys if window and abs(i // window - j // window) <= 1]
+                far = [j for j in keys if j not in near]
                 share = columns[b, g, far] @ rows[b, h, i]
                 if window:
                     share = share * gain[h].exp()
@@ -180,7 +180,8 @@ def test_a_gain_of_zero_is_none() -> None:
 
 def test_with_no_gain_left_only_the_window_is_seen() -> None:
     query, key, value, *features = inputs(9)
-    window = attention(query, key, value, left=2, right=2)
+    block = torch.arange(9) // 3
+    window = attention(query, key, value, bias=(block[:, None] - block).abs() <= 1)
     close(linear_attention(query, key, value, *features, torch.full((4,), -80.0), None, 3), window)
 
 
@@ -191,10 +192,13 @@ def test_without_a_window_only_features_count() -> None:
     )
 
 
-@pytest.mark.parametrize("window", [0, 2])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("ends", [(0, 30), (30, 0), (7, 5)], ids=["right", "left", "both"])
-def test_padding_changes_nothing(ends: tuple[int, int], causal: bool, window: int) -> None:
+@pytest.mark.parametrize(
+    ("ends", "window"),
+    [((0, 30), 0), ((30, 0), 0), ((7, 5), 0), ((0, 30), 2), ((30, 0), 2)],
+    ids=["right", "left", "both", "right of a window", "left of a window, by whole blocks"],
+)
+def test_padding_changes_nothing(ends: tuple[int, int], window: int, causal: bool) -> None:
     given = inputs(11)
     wide = [F.pad(tensor, (0, 0, *ends), value=3.0) for tensor in given]
     mask = F.pad(torch.ones(2, 11, dtype=torch.bool), ends)

@@ -1,7 +1,8 @@
 """Linear attention: two matmuls over all keys; in blocks where it is causal or has a window.
 
-A block of queries meets the keys of its own and its neighbouring blocks one by one, and those further away as running
-sums of key_features^T value over whole blocks. Values have one more column, of ones: its sum is the denominator.
+A block of queries meets the keys of its own block, or of that and its neighbours, one by one, and those further away as
+running sums of key_features^T value over whole blocks. Values have one more column, of ones, whose sum is the
+denominator.
 """
 
 from __future__ import annotations
@@ -72,22 +73,21 @@ def _blocks(
     groups = heads // key.shape[1]
     if groups != 1:
         key, value, key_features = (item.repeat_interleave(groups, 1) for item in (key, value, key_features))
-    size = max(16, 16 * math.ceil(window / 16)) if window else _BLOCK
-    reach = 1 if window else 0
+    size, reach = (window, 1) if window else (_BLOCK, 0)
     before, after = torch.tensor(-reach), torch.tensor(0 if causal else reach)
     offsets = torch.arange(-reach, 1 if causal else reach + 1)
     distance = torch.arange(len(offsets) * size)[None, :] - reach * size - torch.arange(size)[:, None]
     allowed = distance <= (0 if causal else 2 * size)
-    near = allowed & (distance.abs() < window)
     seen = torch.ones((batch, length), dtype=torch.bool) if key_mask is None else key_mask
     shown = _cast(seen, value.dtype)[:, None, :, None]
     shared = (query_features, key_features * shown, torch.cat([value * shown, shown.expand(-1, heads, -1, -1)], -1))
-    constants = (torch.tensor([size]), offsets, before.reshape(1), after.reshape(1), torch.tensor(causal))
-    weight = torch.ones(1) if gain is None else torch.exp(gain)
+    constants = (torch.tensor([size]), before.reshape(1), after.reshape(1), torch.tensor(causal))
     tensors: tuple[Tensor, ...] = (*shared, *constants, _cast(allowed, value.dtype))
     if window:
         factor = 1 / math.sqrt(width) if scale is None else scale
-        tensors = (*shared, *constants, _cast(allowed & ~near, value.dtype), near, query * factor, key, seen,
+        weight = torch.ones(1) if gain is None else torch.exp(gain)
+        hidden = torch.where(allowed, torch.zeros((), dtype=value.dtype), -4e30)
+        tensors = (*shared, *constants, offsets, hidden, query * factor, key, seen,
                    weight.reshape(1, -1, 1, 1, 1))  # fmt: skip
     function = WindowedLinearAttention if window else CausalLinearAttention
     return symbolic(f"{DOMAIN}::{function.name}", tensors, {}, dtype=value.dtype,
@@ -153,7 +153,7 @@ def Quotient(sums, like):  # type: ignore[no-untyped-def]
 
 @script(_FXPRESS, default_opset=op)
 def CausalLinearAttention(  # type: ignore[no-untyped-def]
-    query_features, key_features, values, size, offsets, before, after, causal, allowed
+    query_features, key_features, values, size, before, after, causal, allowed
 ):
     """The keys of a block itself one by one, those of earlier blocks as sums."""
     queries = InBlocks(query_features, size)
@@ -166,26 +166,19 @@ def CausalLinearAttention(  # type: ignore[no-untyped-def]
 
 @script(_FXPRESS, default_opset=op)
 def WindowedLinearAttention(  # type: ignore[no-untyped-def]
-    query_features, key_features, values, size, offsets, before, after, causal, far, near, query, key, seen, gain
+    query_features, key_features, values, size, before, after, causal, offsets, hidden, query, key, seen, gain
 ):
-    """`near` and `far` [size, offsets * size] say which keys of the neighbouring blocks are met exactly, or as
-    features."""
+    """`hidden` [size, offsets * size] is added to scores: what causality hides of the neighbouring blocks."""
     queries = InBlocks(query_features, size)
     keys = InBlocks(key_features, size)
     rows = InBlocks(values, size)
-    close = Neighbours(keys, offsets)
-    own = Neighbours(rows, offsets)
-    weights = op.MatMul(queries, op.Transpose(close, perm=[0, 1, 2, 4, 3])) * far * gain
     shown = InBlocks(op.Unsqueeze(op.Cast(seen, to=1), [1, 3]), size)
-    visible = op.Transpose(Neighbours(shown, offsets), perm=[0, 1, 2, 4, 3]) > 0.0
-    local = op.And(visible, near)
+    absent = (op.Transpose(Neighbours(shown, offsets), perm=[0, 1, 2, 4, 3]) - 1.0) * 1e30
     exact = Neighbours(InBlocks(key, size), offsets)
-    scores = op.MatMul(InBlocks(query, size), op.Transpose(exact, perm=[0, 1, 2, 4, 3]))
-    hidden = op.Where(local, 0.0, -1e30)
-    probabilities = op.Softmax(scores + hidden, axis=-1)  # where nothing is near, the values' ones are zeros there
-    some = op.ReduceMax(op.Cast(local, to=1), op.Constant(value_ints=[-1]), keepdims=1)
-    sums = op.MatMul(probabilities * some + weights, own)
-    result = Quotient(sums + FarSums(queries, keys, rows, before, after, causal) * gain, values)
+    scores = op.MatMul(InBlocks(query, size), op.Transpose(exact, perm=[0, 1, 2, 4, 3])) + (hidden + absent)
+    # Where nothing is near, the absent keys win over the hidden ones, and their values, the ones too, are zeros.
+    near = op.MatMul(op.Softmax(scores, axis=-1), Neighbours(rows, offsets))
+    result = Quotient(near + FarSums(queries, keys, rows, before, after, causal) * gain, values)
     return result
 
 

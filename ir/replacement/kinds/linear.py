@@ -19,12 +19,12 @@ from ..site import Sample, Site
 @dataclass(frozen=True)
 class Linear(Kind):
     """Features [softmax(x W), softmax(-x W)] a head, fitted so that attention gives what the softmax gives (Hedgehog:
-    Zhang et al., 2024), and exact attention within a window (LoLCATs: Zhang et al., 2025). O(N (features + window)).
-    A window of N or more is exact.
+    Zhang et al., 2024), and exact attention within a terraced window (LoLCATs: Zhang et al., 2025). O(N (features +
+    window)). A window of N or more is exact.
 
     Attributes:
         features: columns of W, each of which is two features.
-        window: how many keys on a side are met exactly, |i - j| < window; 0: none.
+        window: tokens of a block; the keys of a token's own block and of those beside it are met exactly. 0: none are.
         steps: of the fit.
         seed: of what W starts from besides the identity.
     """
