@@ -129,7 +129,7 @@ def test_padding_on_the_right_changes_nothing(kind: Kind, causal: bool) -> None:
     close(found, attend(kind, site(causal), tensors, lengths(37)))
 
 
-BLOCKS = (DynamicSparse, Linear, RandomSparse)  # and graphs of blocks: where blocks begin depends on padding before them
+BLOCKS = (DynamicSparse, Linear, RandomSparse)  # and graphs of blocks: these begin at the first place
 
 
 @pytest.mark.parametrize(
