@@ -96,15 +96,27 @@ def _parse_one(item: ast.expr, text: str) -> Pass:
         if keyword.arg is None or (keyword.arg not in options and not kind.more_options):
             raise InputError(f"unknown option {keyword.arg!r} of pass {name!r}: {nearest(str(keyword.arg), options)}")
         values[keyword.arg] = _literal(keyword.value, text)
+    needed = [entry.name for entry in dataclasses.fields(kind) if _is_needed(entry) and entry.name not in values]
+    if needed:
+        raise InputError(f"pass {name!r} needs {needed[0]}; write {name}({needed[0]}=...)")
     return kind(**values)
+
+
+def _is_needed(entry: dataclasses.Field[Any]) -> bool:
+    return entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+
+
+class _Words(ast.NodeTransformer):
+    """Bare words become texts, in lists too."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:  # as ast calls it
+        return ast.Constant(node.id)
 
 
 def _literal(value: ast.expr, text: str) -> Any:
     """A literal; a bare word is a text."""
-    if isinstance(value, ast.Name):
-        return value.id
     try:
-        return ast.literal_eval(value)
+        return ast.literal_eval(_Words().visit(value))
     except ValueError as error:
         raise InputError(f"an option in {text!r} is no literal value") from error
 

@@ -101,7 +101,7 @@ def within(
     used: list[Candidate] = []
     reached = 0.0
     skipped = 0
-    for candidate in order:  # measured together, as errors may add up to more or less than their sum
+    for candidate in track(order, "measuring attentions replaced together"):  # errors do not quite add up
         if skipped > 1:
             break
         outputs = target.run(program, batches, _together([*used, candidate]))
