@@ -12,10 +12,10 @@ from torch import fx
 
 from ..ir import pattern as p
 from ..ir.graph import Program, arguments, dtype, same_sizes, shape
-from ..ir.ops.attention import attention
 from ..ir.ops.linear import ATEN_ACTIVATIONS, gated_linear, linear_act, mlp, split_linear
 from ..ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from ..ir.ops.rotary import rotary
+from ..ir.ops.table import taking
 from ..ir.pattern import Match, Refusal, Rule
 from ..ir.rewrite import Applied, Context, Pass, PassResult, apply_rules
 from ..ir.spellings.activation import QUICK_GELU, find
@@ -68,8 +68,10 @@ _PER_ELEMENT = {
 
 def _pack_projections(program: Program, context: Context, result: PassResult) -> None:
     """Replace the query, key and value linears that read one input by one matmul, cut in parts."""
-    for node in program.calls(attention):
-        found = list(dict.fromkeys(linear for item in node.args[:3] for linear in _linears_behind(item)))
+    for node in program.calls(*taking("query", "key", "value")):
+        given = arguments(node)
+        operands = [given[name] for name in ("query", "key", "value")]
+        found = list(dict.fromkeys(linear for item in operands for linear in _linears_behind(item)))
         by_input: dict[fx.Node, list[fx.Node]] = {}
         for linear in found:
             by_input.setdefault(linear.args[0], []).append(linear)  # type: ignore[arg-type]

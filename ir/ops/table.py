@@ -29,6 +29,13 @@ class Operator:
 
 
 OPERATORS: dict[OpOverload, Operator] = {}
+
+
+def taking(*names: str) -> list[OpOverload]:
+    """The operators that take arguments of these names: "query", "key" and "value" are those of attention."""
+    return [target for target in OPERATORS if {*names} <= {item.name for item in target._schema.arguments}]
+
+
 _LIBRARY = torch.library.Library("fxpress", "DEF")
 
 

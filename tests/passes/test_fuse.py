@@ -15,7 +15,7 @@ from fxpress.ir.graph import Program
 from fxpress.ir.ops.linear import gated_linear, linear_act, mlp, split_linear
 from fxpress.ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from fxpress.ir.rewrite import Context
-from fxpress.passes import Canonicalize, Fuse
+from fxpress.passes import Canonicalize, Fuse, ReplaceAttention
 
 sdpa = F.scaled_dot_product_attention
 X = (2, 5, 8)
@@ -461,6 +461,13 @@ def test_budget_stops(budget: int) -> None:
     torch.manual_seed(0)
     _, result = rewritten(canonical(Layer(), normal(*X)), Fuse(), Context(max_rewrites=budget))
     assert result.changes == budget
+
+
+@pytest.mark.parametrize("kind", ["nystrom", "performer", "lsh"])
+def test_projections_of_any_attention_are_packed(kind: str) -> None:
+    replaced, _ = rewritten(CASES["pack_projections"][0](), ReplaceAttention(kind))
+    _, result = check(replaced, Fuse())
+    assert dict(result.rewrites) == {"pack_projections": 1}
 
 
 def test_trainable_weights_stay_trainable_when_packed() -> None:
