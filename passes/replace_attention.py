@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import fx
@@ -13,9 +14,9 @@ from torch import fx
 from ..ir.calibration.lockstep import Lockstep
 from ..ir.calibration.target import Target
 from ..ir.errors import InputError, RewriteError, nearest
-from ..ir.graph import Program, dtype
+from ..ir.graph import Program, dtype, module_path
 from ..ir.layers import fits
-from ..ir.ops.table import OPERATORS
+from ..ir.ops.table import taking
 from ..ir.pattern import Refusal
 from ..ir.replacement.choose import Candidate, Chosen, faster, replacing, samples_of, within
 from ..ir.replacement.kind import Kind
@@ -61,7 +62,7 @@ class ReplaceAttention(Pass):
     min_sqnr_db: float | None = None
     speedup: float | None = None
     force: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __init__(
         self,
@@ -75,14 +76,16 @@ class ReplaceAttention(Pass):
         **options: Any,
     ) -> None:
         given = {
-            "kind": kind if isinstance(kind, str) else tuple(kind),
-            "layers": layers if isinstance(layers, str) else tuple(layers),
-            "skip": tuple(skip) if isinstance(skip, list | tuple) else skip,
+            "kind": tuple(kind) if isinstance(kind, list) else kind,
+            "layers": tuple(layers) if isinstance(layers, list) else layers,
+            "skip": tuple(skip) if isinstance(skip, list) else skip,
             "min_cosine": min_cosine,
             "min_sqnr_db": min_sqnr_db,
             "speedup": speedup,
             "force": force,
-            "options": options,
+            "options": tuple(
+                (name, tuple(value) if isinstance(value, list) else value) for name, value in options.items()
+            ),
         }
         for name, value in given.items():
             object.__setattr__(self, name, value)
@@ -90,6 +93,9 @@ class ReplaceAttention(Pass):
         self.kinds()  # refuses bad options
 
     def _check(self) -> None:
+        names = (self.kind,) if isinstance(self.kind, str) else self.kind
+        if not isinstance(names, tuple) or not names or not all(isinstance(name, str) for name in names):
+            raise InputError(f"kind must be the name of a kind of attention, or several, found {self.kind!r}")
         for option in ("layers", "skip"):
             names = getattr(self, option)
             if option == "layers" and names in ("all", "auto"):
@@ -102,7 +108,7 @@ class ReplaceAttention(Pass):
         given = [name for name in budgets if getattr(self, name) is not None]
         for name in given:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
                 raise InputError(f"{name} must be a number, found {value!r}")
         if self.layers != "auto" and given:
             raise InputError(f"{given[0]} is a budget of layers='auto'; give that, or leave it out")
@@ -127,17 +133,14 @@ class ReplaceAttention(Pass):
             raise InputError("several kinds of attention need layers='auto', which chooses among them")
         if self.layers == "auto" and (fixed := next((name for name in names if not KINDS[name].local), None)):
             raise InputError(f"layers='auto' cannot try {fixed}, which changes more than the attention; name layers")
-        if not names:
-            raise InputError("give a kind of attention")
         known = {name: [entry.name for entry in dataclasses.fields(KINDS[name])] for name in names}
         every = sorted({option for found in known.values() for option in found})
-        for option in self.options:
+        for option, _ in self.options:
             if option not in every:
-                what = f"of {', '.join(names)}" if every else f": {', '.join(names)} has none"
-                raise InputError(f"unknown option {option!r} {what}{': ' + nearest(option, every) if every else ''}")
+                why = nearest(option, every) if every else "it has none"
+                raise InputError(f"unknown option {option!r} of {', '.join(names)}: {why}")
         return [
-            KINDS[name](**{option: value for option, value in self.options.items() if option in known[name]})
-            for name in names
+            KINDS[name](**{option: value for option, value in self.options if option in known[name]}) for name in names
         ]
 
     @property
@@ -153,9 +156,7 @@ class ReplaceAttention(Pass):
             value = getattr(self, entry.name)
             if value != entry.default:
                 text.append(f"{entry.name}={list(value) if isinstance(value, tuple) else value!r}")
-        return (
-            f"{self.pass_name()}({', '.join([*text, *(f'{name}={value!r}' for name, value in self.options.items())])})"
-        )
+        return f"{self.pass_name()}({', '.join([*text, *(f'{name}={value!r}' for name, value in self.options)])})"
 
     def apply(self, program: Program, context: Context) -> PassResult:
         """Rewrite the program in place."""
@@ -187,13 +188,15 @@ class ReplaceAttention(Pass):
     def _sites(self, program: Program) -> list[Site]:
         """The attentions that are meant."""
         every = sites(program)
-        if not every and any(item.name.endswith("_attention") and program.calls(op) for op, item in OPERATORS.items()):
+        if not every and program.calls(*taking("value", "key_mask")):
             return []  # all are replaced
         if not every:
             raise RewriteError("the program has no attention; fxpress inspect --explain canonicalize says why")
+        replaced = [module_path(node) for node in program.calls(*taking("value", "key_mask"))]
         named = (self.layers if isinstance(self.layers, tuple) else (), self.skip)
         for wanted in (*named[0], *named[1]):
-            if not any(_is_meant(index, site, [wanted]) for index, site in enumerate(every)):
+            known = isinstance(wanted, str) and any(fits(name, [wanted]) for name in replaced)
+            if not known and not any(_is_meant(index, site, [wanted]) for index, site in enumerate(every)):
                 close = difflib.get_close_matches(str(wanted), [site.name for site in every], n=3, cutoff=0.0)
                 raise InputError(f"no attention is {wanted!r}; there are {len(every)}, as {', '.join(close)}")
         return [
@@ -210,6 +213,8 @@ class ReplaceAttention(Pass):
         meant = self._sites(program)
         for site in meant:
             for kind in self.kinds():
+                if kind.is_done(site):
+                    continue
                 reason = kind.refusal(site)
                 if reason is not None:
                     illegal.append(Refusal(reason, kind.kind_name(), site.name))
@@ -228,7 +233,7 @@ class ReplaceAttention(Pass):
                     candidate = dataclasses.replace(candidate, seconds=seconds, exact_seconds=exact)
                 found.append(candidate)
         result.refusals += illegal
-        if meant and len(illegal) == len(meant) * len(self.kinds()):
+        if illegal and not found and len(illegal) == len(meant) * len(self.kinds()):
             first = illegal[0]
             raise RewriteError(f"no attention can be replaced by {first.rule}; {first.node}: {first.reason}")
         return found
@@ -241,6 +246,11 @@ class ReplaceAttention(Pass):
         if self.min_sqnr_db is None:
             wanted = Target(self.min_cosine or 0.99)
         return within(program, candidates, batches, wanted, track)
+
+
+def _fixed(value: Any) -> Any:
+    """Lists, nested ones too, as tuples, which can be hashed."""
+    return tuple(map(_fixed, value)) if isinstance(value, list) else value
 
 
 def _is_meant(index: int, site: Site, wanted: Sequence[str | int]) -> bool:

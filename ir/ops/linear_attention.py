@@ -16,40 +16,47 @@ _SMALLEST_SUM = 1e-20
 
 
 @operator(
-    "random_features(Tensor input, Tensor projection, Tensor? shared_shift=None, bool own_shift=False, "
-    "float? scale=None) -> Tensor",
+    "random_features(Tensor input, Tensor projection, Tensor? key_mask=None, str shift='fixed', float? scale=None) "
+    "-> Tensor",
     meaning="exp(x projection^T - |x|^2 / 2 - shift) + 1e-4, x the input times the root of the scale",
 )
 def random_features(
     input: Tensor,
     projection: Tensor,
-    shared_shift: Tensor | None = None,
-    own_shift: bool = False,
+    key_mask: Tensor | None = None,
+    shift: str = "fixed",
     scale: float | None = None,
 ) -> Tensor:
     """Positive orthogonal random features of queries or keys (FAVOR+, Performer: Choromanski et al., 2021): on average
     over projections, phi(q) . phi(k) = exp(q . k scale).
 
-    Shapes: input [B, H, N, D]; projection [M, D]; result [B, H, N, M]. A shift keeps numbers in range: with `own_shift`
-    (of queries, where it cancels) each row has its own, its largest exponent. `shared_shift` [B, N], boolean, which
-    keys may be seen: all rows of a head have one, the largest exponent among these. Neither: the largest that there
-    can be, |projection|^2 / 2, as far as it is beyond 60; nothing that comes later has a part in it then (causal).
+    Shapes: input [B, H, N, D]; projection [M, D]; key_mask [B, N]; result [B, H, N, M]. A shift keeps numbers in range:
+    "row" (of queries, where it cancels): each row has its own, its largest exponent; "all" (of keys): all rows of a
+    head have one, the largest exponent among those that `key_mask` allows; "fixed": the largest that there can be,
+    |projection|^2 / 2, as far as it is beyond 60, so that nothing that comes later has a part in it (causal).
+
+    Raises:
+        ValueError: there is no such shift.
     """
+    if shift not in ("row", "all", "fixed"):
+        raise ValueError(f"shift must be 'row', 'all' or 'fixed', found {shift!r}")
     floats = wide(input.dtype)
     factor = math.sqrt(1 / math.sqrt(input.shape[-1]) if scale is None else scale)
     rows, directions = cast(input, floats) * factor, cast(projection, floats)
     exponents = rows @ directions.t()
     half = (rows * rows).sum(-1, keepdim=True) * 0.5
     # The shift and |x|^2 / 2 are one number a row: taken off together, the features are passed over once.
-    if own_shift:
+    if shift == "row":
         off = exponents.amax(-1, keepdim=True)
-    elif shared_shift is not None:
+    elif shift == "all":
         largest = exponents.amax(-1, keepdim=True) - half
-        off = half + largest.masked_fill(~shared_shift[:, None, :, None], -1e30).amax(-2, keepdim=True)
+        if key_mask is not None:
+            largest = largest.masked_fill(~key_mask[:, None, :, None], -1e30)
+        off = half + largest.amax(-2, keepdim=True)
     else:
         off = half + ((directions * directions).sum(-1).amax(0) * 0.5 - 60).clamp(min=0)
     exponents = exponents - off
-    if shared_shift is not None:
+    if key_mask is not None:
         exponents = exponents.clamp(max=0)  # of keys that may not be seen
     return cast(torch.exp(exponents) + _SMALLEST_FEATURE, input.dtype)
 

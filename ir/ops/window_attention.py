@@ -32,8 +32,8 @@ def window_attention(
     tokens of causal attention are called (StreamingLLM: Xiao et al., 2024).
 
     Shapes as of `attention`, with as many keys as queries. Query i sees the keys i + t dilation, -left <= t <= right;
-    and the first `globals` tokens that `key_mask` allows, each once. These see all keys. `causal`: nothing sees a later
-    key, global tokens neither. Keys that the mask forbids are seen by none; a row without any gives zeros.
+    and, each once, `globals` tokens from the first one on that `key_mask` allows. These see all keys. `causal`: nothing
+    sees a later key, global tokens neither. Keys that the mask forbids are seen by none; a row without any gives zeros.
     """
     allowed = window(query.shape[2], key_mask, left, right, globals, dilation, causal, query.device)
     given = {"bias": allowed, "key_mask": key_mask, "scale": scale, "softcap": softcap}

@@ -69,6 +69,10 @@ class Kind:
             return f"its keys are other tokens than its queries, and {name} is for attention of tokens to themselves"
         return self._band(site) or self.refuses(site)
 
+    def is_done(self, site: Site) -> bool:
+        """Whether an attention is of this kind as it stands."""
+        return False
+
     def _band(self, site: Site) -> str | None:
         name = self.kind_name()
         if site.left is None and site.right is None:

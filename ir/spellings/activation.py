@@ -46,20 +46,26 @@ SILU = Activation("silu", aten.sigmoid.default, {(1, 0): 1.0}, {(1, 1): 1.0}, at
 QUICK_GELU = Activation("quick_gelu", aten.sigmoid.default, {(1, 0): 1.702}, {(1, 1): 1.0})
 _EXACT = 1e-7  # relative error of a constant that fp32 cannot tell from the right one
 _LONGEST = 4  # calls from the function to the result
+_DEEPEST = 8  # calls of a polynomial, one in another
+_ARITHMETIC = (aten.neg.default, aten.mul.Tensor, aten.add.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar)
 
 
-def _polynomial(value: Any, x: fx.Node, t: fx.Node | None, nodes: set[fx.Node]) -> Polynomial | None:
-    """`value` as a polynomial in x and t, and the calls that make it; None if it is none."""
+def _polynomial(
+    value: Any, x: fx.Node, t: fx.Node | None, nodes: set[fx.Node], depth: int = _DEEPEST
+) -> Polynomial | None:
+    """`value` as a polynomial in x and t, and the calls that make it; None if it is none, or deeper."""
     if value is x:
         return {(1, 0): 1.0}
     if value is t:
         return {(0, 1): 1.0}
     if isinstance(value, int | float) and not isinstance(value, bool):
         return {(0, 0): float(value)}
-    if not isinstance(value, fx.Node) or value.op != "call_function" or value.kwargs or not _is_like(value, x):
+    if not isinstance(value, fx.Node) or value.target not in _ARITHMETIC or value.kwargs or not _is_like(value, x):
+        return None
+    if not depth:  # a stack of residual additions would take twice as long for each
         return None
     nodes.add(value)
-    target, parts = value.target, [_polynomial(item, x, t, nodes) for item in value.args]
+    target, parts = value.target, [_polynomial(item, x, t, nodes, depth - 1) for item in value.args]
     if any(part is None for part in parts):
         return None
     first: Any = parts[0]

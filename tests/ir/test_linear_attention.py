@@ -56,7 +56,7 @@ def test_without_a_shift_features_are_exponentials() -> None:
 def test_rows_of_queries_have_a_shift_of_their_own() -> None:
     expected = exponents(X, 0.3)
     expected = (expected - expected.amax(-1, keepdim=True)).exp() + LEAST
-    close(random_features(X, PROJECTION, None, True, 0.3), expected)
+    close(random_features(X, PROJECTION, None, "row", 0.3), expected)
 
 
 def test_keys_share_the_shift_of_those_that_may_be_seen() -> None:
@@ -66,14 +66,14 @@ def test_keys_share_the_shift_of_those_that_may_be_seen() -> None:
         for h in range(3):
             largest = expected[b, h, mask[b]].max()
             expected[b, h] = (expected[b, h] - largest).clamp(max=0).exp()
-    close(random_features(X, PROJECTION, mask, False, 0.3), expected + LEAST)
+    close(random_features(X, PROJECTION, mask, "all", 0.3), expected + LEAST)
 
 
 def test_hidden_keys_do_not_shift_the_others() -> None:
     mask = torch.tensor([[True, True, True, False, False]] * 2)
     poisoned = X.clone()
     poisoned[:, :, 3:] = PROJECTION[0] * 50
-    found, expected = (random_features(x, PROJECTION, mask) for x in (poisoned, X))
+    found, expected = (random_features(x, PROJECTION, mask, "all") for x in (poisoned, X))
     assert torch.equal(found[:, :, :3], expected[:, :, :3]) and found.isfinite().all()
 
 
@@ -84,11 +84,11 @@ def test_without_a_shift_rows_know_nothing_of_each_other() -> None:
     assert torch.equal(random_features(changed, PROJECTION)[:, :, :4], random_features(X, PROJECTION)[:, :, :4])
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("shift", ["fixed", "row", "all"])
 @pytest.mark.parametrize("size", [0.0, 1.0, 30.0, 1e4])
-def test_features_stay_finite_and_positive(size: float, own: bool) -> None:
+def test_features_stay_finite_and_positive(size: float, shift: str) -> None:
     """Even for a projection whose exponentials would overflow."""
-    found = random_features(X * size, PROJECTION * 10, None, own)
+    found = random_features(X * size, PROJECTION * 10, None, shift)
     assert found.isfinite().all() and found.amin() >= LEAST
 
 
@@ -105,13 +105,16 @@ def test_random_features_of_half_precision_are_rounded_once(half: torch.dtype) -
     assert torch.equal(random_features(x, projection), random_features(x.float(), projection.float()).to(half))
 
 
-SHIFTS: list[tuple[Any, bool]] = [(None, False), (None, True), (torch.tensor([[True] * 3 + [False] * 2] * 2), False)]
+def test_other_shifts_are_refused() -> None:
+    with pytest.raises(ValueError, match="shift must be 'row', 'all' or 'fixed'"):
+        random_features(X, PROJECTION, None, "none")
 
 
-@pytest.mark.parametrize(("shared", "own"), SHIFTS, ids=["none", "own", "shared"])
-def test_gradient_of_random_features(shared: Tensor | None, own: bool) -> None:
+@pytest.mark.parametrize("shift", ["fixed", "row", "all"])
+@pytest.mark.parametrize("mask", [None, torch.tensor([[True] * 3 + [False] * 2] * 2)], ids=["all", "some"])
+def test_gradient_of_random_features(mask: Tensor | None, shift: str) -> None:
     given = (X.double().requires_grad_(), PROJECTION.double().requires_grad_())
-    assert torch.autograd.gradcheck(lambda x, w: random_features(x, w, shared, own, 0.3), given)
+    assert torch.autograd.gradcheck(lambda x, w: random_features(x, w, mask, shift, 0.3), given)
 
 
 # --- learned features ------------------------------------------------------------------------------------------

@@ -19,15 +19,17 @@ from ..kind import Call, Kind, check_integer, compute
 from ..site import Sample, Site
 
 aten = torch.ops.aten
+_SMALLEST_TAP = 1e-6
 
 
 @dataclass(frozen=True)
 class DepthwiseConv(Kind):
     """A convolution along the sequence for each head. O(N kernel).
 
-    Its taps start as the mean attention at each distance on calibration data. `dynamic`: taps are made for each token,
-    softmax((q * convolved k) W + b), as ConvBERT's span-based dynamic convolution does (Jiang et al., 2020; Wu et al.,
-    2019); W starts at zero, b from the mean attention, and both are fitted to what exact attention gives.
+    Its taps are the softmax of weights that start from the mean attention at each distance on calibration data.
+    `dynamic`: taps are made for each token, softmax((q * convolved k) W + b), as ConvBERT's span-based dynamic
+    convolution does (Jiang et al., 2020; Wu et al., 2019); W starts at zero, b from the mean attention, and both are
+    fitted to what exact attention gives.
 
     Attributes:
         kernel: taps, around a token, or up to it where attention is causal.
@@ -72,10 +74,11 @@ class DepthwiseConv(Kind):
 
     def _of(self, site: Site, taps: Tensor, mixed: Tensor) -> dict[str, Tensor]:
         """The weights for taps [H, K], of which those of heads that are not `mixed` [H] are not used."""
-        found = {"taps": taps[mixed]}
+        logits = taps[mixed].clamp(min=_SMALLEST_TAP).log()
+        found = {"taps": logits}
         if self.dynamic:
-            found["bias"] = found["taps"].clamp(min=1e-4).log()
-            found["directions"] = torch.zeros(len(found["taps"]), site.size, self.kernel)
+            found["bias"] = logits.clone()
+            found["directions"] = torch.zeros(len(logits), site.size, self.kernel)
         if not bool(mixed.all()):
             number = torch.arange(site.heads)
             found["mixed"], found["others"] = number[mixed], number[~mixed]
@@ -118,7 +121,7 @@ class DepthwiseConv(Kind):
 
     def _mix(self, call: Call, site: Site, inputs: Sequence[Any], weights: Mapping[str, Any]) -> Any:
         query, key, value, key_mask = inputs
-        taps = weights["taps"]
+        taps = call(aten.softmax.int, weights["taps"], -1)
         if self.dynamic:
             span = call(conv_attention, key, taps, key_mask, site.causal)
             product = call(aten.mul.Tensor, query, span)

@@ -17,7 +17,7 @@ from ..kind import Call, Kind, check_integer
 from ..site import Site
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Graph(Kind):
     """Attention along the edges of a graph. O(edges). No weights. The complete graph is exact.
 
@@ -48,8 +48,9 @@ class Graph(Kind):
             raise InputError(f"degree must be even, half of it on each side, found {self.degree}")
         if (self.adjacency is not None) != (self.topology == "adjacency"):
             raise InputError("topology 'adjacency' goes with an adjacency matrix, the others without")
-        if self.adjacency is not None:
-            self._matrix()
+        if self.adjacency is not None:  # as tuples, which compare and print as what they are
+            rows = self._matrix().long().tolist()
+            object.__setattr__(self, "adjacency", tuple(map(tuple, rows)))
 
     def _matrix(self) -> Tensor:
         """The adjacency, boolean [n, n]."""
@@ -64,7 +65,7 @@ class Graph(Kind):
     def refuses(self, site: Site) -> str | None:
         """A graph made of the tokens that there are would let a query know how many come later."""
         if site.causal and self.topology != "adjacency":
-            return f"it is causal, and a {self.topology} is not"
+            return f"it is causal, and the topology {self.topology!r} is not"
         if self.topology == "adjacency":
             most = len(self._matrix()) * self.block
             longest = site.longest

@@ -50,7 +50,7 @@ class Performer(Kind):
         """Features of queries, each shifted by its own largest exponent, and of keys; then linear attention."""
         query, key, value, key_mask = inputs
         projection = weights["projection"]
-        rows = call(random_features, query, projection, None, True, site.scale)
-        shared = None if site.causal else key_mask
-        columns = call(random_features, key, projection, shared, False, site.scale)
+        rows = call(random_features, query, projection, None, "row", site.scale)
+        seen, shift = (None, "fixed") if site.causal else (key_mask, "all")
+        columns = call(random_features, key, projection, seen, shift, site.scale)
         return call(linear_attention, query, key, value, rows, columns, None, key_mask, 0, site.causal, site.scale)

@@ -34,11 +34,13 @@ class SlidingWindow(Kind):
         check_integer("global_tokens", self.global_tokens, 0)
         check_integer("dilation", self.dilation, 1)
 
+    def is_done(self, site: Site) -> bool:
+        """Whether there is a window that is no wider."""
+        plain = not self.global_tokens and self.dilation == 1
+        return plain and all(isinstance(side, int) and side < self.window for side in (site.left, site.right))
+
     def refuses(self, site: Site) -> str | None:
         """A window of the model's own is kept where the new one has neither global tokens nor holes."""
-        plain = not self.global_tokens and self.dilation == 1
-        if plain and all(isinstance(side, int) and side < self.window for side in (site.left, site.right)):
-            return "it has a window already that is no wider"
         has_own = site.left is not None or site.right not in (None, 0)
         if has_own and (self.global_tokens or self.dilation > 1):
             return "it has a window of its own already, which global tokens and dilation would not keep"

@@ -29,8 +29,8 @@ def test_learned_features(window: int, causal: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("causal", [False, True], ids=["encoder", "causal"])
 def test_random_features(causal: bool, tmp_path: Path) -> None:
     def mix(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Tensor:
-        rows = random_features(query, PROJECTION, None, True)
-        columns = random_features(key, PROJECTION, None if causal else key_mask)
+        rows = random_features(query, PROJECTION, None, "row")
+        columns = random_features(key, PROJECTION, *((None, "fixed") if causal else (key_mask, "all")))
         return linear_attention(query, key, value, rows, columns, None, key_mask, 0, causal)
 
     check_in_onnx(mix, tmp_path, SIZES)

@@ -150,7 +150,7 @@ def mean_attention(at: Site, data: list[Sample], kernel: int) -> Tensor:
 def test_taps_are_the_mean_attention_at_each_distance(causal: bool, kernel: int) -> None:
     at, kind = site(causal), DepthwiseConv(kernel)
     data = samples(at)
-    found = kind.calibrate(at, kind.weights(at), data, untracked)["taps"]
+    found = kind.calibrate(at, kind.weights(at), data, untracked)["taps"].softmax(-1)
     masses = mean_attention(at, data, kernel)
     torch.testing.assert_close(found, masses / masses.sum(1, keepdim=True), rtol=1e-4, atol=1e-5)
 
@@ -191,6 +191,6 @@ def test_where_every_head_stays_the_result_is_exact(causal: bool, length: int) -
 
 def test_taps_are_right_for_a_head_that_looks_at_one_distance() -> None:
     at, kind, data = site(False, 4, 4), DepthwiseConv(3), positional()
-    taps = kind.calibrate(at, kind.weights(at), data, untracked)["taps"]
+    taps = kind.calibrate(at, kind.weights(at), data, untracked)["taps"].softmax(-1)
     assert taps[1, 0] > 0.8  # the token before
     torch.testing.assert_close(taps[0], torch.full((3,), 1 / 3), rtol=0.1, atol=0)

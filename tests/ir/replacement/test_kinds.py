@@ -153,8 +153,7 @@ def test_padding_on_the_left_changes_nothing(kind: Kind, causal: bool, before: i
 
 @cases
 def test_no_mask_is_a_mask_that_hides_nothing(kind: Kind, causal: bool) -> None:
-    """To performer about so: its features are shifted differently, and 1e-4 is added to them afterwards."""
-    tensors, tolerance = qkv(13, 2), 0.05 if type(kind) is Performer else 1e-5
+    tensors, tolerance = qkv(13, 2), 1e-5
     close(attend(kind, site(causal), tensors, None), attend(kind, site(causal), tensors, lengths(13, 13)), tolerance)
 
 
