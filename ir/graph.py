@@ -17,6 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from .errors import RewriteError
 from .ops import (  # noqa: F401  # the families register their operators
+    align,
     attention,
     block_attention,
     conv_attention,

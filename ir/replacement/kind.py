@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from ..errors import InputError
 from ..graph import Program
+from ..ops.align import align_tokens
 from ..rewrite import Track
 from .site import Sample, Site
 
@@ -106,6 +107,16 @@ class Kind:
     def replace(self, program: Program, site: Site, weights: Mapping[str, fx.Node]) -> None:
         """Put it in the attention's place."""
         program.replace(site.node, self.attend(inserting(program, site.node), site, site.inputs, weights))
+
+
+def aligned(call: Call, inputs: Sequence[Any]) -> tuple[Sequence[Any], Callable[[Any], Any]]:
+    """The inputs with padding at the beginning moved to the end, and what moves the result back: for kinds whose
+    blocks begin at the first place."""
+    key_mask = inputs[3]
+    if key_mask is None:
+        return inputs, lambda result: result
+    moved = [call(align_tokens, item, key_mask) for item in inputs]
+    return moved, lambda result: call(align_tokens, result, key_mask, True)
 
 
 def compute(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ....ir.ops import (
+    align,
     attention,
     block_attention,
     conv_attention,
@@ -23,6 +24,7 @@ from ....ir.ops import (
     rotary,
     window_attention,
 )
+from . import align as aligns
 from . import attention as attentions
 from . import banded, block_tables, causal, padded, portable
 from . import block_attention as block_attentions
@@ -62,6 +64,7 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     quantize.int4_linear: quantizes.INT4_LINEAR,
     conv_attention.conv_attention: conv_attentions.CONV_ATTENTION,
     lsh_attention.lsh_attention: lsh_attentions.LSH_ATTENTION,
+    align.align_tokens: aligns.ALIGN_TOKENS,
     window_attention.window_attention: window_attentions.WINDOW_ATTENTION,
     block_attention.block_attention: block_attentions.BLOCK_ATTENTION,
     block_attention.random_blocks: block_tables.RANDOM_BLOCKS,
@@ -86,6 +89,7 @@ FUNCTIONS = (
     *banded.FUNCTIONS,
     *causal.FUNCTIONS,
     *padded.FUNCTIONS,
+    *aligns.FUNCTIONS,
     *window_attentions.FUNCTIONS,
     *block_attentions.FUNCTIONS,
     *block_tables.FUNCTIONS,

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import InputError
 from ...ops.block_attention import block_attention, dynamic_blocks
-from ..kind import Call, Kind, check_integer
+from ..kind import Call, Kind, aligned, check_integer
 from ..site import Site
 
 
@@ -46,10 +46,12 @@ class DynamicSparse(Kind):
 
     def attend(self, call: Call, site: Site, inputs: Sequence[Any], weights: Mapping[str, Any]) -> Any:
         """A table of blocks, and attention to them."""
+        inputs, restore = aligned(call, inputs)
         query, key, value, key_mask = inputs
         rows = 1 if self.per_query else self.block
         mass = 0.0 if self.top_k else float(self.mass or 0.9)
         table = call(dynamic_blocks, query, key, key_mask, rows, self.block, self.top_k, mass, float(self.similarity),
                      site.causal, site.scale)  # fmt: skip
-        return call(block_attention, query, key, value, table, None, key_mask, rows, self.block, site.causal,
+        result = call(block_attention, query, key, value, table, None, key_mask, rows, self.block, site.causal,
                     site.scale)  # fmt: skip
+        return restore(result)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import InputError
 from ...ops.block_attention import block_attention, expander_blocks
 from ...ops.window_attention import window_attention
-from ..kind import Call, Kind, check_integer
+from ..kind import Call, Kind, aligned, check_integer
 from ..site import Site
 
 
@@ -93,10 +93,12 @@ class Graph(Kind):
         if self.topology == "star":
             side = self.degree // 2
             return call(window_attention, query, key, value, key_mask, side, side, self.hubs, 1, False, site.scale)
+        (query, key, value, key_mask), restore = aligned(call, inputs)
         if self.topology == "adjacency":
             table, full = weights["table"], weights["full"]
         else:
             both = call(expander_blocks, query, key_mask, self.block, self.degree, self.hubs, self.seed)
             table, full = (call(operator.getitem, both, index) for index in (0, 1))
-        return call(block_attention, query, key, value, table, full, key_mask, self.block, self.block, site.causal,
+        result = call(block_attention, query, key, value, table, full, key_mask, self.block, self.block, site.causal,
                     site.scale)  # fmt: skip
+        return restore(result)

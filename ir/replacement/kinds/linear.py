@@ -12,7 +12,7 @@ from torch import Tensor
 from ...ops.linear_attention import linear_attention, softmax_features
 from ...rewrite import Track
 from ..fit import fit
-from ..kind import Call, Kind, check_integer, compute
+from ..kind import Call, Kind, aligned, check_integer, compute
 from ..site import Sample, Site
 
 
@@ -69,8 +69,10 @@ class Linear(Kind):
 
     def attend(self, call: Call, site: Site, inputs: Sequence[Any], weights: Mapping[str, Any]) -> Any:
         """Features, then linear attention."""
+        inputs, restore = aligned(call, inputs) if self.window else (inputs, lambda result: result)
         query, key, value, key_mask = inputs
         rows = call(softmax_features, query, weights["query_features"])
         columns = call(softmax_features, key, weights["key_features"])
-        return call(linear_attention, query, key, value, rows, columns, weights.get("gain"), key_mask, self.window,
+        result = call(linear_attention, query, key, value, rows, columns, weights.get("gain"), key_mask, self.window,
                     site.causal, site.scale)  # fmt: skip
+        return restore(result)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...ops.block_attention import block_attention, random_blocks
-from ..kind import Call, Kind, check_integer
+from ..kind import Call, Kind, aligned, check_integer
 from ..site import Site
 
 
@@ -37,9 +37,11 @@ class RandomSparse(Kind):
 
     def attend(self, call: Call, site: Site, inputs: Sequence[Any], weights: Mapping[str, Any]) -> Any:
         """A table of blocks, and attention to them."""
+        inputs, restore = aligned(call, inputs)
         query, key, value, key_mask = inputs
         both = call(random_blocks, query, key_mask, self.block, self.window, self.global_blocks, self.random_blocks,
                     self.seed, site.causal)  # fmt: skip
         table, full = (call(operator.getitem, both, index) for index in (0, 1))
-        return call(block_attention, query, key, value, table, full, key_mask, self.block, self.block, site.causal,
+        result = call(block_attention, query, key, value, table, full, key_mask, self.block, self.block, site.causal,
                     site.scale)  # fmt: skip
+        return restore(result)

@@ -129,22 +129,10 @@ def test_padding_on_the_right_changes_nothing(kind: Kind, causal: bool) -> None:
     close(found, attend(kind, site(causal), tensors, lengths(37)))
 
 
-BLOCKS = (DynamicSparse, Linear, RandomSparse)  # and graphs of blocks: these begin at the first place
-
-
-@pytest.mark.parametrize(
-    ("kind", "causal"),
-    [
-        (kind, causal)
-        for causal in (False, True)
-        for kind in applicable(BITING, causal)
-        if not isinstance(kind, BLOCKS) and not (isinstance(kind, Graph) and kind.topology != "star")
-    ],
-    ids=str,
-)
+@cases
 @pytest.mark.parametrize("before", [3, 64])
 def test_padding_on_the_left_changes_nothing(kind: Kind, causal: bool, before: int) -> None:
-    """Of kinds that know no blocks; global tokens and hubs are the first real ones."""
+    """Blocks begin at the first real token; global tokens and hubs are the first real ones."""
     tensors = qkv(37)
     wide, mask = padded(tensors, before, 5)
     found = attend(kind, site(causal), wide, mask)[:1, :, before : before + 37]
