@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from measure import LOADS, Results, Row
-from workloads import ONNX, ONNX_23, OURS, SPARSITY, WORKLOADS, Shape, Target, Workload
+from workloads import ONNX, ONNX_23, OTHERS, OURS, WORKLOADS, Shape, Target, Workload
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "fxpress")
 INTRODUCTION = """# Benchmarks on one thread
@@ -27,8 +27,9 @@ example, saved and loaded.
   (dynamo=False, opset 17) makes of eager attention, with opt_level=0; what it fused is listed.
 - Matmul floor: the model's matmul operations, attention included, at the best sgemm rate measured in the same run.
 - Error: last_hidden_state at tokens that are not padding, against eager PyTorch in fp64.
-- In fewer bits (minilm-int8), with fewer heads and neurons (minilm-pruned, bert-pruned), and with zeros among the
-  weights (sparsity, which is not timed): what is compared, and on which texts, stands in that section.
+- In fewer bits (minilm-int8), with fewer heads and neurons (minilm-pruned, bert-pruned), with zeros among the weights
+  (sparsity, which is not timed), and with other kinds of attention (attention-scaling, and attention-quality, which is
+  not timed): what is compared, and on which texts, stands in that section.
 """
 SUMMARY = """## Summary
 
@@ -49,7 +50,7 @@ def update(old: str, name: str, body: str, lines: list[str]) -> str:
     rows = {name: re.findall(rf"^\| {name} \|.*\n", sections.get("Summary", ""), re.MULTILINE) for name in WORKLOADS}
     sections[name], rows[name] = body, lines
     summary = SUMMARY + "".join(row for name in WORKLOADS for row in rows[name])
-    parts = [f"## {name}\n{sections[name]}".strip() for name in (*WORKLOADS, SPARSITY) if name in sections]
+    parts = [f"## {name}\n{sections[name]}".strip() for name in (*WORKLOADS, *OTHERS) if name in sections]
     return "\n".join([INTRODUCTION, summary, "\n\n".join(parts)]) + "\n"
 
 

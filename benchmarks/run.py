@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/run.py                    every workload and candidate, 5 rounds
     .venv/bin/python benchmarks/run.py --only minilm      one workload; rewrites its section alone
     .venv/bin/python benchmarks/run.py --only minilm --only fxpress --shapes 1x128 --quick      only prints
-    .venv/bin/python benchmarks/run.py --only sparsity    the table of sparse weights
+    .venv/bin/python benchmarks/run.py --only sparsity    a section that is no workload (attention-scaling, ...)
 
 RESULTS.md is written when a workload was measured whole: all of its candidates and shapes, not --quick.
 
@@ -19,6 +19,10 @@ A workload in fewer bits (minilm-int8: peers_int8.py, our points.py) is also jud
 
 A workload with fewer heads and neurons (minilm-pruned, bert-pruned) has points of points.py too, and a section of its
 own (report_pruned.py). "sparsity" is a table of what single zeros do, by method, without any timing (sparsity.py).
+
+"attention-scaling" measures time and memory of each kind of attention by length, with a plot (attention_scaling.py,
+attention_worker.py, report_scaling.py, plot_attention.py); "attention-quality" what the kinds do to trained models,
+without any timing (attention_quality.py).
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from pathlib import Path
 
 from candidates import named
 from lineup import CANDIDATES
-from measure import Measurement, Results
+from measure import Measurement
 from plot_int8 import plot
 from report import section, summary_rows, update
 from report_int8 import PLOT, quantized_section
@@ -39,7 +43,7 @@ from report_pruned import pruned_section
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from workloads import SPARSITY, WORKLOADS, Shape, Workload
+from workloads import OTHERS, REPLACED, SCALING, SPARSITY, WORKLOADS, Shape, Workload
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 SECTIONS = {"exact": section, "quantized": quantized_section, "pruned": pruned_section}
@@ -49,17 +53,18 @@ CONSOLE = Console()
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2 short rounds; does not write RESULTS.md")
-    names = [*WORKLOADS, SPARSITY, *CANDIDATES]
+    names = [*WORKLOADS, *OTHERS, *CANDIDATES]
     parser.add_argument("--only", action="append", choices=names, metavar="NAME", default=[],
                         help="only this workload or candidate (again for more): "
                         + ", ".join(names).replace("%", "%%"))  # fmt: skip
     parser.add_argument("--shapes", nargs="+", metavar="BxL", default=[], help="only these shapes, such as 1x128")
     options = parser.parse_args()
     candidates = [name for name in CANDIDATES if name in options.only]
-    every = list(WORKLOADS) if candidates or options.shapes else [*WORKLOADS, SPARSITY]
-    for name in [name for name in (*WORKLOADS, SPARSITY) if name in options.only] or every:
-        if name == SPARSITY:
-            measure_sparsity(options.quick)
+    every = list(WORKLOADS) if candidates or options.shapes else [*WORKLOADS, *OTHERS]
+    measures = {SPARSITY: measure_sparsity, SCALING: measure_scaling, REPLACED: measure_replaced}
+    for name in [name for name in (*WORKLOADS, *OTHERS) if name in options.only] or every:
+        if name in measures:
+            measures[name](options.quick)
             continue
         workload = WORKLOADS[name]
         wanted = [name for name in workload.candidates if name in (candidates or CANDIDATES)]
@@ -85,7 +90,7 @@ def measure(workload: Workload, names: list[str], shapes: list[Shape], quick: bo
     text = SECTIONS[workload.kind](workload, results, f"{rounds} rounds of {seconds} s")
     publish(workload.name, text, summary_rows(workload, results) if workload.kind == "exact" else [], whole)
     if whole and workload.kind == "quantized":
-        draw(results)
+        draw(lambda: plot(results, RESULTS.with_name(PLOT)))
 
 
 def measure_sparsity(quick: bool) -> None:
@@ -96,6 +101,29 @@ def measure_sparsity(quick: bool) -> None:
     with progress(SPARSITY) as tell:
         found = {case.name: (case, sparsity.measure(case, tell)) for case in cases}
     publish(SPARSITY, sparsity.section(found), [], whole=not quick)
+
+
+def measure_scaling(quick: bool) -> None:
+    """Every kind of attention at every length, and the plot."""
+    import attention_scaling
+    import plot_attention
+    import report_scaling
+
+    with tempfile.TemporaryDirectory(prefix="fxpress-bench-") as folder, progress(SCALING) as tell:
+        found = attention_scaling.measure(tell, Path(folder), quick)
+    publish(SCALING, report_scaling.section(found), [], whole=not quick)
+    if not quick:
+        draw(lambda: plot_attention.plot(found, RESULTS.with_name(report_scaling.PLOT)))
+
+
+def measure_replaced(quick: bool) -> None:
+    """Judge every kind of attention and print the section; write it if it was judged whole."""
+    import attention_quality
+
+    tasks = attention_quality.tasks(quick)  # training shows a progress of its own
+    with progress(REPLACED) as tell:
+        found = [(task, attention_quality.measure(task, tell)) for task in tasks]
+    publish(REPLACED, attention_quality.section(found), [], whole=not quick)
 
 
 @contextmanager
@@ -123,10 +151,10 @@ def publish(name: str, body: str, summary: list[str], whole: bool) -> None:
         CONSOLE.print(f"written: {RESULTS}")
 
 
-def draw(results: Results) -> None:
-    """The plot of speed against error."""
+def draw(write: Callable[[], None]) -> None:
+    """A plot, if there is what draws it."""
     try:
-        plot(results, RESULTS.with_name(PLOT))
+        write()
     except ImportError:
         CONSOLE.print("no plot without matplotlib: pip install 'fxpress[bench]'")
 

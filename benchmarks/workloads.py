@@ -30,7 +30,8 @@ ALL = (EAGER, COMPILED, TUNED, ONNX, ONNX_23, OPTIMIZED, OURS)
 QUANTIZED_PEERS = (DYNAMIC, DYNAMIC_23, DYNAMIC_OPTIMIZED, STATIC, TORCHAO, TORCHAO_TUNED)
 POINTS = (INT8_CLOSE, INT8, INT8_STATIC, INT4, INT4_NEAREST)  # ours, in the order of the plot's line
 CUTS = (CUT70, CUT50)
-SPARSITY = "sparsity"  # a section of RESULTS.md that is no workload: sparsity.py
+SPARSITY, SCALING, REPLACED = "sparsity", "attention-scaling", "attention-quality"
+OTHERS = (SPARSITY, SCALING, REPLACED)  # sections of RESULTS.md that are no workload, each with a file of its own
 
 
 @dataclass(frozen=True)
