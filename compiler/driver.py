@@ -7,13 +7,11 @@ import gc
 import os
 import shutil
 import tempfile
-import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,49 +29,11 @@ from . import artifact, hf, pretrained, structure
 from .calibration import check_batches, track
 from .pipeline import Passed, has_masks, parameters, parse_passes, run_passes, zeros
 from .report import Report
+from .runners import Clock, OnnxRunner, Runner
 from .trace import Arguments, admit_ones, bind_example, plain_attention, trace
 
 BACKENDS = ("auto", "eager", "onnx")
 FORMS = ("runtime", "qdq")
-
-
-class Runner(Protocol):
-    """What a backend makes of a program."""
-
-    name: str
-
-    def run(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """Flat inputs to flat outputs."""
-        ...
-
-
-class OnnxRunner:
-    """An ONNX Runtime session of a program, with its files in a temporary folder."""
-
-    name = "onnx"
-
-    def __init__(self, program: Program, threads: int | None, clock: _Clock) -> None:
-        from ..backends.onnx.choose import choose
-        from ..backends.onnx.export import check_supported, leaves_of, save, to_onnx
-        from ..backends.onnx.session import Session
-
-        with clock("check support"):
-            check_supported(program)
-        with clock("choose lowerings"):
-            chosen, self.choices = choose(program, threads=threads)
-        with clock("lower"):
-            self.leaves = leaves_of(program)
-            model = to_onnx(program, chosen)
-        with clock("load"):
-            self.files = Path(tempfile.mkdtemp(prefix="fxpress-"))
-            weakref.finalize(self, shutil.rmtree, self.files, True)
-            save(model, self.files / artifact.MODEL)
-            self.session = Session(self.files / artifact.MODEL, threads)
-
-    def run(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """Flat inputs to flat outputs, on the CPU."""
-        found = self.session.run([tensor.detach().cpu().numpy() for tensor in tensors])
-        return [leaf.constant if leaf.index is None else torch.from_numpy(found[leaf.index]) for leaf in self.leaves]
 
 
 @dataclass
@@ -255,7 +215,7 @@ class Compiled:
         found = Compiled(model, settings, self._origin)
         with torch.no_grad(), _without_collector():
             eager = list(model.run(made.flat))
-            found._made = _rewritten(made.report.model, model.copy(), made.flat, eager, settings, _Clock())
+            found._made = _rewritten(made.report.model, model.copy(), made.flat, eager, settings, Clock())
         return found
 
     def _make(self, example: Arguments) -> None:
@@ -327,7 +287,7 @@ def _settings(
 
 
 def _compile(model: torch.nn.Module | ExportedProgram, settings: _Settings, example: Arguments) -> _Product:
-    clock = _Clock()
+    clock = Clock()
     module = model.module() if isinstance(model, ExportedProgram) else model
     bind = _as_arguments if isinstance(model, ExportedProgram) else functools.partial(bind_example, model)
     check_batches(settings.calibration, example, bind)
@@ -343,7 +303,7 @@ def _compile(model: torch.nn.Module | ExportedProgram, settings: _Settings, exam
 
 
 def _rewritten(
-    name: str, program: Program, flat: list[Tensor], eager: list[Any], settings: _Settings, clock: _Clock
+    name: str, program: Program, flat: list[Tensor], eager: list[Any], settings: _Settings, clock: Clock
 ) -> _Product:
     """Passes, backend and check of a program whose weights it may take over; `eager` are its outputs on `flat`."""
     backend = "onnx" if settings.backend == "auto" else settings.backend
@@ -523,19 +483,6 @@ def _without_collector() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-class _Clock:
-    """Seconds of named stages."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
 __all__ = ["Compiled", "FxpressError", "compile", "export_onnx"]

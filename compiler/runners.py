@@ -1,0 +1,71 @@
+"""What backends make of a program, ready to run, and the time that their making takes."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..ir.graph import Program
+from . import artifact
+
+
+class Clock:
+    """Seconds of named stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time what is done within, as a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+
+
+class Runner(Protocol):
+    """What a backend makes of a program."""
+
+    name: str
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Flat inputs to flat outputs."""
+        ...
+
+
+class OnnxRunner:
+    """An ONNX Runtime session of a program, with its files in a temporary folder."""
+
+    name = "onnx"
+
+    def __init__(self, program: Program, threads: int | None, clock: Clock) -> None:
+        from ..backends.onnx.choose import choose
+        from ..backends.onnx.export import check_supported, leaves_of, save, to_onnx
+        from ..backends.onnx.session import Session
+
+        with clock("check support"):
+            check_supported(program)
+        with clock("choose lowerings"):
+            chosen, self.choices = choose(program, threads=threads)
+        with clock("lower"):
+            self.leaves = leaves_of(program)
+            model = to_onnx(program, chosen)
+        with clock("load"):
+            self.files = Path(tempfile.mkdtemp(prefix="fxpress-"))
+            weakref.finalize(self, shutil.rmtree, self.files, True)
+            save(model, self.files / artifact.MODEL)
+            self.session = Session(self.files / artifact.MODEL, threads)
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Flat inputs to flat outputs, on the CPU."""
+        found = self.session.run([tensor.detach().cpu().numpy() for tensor in tensors])
+        return [leaf.constant if leaf.index is None else torch.from_numpy(found[leaf.index]) for leaf in self.leaves]
