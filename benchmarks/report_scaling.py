@@ -105,7 +105,7 @@ def speed_up(curves: Mapping[str, Curve], setting: Setting, size: int, *, alone:
     exact, own, *projections = (curve.time[size] for curve in every)
     for common in projections:
         exact, own = exact - common, own - common
-    return exact / own if own > 0.05 * exact or not alone else None
+    return exact / own if own > 0.01 * exact else None  # less is within the noise of what was taken off
 
 
 def rule(short: Mapping[str, str]) -> str:
