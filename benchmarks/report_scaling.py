@@ -30,8 +30,8 @@ lengths.
 
 What the kinds are good for without training is in attention-quality.
 """
-TARGETS = f"""Of the layer. Growth is of time; speed is over exact attention at {AT} tokens, with the projections, which
-all have in common."""
+TARGETS = f"""Of the layer. Growth is of time; speed is over exact attention at {AT} tokens: of the attention alone, and
+of the layer with its projections, which all have in common."""
 
 
 def section(found: Sequence[Scaling]) -> str:
@@ -124,7 +124,7 @@ def rule(short: Mapping[str, str]) -> str:
 def limit(curves: Mapping[str, Curve]) -> str:
     """The most that is possible: an attention that takes no time."""
     most = speed_up(curves, Setting(PROJECTIONS), AT) if PROJECTIONS in curves else None
-    return "" if most is None else f" Attention that took no time at all would be {most:.2f} times as fast."
+    return "" if most is None else f" A layer whose attention took no time at all would be {most:.2f} times as fast."
 
 
 def targets(curves: Mapping[str, Curve]) -> Iterator[Target]:
@@ -136,7 +136,8 @@ def targets(curves: Mapping[str, Curve]) -> Iterator[Target]:
             text = "" if found is None else f"N^{found:.2f}"
             yield Target(name, f"grows as N^{most} or less", text, None if found is None else round(found, 2) <= most)
         if name in SPEED:
-            least, times = SPEED[name], speed_up(curves, Setting(name), AT) if curve.ms else None
-            text = "" if times is None else f"{times:.2f}x"
-            wish = f"at least {least:g}x the speed of exact attention"
-            yield Target(name, wish, text, None if times is None else times >= least)
+            for alone in (True, False):
+                least, times = SPEED[name], speed_up(curves, Setting(name), AT, alone=alone) if curve.ms else None
+                text = "" if times is None else f"{times:.2f}x"
+                wish = f"at least {least:g}x the speed of exact attention, {'alone' if alone else 'with projections'}"
+                yield Target(name, wish, text, None if times is None else times >= least)
