@@ -20,13 +20,13 @@ GROWTH_OF = {
 }
 SPEED = {"sliding_window": 8.0, "linformer": 4.0, "performer": 4.0, "nystrom": 4.0, "linear": 4.0}
 ABOUT = f"""Attention of each kind in the place of exact attention (`replace_attention` with force=True, then `fuse`;
-benchmarks/attention_scaling.py), batch 1, no padding, in ONNX Runtime on one thread. Every kind is compiled once, with
-a dynamic length; exact is what fxpress makes of exact attention (`fuse`). Each length of each kind runs in a process of
-its own: MB is by how much the peak of resident memory in its first run exceeds what was resident before it, the model
-loaded and the input made; ms is the median of runs once that memory no longer grows, and of the rounds. Alone: how many
-times as fast as exact attention where the time of the projections is taken off both. Growth: the exponent p of N^p, by least squares of
-the logarithms from {FROM} tokens on. Spread: the largest distance between rounds as a share of their median, of all
-lengths.
+benchmarks/attention_scaling.py), batch 1, no padding, in ONNX Runtime on one thread. Every kind is compiled once,
+with a dynamic length; exact is what fxpress makes of exact attention (`fuse`). Each length of each kind runs in a
+process of its own: MB is by how much the peak of resident memory in its first run exceeds what was resident before
+it, the model loaded and the input made; ms is the median of runs once that memory no longer grows, and of the
+rounds. Alone: how many times as fast as exact attention where the time of the projections is taken off both.
+Growth: the exponent p of N^p, by least squares of the logarithms from {FROM} tokens on. Spread: the largest
+distance between rounds as a share of their median, of all lengths.
 
 What the kinds are good for without training is in attention-quality.
 """
