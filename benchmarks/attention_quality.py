@@ -162,6 +162,8 @@ ENCODER = (
     Setting("depthwise_conv", {"kernel": 5}),
     Setting("depthwise_conv", {"kernel": 9, "dynamic": True}),
     Setting("funnel"),
+    Setting("funnel", layers=(3,)),
+    Setting("funnel", layers=(5,)),
     Setting("sliding_window", {"window": 16}, 16, "auto", 0.99),
     Setting("sliding_window", {"window": 16}, 16, "auto", 0.95),
     Setting("dynamic_sparse", {"block": 16, "top_k": 2}, 32, "auto", 0.99),
