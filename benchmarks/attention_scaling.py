@@ -158,7 +158,7 @@ MODELS = (
         f"a BERT of four such layers with feed-forward blocks of {4 * HIDDEN}, random weights",
         encoder,
         tokens,
-        (512, 1024, 2048, 4096, 8192),
+        (512, 1024, 2048, 4096, 8192, 16384),
         tuple(item for item in SETTINGS if item.encoder),
         rounds=1,
         seconds=0.3,
