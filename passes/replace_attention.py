@@ -83,9 +83,7 @@ class ReplaceAttention(Pass):
             "min_sqnr_db": min_sqnr_db,
             "speedup": speedup,
             "force": force,
-            "options": tuple(
-                (name, tuple(value) if isinstance(value, list) else value) for name, value in options.items()
-            ),
+            "options": tuple((name, _fixed(value)) for name, value in options.items()),
         }
         for name, value in given.items():
             object.__setattr__(self, name, value)
@@ -175,6 +173,9 @@ class ReplaceAttention(Pass):
             candidates = _calibrated(program, candidates, context, in_turn=False)
             chosen = self._chosen(program, candidates, context)
             _refuse_rest(candidates, chosen, result)
+            if self.speedup is not None and (reached := _speedup(candidates, chosen)) < self.speedup:
+                reason = f"all attention together is {reached:.3g} times as fast at most, {self.speedup:g} was asked"
+                result.refusals.append(Refusal(reason, "speedup", "all"))
             candidates = [item for item in chosen.used if context.take()]
         else:
             candidates = _calibrated(program, candidates, context, in_turn=True)
@@ -296,6 +297,13 @@ def _detail(candidate: Candidate, chosen: Chosen | None) -> str:
     if chosen is not None:
         text += f"; alone an error of {chosen.errors[candidate]:.2g}"
     return text
+
+
+def _speedup(candidates: Sequence[Candidate], chosen: Chosen) -> float:
+    """How many times as fast all attention together is with what was chosen."""
+    exact = sum({item.site: item.exact_seconds or 0.0 for item in candidates}.values())
+    left = exact - sum(item.saved for item in chosen.used)
+    return exact / left if left > 0 else math.inf
 
 
 def _refuse_rest(candidates: Sequence[Candidate], chosen: Chosen, result: PassResult) -> None:

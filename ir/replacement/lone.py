@@ -28,7 +28,7 @@ def lone(program: Program, site: Site, kind: Kind, weights: Mapping[str, Tensor]
                 size if isinstance(size, int) else size_text(size, program.symbols) for size in node.meta["val"].shape
             )
             specs.append(TensorInput(name, name, str(dtype(node)).removeprefix("torch."), sizes))
-    end = graph.output((inputs[0],))
+    graph.output((inputs[0],))
     signature = Signature(tuple(specs), (), names, ("result",), program.signature.ranges)
     alone = Program(fx.GraphModule(torch.nn.Module(), graph), signature, tree_flatten([0])[1], program.symbols)
     end = next(iter(reversed(alone.graph.nodes)))

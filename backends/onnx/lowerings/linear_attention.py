@@ -17,17 +17,13 @@ from torch import Tensor, fx
 from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments
+from ....ir.ops.attention import cast
 from .functions import DOMAIN
 from .lowering import Lowering
 
 _FXPRESS = Opset(DOMAIN, 1)
 _SMALLEST_SUM = 1e-20
 _BLOCK = 64  # tokens, without a window
-
-
-def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    result: Tensor = torch.ops.aten._to_copy.default(value, dtype=dtype)
-    return result
 
 
 def _sums(
@@ -46,7 +42,7 @@ def _sums(
     batch, heads, length, _ = query.shape
     groups = key.shape[1]
     if key_mask is not None:
-        key_features = key_features * _cast(key_mask, key_features.dtype)[:, None, :, None]
+        key_features = key_features * cast(key_mask, key_features.dtype)[:, None, :, None]
     rows = query_features
     if groups != heads:
         rows = rows.reshape(batch, groups, heads // groups * length, rows.shape[3])
@@ -79,10 +75,10 @@ def _blocks(
     distance = torch.arange(len(offsets) * size)[None, :] - reach * size - torch.arange(size)[:, None]
     allowed = distance <= (0 if causal else 2 * size)
     seen = torch.ones((batch, length), dtype=torch.bool) if key_mask is None else key_mask
-    shown = _cast(seen, value.dtype)[:, None, :, None]
+    shown = cast(seen, value.dtype)[:, None, :, None]
     shared = (query_features, key_features * shown, torch.cat([value * shown, shown.expand(-1, heads, -1, -1)], -1))
     constants = (torch.tensor([size]), before.reshape(1), after.reshape(1), torch.tensor(causal))
-    tensors: tuple[Tensor, ...] = (*shared, *constants, _cast(allowed, value.dtype))
+    tensors: tuple[Tensor, ...] = (*shared, *constants, cast(allowed, value.dtype))
     if window:
         factor = 1 / math.sqrt(width) if scale is None else scale
         weight = torch.ones(1) if gain is None else torch.exp(gain)
