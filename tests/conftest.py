@@ -14,6 +14,8 @@ TESTS = Path(__file__).parent
 # Two test processes share two cores; nothing is fetched from a model hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Triton's interpreter runs kernels on the CPU; Triton reads this when it is imported. On a GPU: TRITON_INTERPRET=0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # Property tests draw the same examples in each run, and the time that one takes on a busy machine is no failure.
 settings.register_profile("fxpress", deadline=None, derandomize=True)
 settings.load_profile("fxpress")

@@ -1,0 +1,1 @@
+"""The Triton backend: partition into kernels, generated code, launches."""

@@ -1,0 +1,1 @@
+"""What the Triton backend makes of each operator, a family a file."""

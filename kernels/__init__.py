@@ -1,0 +1,1 @@
+"""Triton kernels, a family a file: the kernel, the function that launches it, shapes in their docstrings."""
