@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from .compiler.artifact import LoadedModel, load
     from .compiler.callbacks import mask_callback
     from .compiler.driver import Compiled, compile, export_onnx
+    from .compiler.dynamo_report import reports
     from .ir import errors
     from .ir.pruning.schedule import MaskScheduler
 
 __version__ = "0.1.0"
 __all__ = [
     "Compiled", "LoadedModel", "MaskScheduler", "compile", "errors", "export_onnx", "load", "mask_callback", "passes",
+    "reports",
 ]  # fmt: skip
 
 _HOMES = {
@@ -29,6 +31,7 @@ _HOMES = {
     "export_onnx": ".compiler.driver",
     "load": ".compiler.artifact",
     "mask_callback": ".compiler.callbacks",
+    "reports": ".compiler.dynamo_report",
 }
 _FOLDERS = {"errors": ".ir.errors", "passes": ".passes"}
 

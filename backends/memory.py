@@ -43,7 +43,7 @@ class Memory:
         try:
             if not self._path.exists():
                 return {}
-            _check_owner(self._path.parent)
+            check_owner(self._path.parent)
             found = json.loads(self._path.read_text(encoding="utf-8"))
             if not isinstance(found, dict):
                 raise ValueError("not a table")
@@ -56,7 +56,7 @@ class Memory:
         """Remember these entries besides what is there."""
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _check_owner(self._path.parent)
+            check_owner(self._path.parent)
             merged = {**self.read(), **entries}
             handle, temporary = tempfile.mkstemp(dir=self._path.parent, suffix=".tmp")
             try:
@@ -75,7 +75,7 @@ class Memory:
             warnings.warn(f"measurements are not remembered in {self._path}: {error}", RuntimeWarning, stacklevel=4)
 
 
-def _check_owner(folder: Path) -> None:
+def check_owner(folder: Path) -> None:
     """Refuse a folder that another user owns or may write: what it holds decides what we run."""
     found = folder.stat()
     if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):

@@ -51,12 +51,12 @@ class LoadedModel:
     def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int | None) -> None:
         self.signature = Signature.from_dict(manifest["signature"])
         self.report = Report.from_dict(json.loads((folder / REPORT).read_text(encoding="utf-8")))
-        self._leaves: list[tuple[int | None, Any]] = [(item["index"], item["constant"]) for item in manifest["outputs"]]
+        self.leaves: list[tuple[int | None, Any]] = [(item["index"], item["constant"]) for item in manifest["outputs"]]
         self._structure: str | None = manifest["structure"]
-        self._session = Session(folder / MODEL, threads)
-        places = [index for index, _ in self._leaves if index is not None]
-        if len(self._leaves) != len(self.signature.outputs) or any(
-            not 0 <= index < len(self._session.outputs) for index in places
+        self.session = Session(folder / MODEL, threads)
+        places = [index for index, _ in self.leaves if index is not None]
+        if len(self.leaves) != len(self.signature.outputs) or any(
+            not 0 <= index < len(self.session.outputs) for index in places
         ):
             raise ArtifactError(f"{str(folder)!r} names outputs that its model does not have")
 
@@ -74,10 +74,10 @@ class LoadedModel:
 
     def run(self, arrays: Sequence[numpy.ndarray[Any, Any]]) -> list[numpy.ndarray[Any, Any]]:
         """Run on flat arrays, in the order of `signature.inputs`."""
-        return self._session.run(arrays)
+        return self.session.run(arrays)
 
     def _place(self, found: Sequence[Any]) -> list[Any]:
-        return [constant if index is None else found[index] for index, constant in self._leaves]
+        return [constant if index is None else found[index] for index, constant in self.leaves]
 
     def _rebuild(self, found: Sequence[Any]) -> Any:
         from . import hf

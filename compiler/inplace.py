@@ -30,7 +30,8 @@ def functional(node: fx.Node, graph: fx.Graph, copies: dict[fx.Node, Any]) -> fx
     packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
     overload = getattr(packet, target._overloadname, None)
     views = list(_views(changed))  # of the memory that changes, the changed one first, its owner last
-    if views[-1].op != "call_function" or overload is None or overload._schema.is_mutable:
+    owned = views[-1].op == "call_function" or views[-1].meta.get("may_change")  # an input that is written back
+    if not owned or overload is None or overload._schema.is_mutable:
         raise TraceError(_in_place("an input or a buffer", node))
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: copies[used])
     result = graph.call_function(overload, args, kwargs)
@@ -54,7 +55,7 @@ def _views(node: fx.Node) -> Iterator[fx.Node]:
     viewed: fx.Node | None = node
     while viewed is not None:
         yield viewed
-        viewed = _alias_of(viewed)
+        viewed = alias_of(viewed)
 
 
 def _in_place(what: str, node: fx.Node) -> str:
@@ -65,7 +66,7 @@ def _is_read_later(whole: fx.Node, views: Sequence[fx.Node], change: fx.Node, co
     """Whether what comes after a change reads the whole, or views of it other than `views`."""
     return any(
         user not in copies
-        or (user not in views and _alias_of(user) is whole and _is_read_later(user, views, change, copies))
+        or (user not in views and alias_of(user) is whole and _is_read_later(user, views, change, copies))
         for user in whole.users
         if user is not change
     )
@@ -83,6 +84,17 @@ def _write_back(view: fx.Node, whole: fx.Node, change: fx.Node, graph: fx.Graph,
         return graph.call_function(scatter, (copies[whole], new, *options[0]), options[1])
     if target is aten.transpose.int:
         return graph.call_function(aten.transpose.int, (new, *options[0]), options[1])
+    if target is aten.permute.default:
+        order: Any = options[0][0]
+        axes = [axis % len(order) for axis in order]
+        back = [axes.index(axis) for axis in range(len(axes))]
+        return graph.call_function(aten.permute.default, (new, back), options[1])
+    if target in (aten.t.default, aten.numpy_T.default):
+        return graph.call_function(target, (new,))
+    if target is aten.unsqueeze.default:
+        return graph.call_function(aten.squeeze.dim, (new, *options[0]))
+    if target in (aten.view.default, aten.squeeze.dim):
+        return graph.call_function(aten.view_as.default, (new, copies[whole]))
     raise TraceError(_in_place(f"a view of a tensor ({getattr(target, '__name__', target)})", change))
 
 
@@ -91,7 +103,7 @@ def _look_again(
 ) -> None:
     """Let the other views of changed memory, made before the change, see it."""
     for view in whole.users:
-        if view not in copies or _alias_of(view) is not whole or view is change:
+        if view not in copies or alias_of(view) is not whole or view is change:
             continue
         if view not in views and is_change(view):
             copies[view] = copies[whole]
@@ -122,10 +134,10 @@ def _promotes(node: fx.Node, dtype: torch.dtype) -> bool:
     return False
 
 
-def _alias_of(node: fx.Node) -> fx.Node | None:
+def alias_of(node: fx.Node) -> fx.Node | None:
     """The tensor that a node's value may share memory with, by its schema; a change in place gives what it changed."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return node.args[0] if _alias_of(node.args[0]) is not None else None  # a part of a split
+        return node.args[0] if alias_of(node.args[0]) is not None else None  # a part of a split
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
     if is_change(node):

@@ -220,20 +220,20 @@ def _to_program(exported: ExportedProgram, positional: Sequence[str], args: Argu
     source = exported.module(check_guards=False)
     module, graph = torch.nn.Module(), fx.Graph()
     copies: dict[fx.Node, Any] = {}
-    _copy_weights(source, module, graph, copies)
-    _copy_calls(source, module, graph, copies)
+    copy_weights(source, module, graph, copies)
+    copy_calls(source, module, graph, copies)
     paths = [
         path
         for name, value in [*zip(positional, args[0], strict=False), *args[1].items()]
         for path, _ in leaves(value, name)
     ]
     placeholders = [node for node in source.graph.nodes if node.op == "placeholder"]
-    symbols = _symbols(placeholders)
+    symbols = symbols_of(placeholders)
     inputs, constants = [], []
     for path, node in zip(paths, placeholders, strict=True):
         value = node.meta.get("val")
         if isinstance(value, Tensor):
-            sizes = tuple(_stated(size_text(size, symbols)) for size in value.shape)
+            sizes = tuple(stated(size_text(size, symbols)) for size in value.shape)
             dtype = str(value.dtype).removeprefix("torch.")
             inputs.append(TensorInput(path, str(copies[node].target), dtype, sizes))
         else:
@@ -252,17 +252,17 @@ def _to_program(exported: ExportedProgram, positional: Sequence[str], args: Argu
         out_spec=spec,
         symbols=symbols,
     )
-    _fill_fake_values(program)
+    fill_fake_values(program)
     program.clean()
     return program
 
 
-def _stated(size: str) -> int | str:
+def stated(size: str) -> int | str:
     """A size as the signature has it; torch keeps an axis that it fixed as a symbolic number."""
     return int(size) if size.isdigit() else size
 
 
-def _copy_weights(source: fx.GraphModule, module: torch.nn.Module, graph: fx.Graph, copies: dict[fx.Node, Any]) -> None:
+def copy_weights(source: fx.GraphModule, module: torch.nn.Module, graph: fx.Graph, copies: dict[fx.Node, Any]) -> None:
     """Copy weights under safe names, once each: tied weights (the same object) become one node."""
     known: dict[int, fx.Node] = {}
     taken: set[str] = set()
@@ -298,7 +298,7 @@ def _store(module: torch.nn.Module, path: str, weight: Any) -> None:
 _DROPPED = ("_assert_", "_assert", "sym_constrain_range", "_guards_fn")
 
 
-def _copy_calls(source: fx.GraphModule, module: torch.nn.Module, graph: fx.Graph, copies: dict[fx.Node, Any]) -> None:
+def copy_calls(source: fx.GraphModule, module: torch.nn.Module, graph: fx.Graph, copies: dict[fx.Node, Any]) -> None:
     """Copy everything but weights: checks are dropped, changes in place become new values, grad modes are inlined."""
 
     def copied(node: fx.Node) -> Any:
@@ -337,13 +337,14 @@ def _inline(body: fx.GraphModule, args: Sequence[Any], graph: fx.Graph, copied: 
     raise TraceError("a nested graph has no output")
 
 
-def _fill_fake_values(program: Program) -> None:
+def fill_fake_values(program: Program) -> None:
+    """Compute the fake values that calls of a program lack."""
     for node in program.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta:
             node.meta["val"] = fake_result(program, node)
 
 
-def _symbols(placeholders: Sequence[fx.Node]) -> dict[str, str]:
+def symbols_of(placeholders: Sequence[fx.Node]) -> dict[str, str]:
     """Names d0, d1, ... for torch's symbols, in the order in which the inputs show them."""
     symbols: dict[str, str] = {}
     for node in placeholders:

@@ -51,8 +51,11 @@ class Session:
             )
         except Exception as error:  # ONNX Runtime raises classes of its own without a common base
             raise ArtifactError(f"ONNX Runtime cannot load {path.name}: {one_line(error)}") from error
-        self.inputs = [item.name for item in self._session.get_inputs()]
-        self.outputs = [item.name for item in self._session.get_outputs()]
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self.inputs = [item.name for item in inputs]
+        self.outputs = [item.name for item in outputs]
+        self.output_shapes = [list(item.shape) for item in outputs]  # numbers, names of sizes, or None
+        self._input_dtypes, self.output_dtypes = ([_dtype(item.type) for item in side] for side in (inputs, outputs))
 
     def run(self, arrays: Sequence[numpy.ndarray[Any, Any]]) -> list[numpy.ndarray[Any, Any]]:
         """Run on arrays in the order of the signature; gives arrays in the order of the outputs.
@@ -67,3 +70,32 @@ class Session:
                 f"ONNX Runtime failed on inputs of {[a.shape for a in arrays]}: {one_line(error)}"
             ) from error
         return list(found)
+
+    def run_into(
+        self, inputs: Sequence[tuple[int, Sequence[int]]], outputs: Sequence[tuple[int, Sequence[int]]]
+    ) -> None:
+        """Run on memory of the caller: the address and shape of each contiguous input and output, none of them empty.
+
+        Raises:
+            InputError: ONNX Runtime fails on this input.
+        """
+        binding = self._session.io_binding()
+        try:
+            for name, dtype, (address, shape) in zip(self.inputs, self._input_dtypes, inputs, strict=True):
+                binding.bind_input(name, "cpu", 0, dtype, list(shape), address)
+            for name, dtype, (address, shape) in zip(self.outputs, self.output_dtypes, outputs, strict=True):
+                binding.bind_output(name, "cpu", 0, dtype, list(shape), address)
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # as above
+            raise InputError(
+                f"ONNX Runtime failed on inputs of {[tuple(shape) for _, shape in inputs]}: {one_line(error)}"
+            ) from error
+
+
+_NUMPY = {"float": "float32", "double": "float64", "float16": "float16", "bool": "bool"}
+
+
+def _dtype(kind: str) -> Any:
+    """The numpy dtype of ONNX Runtime's `tensor(float)`."""
+    name = kind.removeprefix("tensor(").removesuffix(")")
+    return numpy.dtype(_NUMPY.get(name, name)).type

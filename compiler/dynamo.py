@@ -1,0 +1,441 @@
+"""The backend of torch.compile: `torch.compile(model, backend="fxpress", options={...})`.
+
+Dynamo gives a graph; it becomes the Program that `fxpress.compile` makes of a model, and ONNX Runtime or PyTorch runs
+it. What fxpress does not take runs as before, and `fxpress.reports()` says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+
+from ..backends.eager import EagerRunner
+from ..backends.onnx.session import Session
+from ..ir.equality import compare, run_float64
+from ..ir.errors import FxpressError, LoweringError, TraceError, VerifyError, one_line
+from ..ir.graph import Program
+from ..ir.rewrite import Context
+from ..ir.signature import Signature
+from . import dynamo_training
+from .calibration import track
+from .dynamo_cache import Cache, key_of, known_sizes
+from .dynamo_graph import (
+    Argument,
+    Captured,
+    calls,
+    capture,
+    check_graph,
+    concrete,
+    first_line,
+    keeps_statistics,
+    kept_tensors,
+    random_calls,
+    read_arguments,
+)
+from .dynamo_options import Options, read_options
+from .dynamo_program import Binding, make_program
+from .dynamo_report import GraphReport, described, remember
+from .dynamo_run import Bound, Call, Counted, Product, Watched, best_milliseconds
+from .pipeline import counted, run_passes
+from .report import Report
+from .runners import Clock, OnnxRunner, Runner
+
+# A graph below it stays with PyTorch: what a call of ONNX Runtime and the making of a session cost is not earned back.
+_SMALL_SECONDS = 5e-4
+_SECONDS_OF_AN_OPERATOR, _MULTIPLICATIONS_A_SECOND = 4e-6, 2e10  # in PyTorch on one thread of a CPU, roughly
+
+
+class Stays(Exception):
+    """A graph that stays with PyTorch because that is the better choice; the text is the reason."""
+
+
+def fxpress(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Any = None, mode: str | None = None) -> Call:
+    """Compile one of dynamo's graphs.
+
+    Args:
+        gm: the graph.
+        inputs: the arguments of its first call.
+        options: "passes", "backend", "fallback", "calibration", "dtype"; see docs/torch_compile.md.
+        mode: torch.compile's; it is for other backends and changes nothing here.
+
+    Raises:
+        InputError: an option that is not valid.
+        FxpressError: with fallback="error", why fxpress does not take the graph.
+    """
+    asked = read_options(options)
+    report = GraphReport(_compile_id(), first_line(gm), sum(1 for _ in calls(gm)), 0)
+    if mode is not None:
+        report.note(f"mode={mode!r} is for other backends and was not used")
+    remember(report)
+    return _Compilation(gm, list(inputs), asked, report)()
+
+
+class _Compilation:
+    """The compilation of one graph."""
+
+    def __init__(self, gm: fx.GraphModule, inputs: list[Any], asked: Options, report: GraphReport) -> None:
+        self._gm, self._inputs, self._asked, self._report = gm, inputs, asked, report
+        forward: Any = gm.forward
+        self._forward: Call = forward
+        self._count = len(inputs)
+        self._key: str | None = None
+        self._clock = Clock()
+        report.seconds = self._clock.seconds
+        report.recompiled = _recompilation()
+        report.training = _needs_gradients(gm, inputs)
+
+    def __call__(self) -> Call:
+        """What runs the graph."""
+        try:
+            return self._taken()
+        except Stays as choice:
+            return self._left(str(choice))
+        except FxpressError as error:
+            if self._asked.fallback == "error":
+                raise
+            return self._left(one_line(error))
+        except Exception as error:
+            if self._asked.fallback == "error":
+                raise
+            reason = f"fxpress failed on it ({type(error).__name__}: {one_line(error)})"
+            warnings.warn(f"{reason}; PyTorch runs it; please report this", RuntimeWarning, stacklevel=2)
+            return self._left(reason)
+        finally:
+            self._inputs.clear()  # the compiled graph keeps no argument alive
+
+    def _left(self, reason: str) -> Call:
+        """The graph as PyTorch, or Inductor, runs it."""
+        self._report.reason, self._report.passes = reason, []
+        if self._asked.fallback == "inductor":
+            from torch._inductor.compile_fx import compile_fx
+
+            self._report.runner = "inductor"
+            compiled: Any = compile_fx(self._gm, self._inputs)
+            return Counted(compiled, self._report)
+        self._report.runner = "pytorch"
+        if self._report.training and dynamo_training.recomputes(self._gm):
+            self._report.note("its checkpoints are kept by AOTAutograd")
+            return Counted(dynamo_training.checkpointed(self._gm, self._inputs), self._report)
+        return Counted(self._forward, self._report)
+
+    def _taken(self) -> Call:
+        """The graph as fxpress runs it.
+
+        Raises:
+            Stays, FxpressError: it does not, with the reason.
+        """
+        asked, report = self._asked, self._report
+        found, mode = read_arguments(self._gm, self._inputs)
+        report.weights = sum(argument.kind == "weight" for argument in found)
+        report.inputs = described((item.name, item.fake) for item in found if item.kind != "weight")
+        if report.training:
+            if asked.backend == "onnx":
+                raise LoweringError("gradients flow through it, and ONNX Runtime computes none")
+            if asked.backend == "auto" and asked.exact:
+                raise Stays("gradients flow through it: for training PyTorch's own operators are the fastest on a CPU")
+        check_graph(self._gm)
+        kept = kept_tensors(self._gm, found)
+        values = [*map(concrete, self._inputs), *kept]
+        capturing = functools.cache(lambda: self._captured(found, mode))
+        if report.training:
+            captured = capturing()
+            return dynamo_training.compiled(
+                self._inputs,
+                values,
+                captured,
+                asked,
+                report,
+                self._clock,
+                lambda binding: self._calibration(binding, captured),
+            )
+        product, weights = self._from_disk(found, values) or self._product(capturing(), values)
+
+        def remake(values: Sequence[Any]) -> Product:
+            return self._product(capturing(), values, first=False)[0]
+
+        return Watched(product, weights, values, remake, self._forward, report, kept, at_once=not asked.exact)
+
+    def _captured(self, found: Sequence[Argument], mode: FakeTensorMode) -> Captured:
+        with self._clock("trace"):
+            captured = capture(self._gm, found, mode)
+        if (node := keeps_statistics(captured.module.graph)) is not None:
+            raise TraceError(f"{node.target} changes its running statistics in training mode")
+        return captured
+
+    def _from_disk(self, found: Sequence[Argument], values: Sequence[Any]) -> tuple[Product, Sequence[int]] | None:
+        """The graph as an earlier process compiled it; None: none did."""
+        if self._asked.backend == "eager":
+            return None
+        with self._clock("cache"):
+            self._key = key_of(self._gm, found, values, self._asked)
+            entry = Cache().load(self._key, torch.get_num_threads()) if self._key is not None else None
+        if entry is None:
+            return None
+        report = self._report
+        for name in ("multiplications", "sqnr_db", "milliseconds", "reason"):
+            setattr(report, name, entry.report[name])
+        report.passes, report.runner, report.cache = entry.model.report.passes, "onnx", "loaded"
+        run = _on_session(entry.model.session, entry.model.signature, entry.model.leaves)
+        return _Product(entry.binding, run, self._usual, report), tuple(entry.binding.weights.values())
+
+    def _usual(self, values: Sequence[Any]) -> Any:
+        return self._forward(*values[: self._count])
+
+    def _product(self, captured: Captured, values: Sequence[Any], first: bool = True) -> tuple[Product, Sequence[int]]:
+        """What runs the graph with the weights that `values` hold, and the arguments that are those weights.
+
+        Raises:
+            Stays, FxpressError: nothing of ours does, with the reason.
+        """
+        asked, report = self._asked, self._report
+        known = known_sizes(captured.fake_mode.shape_env)
+        with _alone(), torch.no_grad():
+            program, binding = make_program(captured, values)
+            flat = binding.tensors(values)
+            random = [str(node.target) for node in random_calls(program.graph)]
+            backend = self._backend(program, random)
+            with self._clock("eager"):
+                before, report.multiplications = counted(program, flat)
+                if first:
+                    self._check_trace(program, binding, before, values, seeded=bool(random))
+            if backend == "auto" and asked.exact and _is_small(program, report.multiplications):
+                raise Stays(f"it is small: {_work(program, report.multiplications)}")
+            expected = None if random else (before, run_float64(program, flat))
+            with self._clock("passes"):
+                context = Context(flat, self._calibration(binding, captured), track=track)
+                passed = run_passes(program, asked.passes, context, None if asked.exact else expected)
+            report.passes = passed.reports
+            if random != [str(node.target) for node in random_calls(program.graph)]:
+                raise TraceError("the passes would change which random numbers it draws")
+            runner = self._runner(program, backend)
+            run: Callable[[Sequence[Tensor]], list[Any]] = runner.run
+            if isinstance(runner, OnnxRunner):
+                leaves = [(leaf.index, leaf.constant) for leaf in runner.leaves]
+                run = _on_session(runner.session, program.signature, leaves)
+            if expected is not None:
+                self._judge(program, run(flat), *expected)
+            product = _Product(binding, run, self._usual, report)
+            report.runner = runner.name
+            if isinstance(runner, OnnxRunner) and first:
+                if asked.backend == "auto" and asked.exact:
+                    self._race(product, values, binding)
+                if binding.finish.views is None and known == known_sizes(captured.fake_mode.shape_env):
+                    self._store(runner, program, binding)
+        return product, tuple(binding.weights.values())
+
+    def _backend(self, program: Program, random: Sequence[str]) -> str:
+        """The backend that was asked for, as far as it may take a graph at all."""
+        asked = self._asked
+        if not random:
+            return asked.backend
+        if asked.backend == "onnx" or (asked.backend == "auto" and asked.exact):
+            raise TraceError(f"it draws random numbers ({random[0]}), as only PyTorch draws them")
+        return "eager"
+
+    def _runner(self, program: Program, backend: str) -> Runner:
+        """What runs a rewritten program."""
+        if backend != "eager":
+            try:
+                return OnnxRunner(program, torch.get_num_threads(), self._clock)
+            except LoweringError as error:
+                if backend == "onnx" or self._asked.exact:
+                    raise
+                self._report.reason = one_line(error)
+        return EagerRunner(program)
+
+    def _store(self, runner: OnnxRunner, program: Program, binding: Binding) -> None:
+        if self._key is None:
+            return
+        report = self._report
+        said = {name: getattr(report, name) for name in ("multiplications", "milliseconds", "reason")}
+        said["sqnr_db"] = report.sqnr_db if report.sqnr_db is not None and math.isfinite(report.sqnr_db) else None
+        saved = Report(report.source, "onnx", passes=report.passes)
+        leaves = [{"index": leaf.index, "constant": leaf.constant} for leaf in runner.leaves]
+        with self._clock("cache"):
+            if Cache().store(self._key, runner.files, binding, saved, leaves, program.signature, said):
+                report.cache = "stored"
+
+    def _calibration(self, binding: Binding, captured: Captured) -> list[list[Tensor]]:
+        """Batches in the order of the program's inputs.
+
+        Raises:
+            TraceError: a batch does not name an input.
+        """
+        names = [captured.arguments[place].name for place in binding.inputs]
+        batches = []
+        for batch in self._asked.calibration:
+            found = []
+            for name in names:
+                key = next((key for key in batch if name == key or name.endswith(f"_{key}")), None)
+                if key is None:
+                    raise TraceError(f"the calibration data has no {name!r}, which is an input of this graph")
+                found.append(batch[key])
+            batches.append(found)
+        return batches
+
+    def _check_trace(
+        self, program: Program, binding: Binding, before: Sequence[Any], values: Sequence[Any], seeded: bool
+    ) -> None:
+        """Refuse a program that does not give what dynamo's graph gives, or shares memory otherwise.
+
+        Raises:
+            VerifyError: says which output.
+        """
+        count = self._count
+        if binding.shares_changed(values):
+            raise TraceError("an input that it changes shares memory with another input")
+        own, theirs = binding.copies(values), binding.copies(values)
+        with torch.random.fork_rng(devices=()):
+            if seeded:
+                torch.manual_seed(0)
+                before = program.run(binding.tensors(own))
+            found = binding.finish(before, own)
+            if seeded:
+                torch.manual_seed(0)
+            truth = self._gm(*theirs[:count])
+        pairs = [*zip(found, truth, strict=True), *((own[place], theirs[place]) for place, _ in binding.finish.changed)]
+        for index, (value, usual) in enumerate(pairs):
+            if not _agree(value, usual):
+                raise VerifyError(f"the traced graph gives another output {index} than dynamo's")
+        if _sharing(found, own) != _sharing(truth, theirs):
+            raise VerifyError("its outputs share memory in a way that fxpress does not follow")
+
+    def _judge(self, program: Program, found: Sequence[Any], before: Sequence[Any], judge: Sequence[Any]) -> None:
+        """Refuse what is not equal to the graph, where it should be.
+
+        Raises:
+            VerifyError: says what differs.
+        """
+        try:
+            verdict = compare(found, before, judge, program.signature.outputs)
+        except RuntimeError as error:  # outputs of other shapes, as those of fewer heads are
+            raise VerifyError(f"the result cannot be compared: {one_line(error)}") from error
+        self._report.sqnr_db = verdict.sqnr_db
+        if self._asked.exact and not verdict.equal:
+            raise VerifyError(f"the result is not that of the graph: {verdict.reasons[0]}")
+
+    def _race(self, product: Product, values: Sequence[Any], binding: Binding) -> None:
+        """Measure whether ONNX Runtime is faster than PyTorch.
+
+        Raises:
+            Stays: it is not.
+        """
+        count = self._count
+        own = binding.copies(values)
+        with self._clock("race"):
+            ours, usual = best_milliseconds([lambda: product(own), lambda: self._gm(*own[:count])])
+        self._report.milliseconds = {"onnx": round(ours, 3), "pytorch": round(usual, 3)}
+        if ours >= usual:
+            raise Stays("PyTorch was measured to be faster")
+
+
+class _Product:
+    """A program that runs, as dynamo's graph."""
+
+    def __init__(
+        self,
+        binding: Binding,
+        run: Callable[[Sequence[Tensor]], list[Any]],
+        usual: Callable[[Sequence[Any]], Any],
+        report: GraphReport,
+    ) -> None:
+        self._made, self._run, self._usual, self._report = binding, run, usual, report
+
+    def __call__(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        binding = self._made
+        if binding.finish.changed and binding.shares_changed(args):
+            self._report.note("an input that it changes shared memory with another: PyTorch ran it")
+            return tuple(self._usual(args))
+        if binding.carriers and min(args[place] for place in binding.inputs[-binding.carriers :]) < 0:
+            self._report.note("an integer was negative: PyTorch ran it")
+            return tuple(self._usual(args))
+        return binding.finish(self._run(binding.tensors(args)), args)
+
+
+def _on_session(
+    session: Session, signature: Signature, leaves: Sequence[tuple[int | None, Any]]
+) -> Callable[[Sequence[Tensor]], list[Any]]:
+    """A program in a session of ONNX Runtime; `leaves` are its outputs among the session's, or constants."""
+    bound = Bound(session, [item.shape for item in signature.inputs])
+
+    def run(tensors: Sequence[Tensor]) -> list[Any]:
+        found = bound(tensors)
+        return [constant if index is None else found[index] for index, constant in leaves]
+
+    return run
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Without dynamo's context, which torch.export inside would take for its own."""
+    with torch._guards.tracing(None), torch._guards.compile_context(None):
+        yield
+
+
+def _needs_gradients(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether the graph's outputs would require gradients."""
+    wanted = any(isinstance(value, Tensor) and value.requires_grad for value in [*inputs, *gm.parameters()])
+    return wanted and (torch.is_grad_enabled() or any(_enables(node) for node in gm.graph.nodes))
+
+
+def _enables(node: fx.Node) -> bool:
+    return node.target is torch._C._set_grad_enabled and bool(node.args[0])
+
+
+def _is_small(program: Program, multiplications: int) -> bool:
+    operators = sum(node.op == "call_function" for node in program.graph.nodes)
+    seconds = operators * _SECONDS_OF_AN_OPERATOR + multiplications / _MULTIPLICATIONS_A_SECOND
+    return bool(seconds < _SMALL_SECONDS)
+
+
+def _work(program: Program, multiplications: int) -> str:
+    operators = sum(node.op == "call_function" for node in program.graph.nodes)
+    return f"{operators} operators, {multiplications / 1e6:.3g} million multiplications"
+
+
+def _agree(value: Any, usual: Any) -> bool:
+    if not isinstance(usual, Tensor):
+        return type(value) is type(usual) and value == usual
+    if not isinstance(value, Tensor) or value.shape != usual.shape or value.dtype != usual.dtype:
+        return False
+    if usual.dtype.is_floating_point or usual.dtype.is_complex:
+        return torch.allclose(value, usual, rtol=1e-4, atol=1e-5 * _peak(usual), equal_nan=True)
+    return torch.equal(value, usual)
+
+
+def _peak(value: Tensor) -> float:
+    finite = value[torch.isfinite(value)]
+    return max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+
+
+def _sharing(outputs: Sequence[Any], args: Sequence[Any]) -> list[set[int]]:
+    """Of each output, the arguments and outputs that it shares memory with."""
+    everything = [value if isinstance(value, Tensor) and value.numel() else None for value in [*args, *outputs]]
+    homes = [None if value is None else value.untyped_storage().data_ptr() for value in everything]
+    count = len(args)
+    return [
+        {place for place, home in enumerate(homes) if home is not None and home == homes[count + index]}
+        for index in range(len(outputs))
+    ]
+
+
+def _compile_id() -> str:
+    found = torch._guards.CompileContext.current_compile_id()
+    return str(found) if found is not None else "-"
+
+
+def _recompilation() -> str:
+    """Why dynamo compiles this frame again; empty: it does not."""
+    from torch._dynamo.utils import get_metrics_context
+
+    context = get_metrics_context()
+    reason = context._metrics.get("recompile_reason") if context.in_progress() else None
+    return one_line(ValueError(reason)) if reason else ""
