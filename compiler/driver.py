@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from ..backends.eager import EagerRunner
 from ..ir.equality import Comparison, compare, run_float64
 from ..ir.errors import FxpressError, InputError, VerifyError, nearest, one_line
 from ..ir.graph import Program
@@ -29,10 +28,10 @@ from . import artifact, hf, pretrained, structure
 from .calibration import check_batches, track
 from .pipeline import Passed, has_masks, parameters, parse_passes, run_passes, zeros
 from .report import Report
-from .runners import Clock, OnnxRunner, Runner
+from .runners import Clock, OnnxRunner, Runner, make_runner
 from .trace import Arguments, admit_ones, bind_example, plain_attention, trace
 
-BACKENDS = ("auto", "eager", "onnx")
+BACKENDS = ("auto", "eager", "onnx", "triton")
 FORMS = ("runtime", "qdq")
 
 
@@ -330,7 +329,7 @@ def _rewritten(
     report.parameters_after = parameters(program)
     if had_masks or any(item.sparsity for item in report.passes):
         report.zeros, report.masked = zeros(program), has_masks(program)
-    runner: Runner = OnnxRunner(program, settings.threads, clock) if backend == "onnx" else EagerRunner(program)
+    runner = make_runner(backend, program, settings.threads, clock)
     if isinstance(runner, OnnxRunner):
         report.choices = [
             {"operator": item.operator, "sizes": item.sizes, "chosen": item.chosen,

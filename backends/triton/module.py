@@ -1,0 +1,290 @@
+"""A program as one readable Python module: kernels, and a plain `forward` that launches them in order."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import operator
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from ...ir.errors import LoweringError
+from ...ir.graph import Program, arguments, describe_value, source_of
+from ...ir.ops.attention import attention as attention_operator
+from ...kernels import attention, elementwise, launch, matmul
+from .kernel import Kernel, product_kernel, tile_kernel
+from .lowerings.table import EXTERN, KERNELS
+from .partition import Group, Planner, kind
+from .prepare import prepare
+from .sizes import Sizes, contiguous, text
+
+KERNELS[attention_operator] = "attention"
+INDENT = "    "
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A module's text, and what it needs and leaves to others.
+
+    Attributes:
+        program: the one that it was generated from, with the weights.
+        source: the text; `forward(inputs, weights)` takes and gives lists, and weights by name.
+        weights: the names in `weights`.
+        groups: the operators of each generated kernel's launches.
+        externs: what PyTorch's own kernels run: operator, reason, how often.
+    """
+
+    program: Program
+    source: str
+    weights: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
+    externs: tuple[tuple[str, str, int], ...]
+
+
+def check(program: Program) -> list[str]:
+    """The nodes of a prepared program that this backend has nothing for, each as one line."""
+    found = []
+    for node in program.graph.nodes:
+        if node.op == "call_function" and kind(node) == "none":
+            found.append(f"{node.target}: no lowering to Triton{source_of(node)}")
+    return found
+
+
+def generate(program: Program) -> Generated:
+    """Generate the module of a program.
+
+    Raises:
+        LoweringError: nodes that the backend has nothing for; all are named.
+    """
+    ready = prepare(program)
+    missing = check(ready)
+    if missing:
+        raise LoweringError(f"{len(missing)} nodes cannot be lowered to Triton: {'; '.join(dict.fromkeys(missing))}")
+    return _Module(ready).generate()
+
+
+@dataclass
+class _Module:
+    program: Program
+    kernels: dict[str, str] = field(default_factory=dict)  # body -> name
+    definitions: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    externs: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def generate(self) -> Generated:
+        self.sizes = Sizes(self.program)
+        self.planner = Planner(self.program, self.sizes)
+        groups = self.planner.plan()
+        self._check_refused()
+        self.owned = {node for group in groups for node in group.nodes}  # those stored are contiguous
+        self.named: dict[fx.Node, str] = {}
+        self._inputs()
+        self.done: set[fx.Node] = set()
+        for item in self.planner.order():
+            if isinstance(item, Group):
+                self._launch(item)
+            elif kind(item) in ("kernel", "extern") or (kind(item) == "fused" and item in self.planner.refused):
+                self._ready(item)
+        outputs = self.program.graph.output_node().args[0]
+        shown = [self._argument(item) for item in outputs]  # type: ignore[union-attr]
+        self.lines.append(f"return [{', '.join(shown)}]")
+        return Generated(
+            self.program,
+            self._source(),
+            tuple(str(node.target) for node in self.program.graph.nodes if node.op == "get_attr"),
+            tuple(tuple(str(node.target) for node in group.nodes) for group in groups),
+            tuple((name, reason, count) for (name, reason), count in self.externs.items()),
+        )
+
+    def _check_refused(self) -> None:
+        bad = [
+            f"{node.target}: {reason}{source_of(node)}"
+            for node, reason in self.planner.refused.items()
+            if node.target not in EXTERN and node.users
+        ]
+        if bad:
+            raise LoweringError(f"{len(bad)} nodes cannot be lowered to Triton: {'; '.join(dict.fromkeys(bad))}")
+
+    # --- forward ------------------------------------------------------------------------------------------------
+
+    def _inputs(self) -> None:
+        names = [node.name for node in self.program.graph.nodes if node.op == "placeholder"]
+        if names:
+            self.lines.append(f"{', '.join(names)}{',' if len(names) == 1 else ''} = inputs")
+        found: dict[str, str] = {}
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                self.named[node] = node.name
+                for axis, size in enumerate(self.sizes.shape(node)):
+                    if isinstance(size, sympy.Symbol):
+                        found.setdefault(str(size), f"{node.name}.shape[{axis}]")
+        for node in self.program.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            for axis, size in enumerate(self.sizes.shape(node)):
+                for symbol in size.free_symbols:
+                    if str(symbol) not in found:
+                        found[str(symbol)] = self._solved(size, symbol, f"{node.name}.shape[{axis}]")
+        self.lines += [f"{name} = {code}" for name, code in found.items()]
+
+    def _solved(self, size: sympy.Expr, symbol: sympy.Symbol, code: str) -> str:
+        """What a symbol is where an input's size is a linear expression of it."""
+        factor, rest = size.coeff(symbol), size.subs(symbol, 0)
+        if sympy.expand(factor * symbol + rest - size) != 0:
+            raise LoweringError(f"the size {text(size)} of an input does not say what {symbol} is")
+        return f"({code} - {text(rest)}) // {text(factor)}"
+
+    def _variable(self, node: fx.Node) -> str:
+        """The name of a node's tensor in `forward`; what only views it is viewed when it is asked for."""
+        if node not in self.named:
+            if node.op == "get_attr":
+                self.named[node] = self._fresh(str(node.target))
+                self.lines.append(f"{self.named[node]} = weights[{str(node.target)!r}]")
+            else:
+                self._ready(node)
+        return self.named[node]
+
+    def _fresh(self, name: str) -> str:
+        found = re.sub(r"\W", "_", name, flags=re.ASCII)
+        found = f"w_{found}" if not found[:1].isalpha() else found
+        taken = {node.name for node in self.program.graph.nodes} | set(self.named.values())
+        while found in taken:
+            found += "_"
+        return found
+
+    def _ready(self, node: fx.Node) -> None:
+        """Call a view, a library kernel or a kernel of its own kind."""
+        if node in self.named:
+            return
+        if kind(node) == "none" or (
+            kind(node) in ("fused", "generator", "product") and node not in self.planner.refused
+        ):
+            raise LoweringError(f"{node.name} is read before it is computed")
+        what = kind(node)
+        if what == "kernel":
+            given = [f"{name}={self._argument(value)}" for name, value in arguments(node).items() if value is not None]
+            call = f"{KERNELS[node.target]}({', '.join(given)})"
+        elif node.target is operator.getitem:
+            call = f"{self._argument(node.args[0])}[{node.args[1]}]"
+        else:
+            given = [self._argument(item) for item in node.args]
+            given += [f"{name}={self._argument(item)}" for name, item in node.kwargs.items()]
+            call = f"{node.target}({', '.join(given)})"
+            if what != "view":
+                key = (str(node.target), self.planner.refused.get(node) or EXTERN[node.target])
+                self.externs[key] = self.externs.get(key, 0) + 1
+        self.lines.append(f"{node.name} = {call}{self._comment(node)}")
+        self.named[node] = node.name
+
+    def _argument(self, item: Any) -> str:
+        if isinstance(item, fx.Node):
+            value = item.meta.get("val")
+            if isinstance(value, Tensor | list | tuple):
+                return self._variable(item)
+            return text(self.sizes.of(value)) if isinstance(value, torch.SymInt | int) else repr(value)
+        if isinstance(item, list | tuple):
+            return f"[{', '.join(map(self._argument, item))}]"
+        if isinstance(item, float) and item != item:
+            return 'float("nan")'
+        if isinstance(item, float) and item in (float("inf"), float("-inf")):
+            return f'float("{item}")'
+        if isinstance(item, torch.device):
+            return f"torch.device({str(item)!r})"
+        return repr(item)
+
+    def _comment(self, node: fx.Node) -> str:
+        return f"  # {describe_value(node.meta['val'], self.program.symbols)}"
+
+    def _strides(self, node: fx.Node) -> tuple[sympy.Expr, ...] | None:
+        """The strides of weights, and of what kernels here allocate."""
+        if node.op == "get_attr":
+            return tuple(sympy.Integer(step) for step in self.program.tensor(node).stride())
+        if node in self.owned:
+            return contiguous(self.sizes.shape(node))
+        return None
+
+    def _launch(self, group: Group) -> None:
+        make = tile_kernel if group.anchor is None else product_kernel
+        kernel = make(
+            self.planner, group, self._strides, lambda node: node.name if node in self.owned else f"\0{node.name}\0"
+        )
+        names = {f"\0{node.name}\0": self._variable(node) for node in kernel.inputs if node not in self.owned}
+        for node in kernel.stored:
+            size = ", ".join(text(item) for item in self.sizes.shape(node))
+            device = self._device(node)
+            self.lines.append(
+                f"{node.name} = torch.empty(({size}{',' if size and ', ' not in size else ''}), "
+                f"dtype={node.meta['val'].dtype}, device={device})"
+            )
+            self.named[node] = node.name
+        call = kernel.call.replace("{kernel}", self._define(kernel))
+        for mark, name in names.items():
+            call = call.replace(mark, name)
+        self.lines.append(call)
+
+    def _device(self, node: fx.Node) -> str:
+        return f"torch.device({str(node.meta['val'].device)!r})"
+
+    def _define(self, kernel: Kernel) -> str:
+        if kernel.body not in self.kernels:
+            taken = set(self.kernels.values())
+            name, count = f"{kernel.name}_kernel", 0
+            while name in taken:
+                count += 1
+                name = f"{kernel.name}_{count}_kernel"
+            self.kernels[kernel.body] = name
+            self.definitions.append(kernel.source(name))
+        return self.kernels[kernel.body]
+
+    # --- text ---------------------------------------------------------------------------------------------------
+
+    def _source(self) -> str:
+        own = "\n\n".join([*self.definitions, FORWARD + "".join(f"{INDENT}{line}\n" for line in self.lines)])
+        return "\n\n".join([HEAD, *_library(own), own])
+
+
+HEAD = '''"""Generated by fxpress: kernels, and `forward`, which launches them in order."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, device
+
+aten = torch.ops.aten
+'''
+FORWARD = '''def forward(inputs, weights):
+    """A list of outputs, from tensors in the order of the program's inputs and its weights by name."""
+'''
+LIBRARY: tuple[ModuleType, ...] = (elementwise, launch, matmul, attention)
+
+
+def _library(code: str) -> Iterator[str]:
+    """The functions and constants of our kernels that some code names, directly or through others, in their order."""
+    known: dict[str, str] = {}
+    for module in LIBRARY:
+        source = inspect.getsource(module)
+        lines = source.splitlines()
+        for item in ast.parse(source).body:
+            if isinstance(item, ast.FunctionDef | ast.ClassDef):
+                first = min([item.lineno, *(decorator.lineno for decorator in item.decorator_list)])
+                known[item.name] = "\n".join(lines[first - 1 : item.end_lineno])
+            elif isinstance(item, ast.Assign | ast.AnnAssign):
+                targets = item.targets if isinstance(item, ast.Assign) else [item.target]
+                for target in targets:
+                    known[ast.unparse(target)] = "\n".join(lines[item.lineno - 1 : item.end_lineno])
+    needed: set[str] = set()
+    waiting = [code]
+    while waiting:
+        named = set(re.findall(r"\b\w+\b", waiting.pop())) & known.keys() - needed
+        needed |= named
+        waiting += [known[name] for name in named]
+    yield from dict.fromkeys(part for name, part in known.items() if name in needed)

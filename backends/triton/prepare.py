@@ -1,0 +1,120 @@
+"""A copy of a program for this backend: what is fused for others is written as the operators that it is made of.
+
+Kernels are then chosen anew: a product takes as its epilogue whatever elementwise operators follow it, a norm the
+addition before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...ir.expand import expand
+from ...ir.graph import Program, arguments, dtype, shape
+from ...ir.ops.integer import integer_linear
+from ...ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
+from ...ir.ops.quantize import int8_linear
+
+aten = torch.ops.aten
+
+
+def prepare(program: Program) -> Program:
+    """The program in the operators of this backend's table; the one that is given stays as it is."""
+    found = program.copy()
+    expand(found)
+    for node in found.calls(aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default):
+        _slices(found, node)
+    for node in found.calls(add_layer_norm, add_rms_norm):
+        _norm(found, node)
+    for node in found.calls(int8_linear):
+        _int8_linear(found, node)
+    for node in found.calls(aten.linear.default, aten.addmm.default, aten.baddbmm.default, integer_linear):
+        _bias(found, node)
+    for node in found.calls(aten.unbind.int):
+        _unbind(found, node)
+    found.clean()
+    return found
+
+
+def _norm(program: Program, node: fx.Node) -> None:
+    """before: (%norm, %sum) = add_layer_norm(%x, %y, ...);  after: %sum = add(%x, %y);  %norm = norm(%sum, ...)"""
+    given = arguments(node)
+    total = program.call(aten.add.Tensor, given["input"], given["residual"], before=node)
+    if node.target is add_rms_norm:
+        normed = program.call(rms_norm, total, given["weight"], given["eps"], before=node)
+    else:
+        size = [shape(total)[-1]]
+        normed = program.call(
+            aten.layer_norm.default, total, size, given["weight"], given["bias"], given["eps"], before=node
+        )
+    for part in list(node.users):
+        program.replace(part, total if part.args[1] else normed)
+
+
+def _bias(program: Program, node: fx.Node) -> None:
+    """before: %y = linear(%x, @w, @b);  after: %y = add(linear(%x, @w), @b)"""
+    given = arguments(node)
+    if node.target in (aten.addmm.default, aten.baddbmm.default):
+        plain = aten.mm.default if node.target is aten.addmm.default else aten.bmm.default
+        new = program.call(plain, *(given[name] for name in list(given)[1:3]), before=node)
+        if given["alpha"] != 1:
+            new = program.call(aten.mul.Scalar, new, given["alpha"], before=node)
+        if given["beta"] != 0:
+            new = program.call(aten.add.Tensor, new, given["self"], alpha=given["beta"], before=node)
+    elif given["bias"] is None:
+        return
+    else:
+        first = list(given)[:2]
+        options = [None] if node.target is integer_linear else []
+        new = program.call(node.target, *(given[name] for name in first), *options, before=node)  # type: ignore[arg-type]
+        new = program.call(aten.add.Tensor, new, given["bias"], before=node)
+    program.replace(node, new)
+
+
+def _int8_linear(program: Program, node: fx.Node) -> None:
+    """The product of the integers as they are stored; what the zero point adds to it is known for each channel."""
+    given = arguments(node)
+    narrow = dtype(given["scale"])
+    wide = torch.promote_types(narrow, torch.float32)
+
+    def call(target: Any, *args: Any, **options: Any) -> fx.Node:
+        return program.call(target, *args, before=node, **options)
+
+    sums = call(integer_linear, given["input"], given["weight"], None)
+    if given["zero_point"] is not None:
+        shift = call(aten._to_copy.default, given["zero_point"], dtype=torch.int32)
+        rows = call(aten.sum.dim_IntList, given["weight"], [1], dtype=torch.int32)
+        sums = call(aten.sub.Tensor, sums, call(aten.mul.Tensor, shift, rows))
+    scale = given["scale"] if narrow == wide else call(aten._to_copy.default, given["scale"], dtype=wide)
+    channel = call(aten.squeeze.dim, given["weight_scale"], -1)
+    channel = channel if dtype(channel) == wide else call(aten._to_copy.default, channel, dtype=wide)
+    found = call(aten._to_copy.default, sums, dtype=wide)
+    found = call(aten.mul.Tensor, found, call(aten.mul.Tensor, scale, channel))
+    if given["bias"] is not None:
+        found = call(aten.add.Tensor, found, given["bias"])
+    if dtype(found) != narrow:
+        found = call(aten._to_copy.default, found, dtype=narrow)
+    program.replace(node, found)
+
+
+def _slices(program: Program, node: fx.Node) -> None:
+    """before: %a, %b = chunk(%x, 2, -1);  after: %a = slice(%x, -1, 0, 4);  %b = slice(%x, -1, 4, 8)"""
+    given = arguments(node)
+    axis = given["dim"] % len(shape(given["self"]))
+    sizes = [part.shape[axis] for part in node.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        return
+    for part in list(node.users):
+        place: Any = part.args[1]
+        start = sum(sizes[:place])
+        end = start + sizes[place]
+        program.replace(part, program.call(aten.slice.Tensor, given["self"], axis, start, end, before=part))
+
+
+def _unbind(program: Program, node: fx.Node) -> None:
+    """before: %a, %b = unbind(%x, 1);  after: %a = select(%x, 1, 0);  %b = select(%x, 1, 1)"""
+    given = arguments(node)
+    for part in list(node.users):
+        program.replace(part, program.call(aten.select.int, given["self"], given["dim"], part.args[1], before=part))

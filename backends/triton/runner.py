@@ -1,0 +1,91 @@
+"""A generated module, loaded and run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from ...ir.errors import InputError
+from ...ir.graph import Program, attribute
+from .module import generate
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def check_device(program: Program) -> None:
+    """
+    Raises:
+        InputError: if generated kernels could not run where the weights are.
+    """
+    tensors = [*program.module.parameters(), *program.module.buffers()]
+    device = tensors[0].device if tensors else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type != "cuda" and not interpreted():
+        raise InputError(
+            f"backend 'triton' needs a model on CUDA, found {device}: move both there, or set "
+            "TRITON_INTERPRET=1 before Python starts, which runs the kernels in Triton's interpreter (slow, for tests)"
+        )
+
+
+class Loaded:
+    """A generated module whose source lies in a temporary folder, where Triton reads it."""
+
+    def __init__(self, source: str) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="fxpress-triton-"))
+        weakref.finalize(self, shutil.rmtree, folder, True)
+        name = f"fxpress_generated_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+        self.path = folder / f"{name}.py"
+        self.path.write_text(source, encoding="utf-8")
+        self.module = self._import(name)
+
+    def _import(self, name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, self.path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # inspect, through which Triton reads sources, looks there
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            del sys.modules[name]
+        return module
+
+
+class TritonRunner:
+    """The kernels generated for a program."""
+
+    name = "triton"
+
+    def __init__(self, program: Program) -> None:
+        check_device(program)
+        self.generated = generate(program)
+        self._loaded = Loaded(self.generated.source)
+        self._weights = {name: attribute(self.generated.program.module, name) for name in self.generated.weights}
+
+    @property
+    def source(self) -> str:
+        """The text of the generated module."""
+        return self.generated.source
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Flat inputs to flat outputs."""
+        # The interpreter computes with numpy, also what masks leave out.
+        quiet: AbstractContextManager[Any] = np.errstate(all="ignore") if interpreted() else nullcontext()
+        with torch.no_grad(), quiet:
+            found: list[Any] = self._loaded.module.forward(list(tensors), self._weights)
+        return found

@@ -1,0 +1,120 @@
+"""Functions of one number that Triton itself lacks, or has only on the GPU; each keeps NaN and infinity where PyTorch
+has them. They take tiles of any shape, in fp32 or fp64, and are called by generated kernels."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x): near 0, where 1 - exp(-2 x) would lose digits, by its series (error below 1e-9 of it)."""
+    size = tl.abs(x)
+    below = tl.exp(-2.0 * size)
+    far = (1.0 - below) / (1.0 + below)
+    square = x * x
+    series = 1.0 + square * (
+        -0.3333333333333333
+        + square
+        * (
+            0.13333333333333333
+            + square * (-0.05396825396825397 + square * (0.021869488536155203 - square * 0.008863235529902197))
+        )
+    )
+    return tl.where(size < 0.25, x * series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 without loss near 0 (Kahan)."""
+    whole = tl.exp(x)
+    less = whole - 1.0
+    close = less * x / tl.where(whole == 1.0, 1.0, tl.log(whole))
+    near = tl.where(whole == 1.0, x, close)
+    return tl.where(tl.abs(x) < 1.0, near, less)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) without loss near 0 (Kahan)."""
+    whole = 1.0 + x
+    near = tl.log(whole) * x / tl.where(whole == 1.0, 1.0, whole - 1.0)
+    return tl.where(whole == 1.0, x, tl.where(tl.abs(x) < 1.0, near, tl.log(whole)))
+
+
+@triton.jit
+def round_even(x):
+    """The nearest whole number, halves to even: a sum with 2^23 (2^52 in fp64) has no room for a fraction."""
+    if x.dtype == tl.float64:
+        edge = tl.full([1, 1], 4503599627370496.0, tl.float64)
+    else:
+        edge = tl.full([1, 1], 8388608.0, tl.float32)
+    shift = tl.where(x < 0, -edge, edge)
+    return tl.where(tl.abs(x) < edge, (x + shift) - shift, x)
+
+
+@triton.jit
+def truncate(x):
+    """The whole number towards 0."""
+    return tl.where(x < 0, tl.ceil(x), tl.floor(x))
+
+
+@triton.jit
+def power(x, y):
+    """x ** y in fp64, since an error of log x is multiplied by y; negative x with whole y only, as in PyTorch."""
+    base, exponent = x.to(tl.float64), y.to(tl.float64)
+    size = tl.abs(base)
+    found = tl.exp(exponent * tl.log(tl.where(size == 0, 1.0, size)))
+    zero = tl.where(exponent < 0, float("inf"), tl.where(exponent == 0, 1.0, 0.0))
+    found = tl.where(size == 0, zero, found)
+    half = exponent * 0.5
+    odd = (tl.floor(exponent) == exponent) & (tl.floor(half) != half)
+    signed = tl.where(odd, -found, found)
+    found = tl.where(base < 0, tl.where(tl.floor(exponent) == exponent, signed, float("nan")), found)
+    found = tl.where((exponent == 0) | (base == 1.0), 1.0, found)
+    return found.to(x.dtype)
+
+
+@triton.jit
+def floor_divide(x, y):
+    """floor(x / y) of integers, whichever way the machine rounds."""
+    quotient = x // y
+    rest = x - quotient * y
+    return tl.where((rest != 0) & ((rest < 0) != (y < 0)), quotient - 1, quotient)
+
+
+@triton.jit
+def floor_quotient(x, y):
+    """floor(x / y) of floats as Python and PyTorch define it: NaN for infinite x, -1 for x / -infinity, x > 0."""
+    quotient = tl.floor(x / y)
+    over = (x - quotient * y < 0) != (y < 0)
+    exact = tl.where((x - quotient * y != 0) & over & (tl.abs(quotient) < 8388608.0), quotient - 1.0, quotient)
+    endless = tl.where((x != 0) & ((x < 0) != (y < 0)), -1.0, 0.0)
+    infinite = tl.abs(y) == float("inf")
+    found = tl.where(infinite, endless, tl.where(y == 0, x / y, exact))
+    return tl.where((tl.abs(x) == float("inf")) | (x != x) | (y != y), float("nan"), found)
+
+
+@triton.jit
+def truncate_divide(x, y):
+    """x / y of integers, rounded towards 0."""
+    quotient = x // y
+    rest = x - quotient * y
+    return tl.where((rest != 0) & ((rest < 0) != (x < 0)), quotient + 1, quotient)
+
+
+@triton.jit
+def greater(x, y):
+    """The larger; NaN where one is."""
+    return tl.where((x > y) | (x != x), x, y)
+
+
+@triton.jit
+def smaller(x, y):
+    """The smaller; NaN where one is."""
+    return tl.where((x < y) | (x != x), x, y)

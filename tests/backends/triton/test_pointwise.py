@@ -1,0 +1,121 @@
+"""Every elementwise operator of the table beside PyTorch's own, in the interpreter."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from build import normal
+from kernels_agree import agree, calling
+from torch import Tensor
+
+from fxpress.backends.triton.lowerings.table import POINTWISE
+
+aten = torch.ops.aten
+INTEGER = ("bitwise", "shift", "__and__", "__or__", "__xor__")
+FLOAT_ONLY = (
+    "relu6", "hardtanh", "hardsigmoid", "hardswish", "silu", "mish", "softplus", "gelu", "elu", "leaky_relu", "frac",
+    "lerp", "log", "exp", "sqrt", "sin", "cos", "tanh", "sigmoid", "erf", "reciprocal", "floor", "ceil", "round",
+    "trunc", "addcmul", "isinf", "isnan", "isfinite", "true_divide",
+)  # fmt: skip
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.5, -3.5, math.inf, -math.inf, math.nan, 1e-4, -1e-4, 30.0, -30.0]
+BOOLEAN = ("logical", "bitwise_and", "bitwise_not")
+
+
+def values(dtype: torch.dtype, seed: int, special: bool) -> Tensor:
+    """An odd-sized, non-contiguous matrix; its first row special values if asked for."""
+    if dtype is torch.bool:
+        return (normal(5, 37, seed=seed) > 0).t()
+    if not dtype.is_floating_point:
+        return torch.randint(-9, 9, (5, 37), generator=torch.Generator().manual_seed(seed)).to(dtype).t()
+    found = normal(5, 37, seed=seed)
+    if special:
+        found[0, : len(SPECIAL)] = torch.tensor(SPECIAL)
+    return found.to(dtype).t()
+
+
+def arguments(target: Any, dtype: torch.dtype, special: bool) -> list[Any]:
+    """Arguments for each parameter without a default; the second tensor broadcasts, shifts and divisors are > 0."""
+    found: list[Any] = []
+    for number, parameter in enumerate(target._schema.arguments):
+        if parameter.kwarg_only or (parameter.has_default_value() and parameter.name != "rounding_mode"):
+            continue
+        kind = str(parameter.type)
+        if kind == "Tensor":
+            item = values(dtype, number, special and number == 0)
+            if number:
+                item = item[:1]
+            if "shift" in str(target) and number:
+                item = item.abs() % 5
+            if any(name in str(target) for name in ("div", "remainder", "fmod")) and number:
+                item = torch.where(item == 0, torch.ones_like(item), item)
+            found.append(item)
+        else:
+            found.append(3 if not dtype.is_floating_point else 0.75)
+    return found
+
+
+CASES = [
+    pytest.param(target, dtype, id=f"{target}-{str(dtype).removeprefix('torch.')}")
+    for target in POINTWISE
+    for dtype in (torch.float32, torch.float16, torch.int64, torch.bool)
+    if (dtype.is_floating_point and not any(name in str(target) for name in INTEGER))
+    or (dtype is torch.int64 and not any(name in str(target) for name in FLOAT_ONLY))
+    or (dtype is torch.bool and any(name in str(target) for name in BOOLEAN))
+]
+
+
+@pytest.mark.parametrize(("target", "dtype"), CASES)
+def test_equals_eager(target: Any, dtype: torch.dtype) -> None:
+    given = arguments(target, dtype, special=True)
+    options = {"rounding_mode": "floor"} if str(target).endswith("_mode") else {}
+    made, tensors = calling(target, *given, **options)
+    agree(made, tensors)
+
+
+@pytest.mark.parametrize("rounding_mode", ["trunc", "floor"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_division_rounds_as_it_is_told(rounding_mode: str, dtype: torch.dtype) -> None:
+    x, y = (torch.tensor(item).to(dtype) for item in ([7, -7, 7, -7, 6, -6, 0], [2, 2, -2, -2, 3, 3, 5]))
+    agree(*calling(aten.div.Tensor_mode, x, y, rounding_mode=rounding_mode))
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        (normal(3, 4), torch.tensor(2.5)),  # a tensor without axes promotes as a number does
+        (torch.arange(6), torch.tensor(0.5)),
+        (torch.arange(6, dtype=torch.int32), torch.arange(6)),
+        (normal(6, dtype=torch.float16), normal(6)),
+        (torch.arange(6) > 2, torch.arange(6)),
+        (normal(1, 3, 1), normal(4, 1, 5)),
+        (normal(0, 3), normal(3)),
+        (normal(1), normal(1)),
+        (torch.tensor(2.0), torch.tensor(3.0)),
+    ],
+)
+def test_dtypes_promote_and_shapes_broadcast(x: Tensor, y: Tensor) -> None:
+    agree(*calling(aten.mul.Tensor, x, y))
+
+
+def test_alpha_and_a_number_count() -> None:
+    agree(*calling(aten.add.Tensor, normal(5), normal(5, seed=1), alpha=2.5))
+    agree(*calling(aten.sub.Tensor, torch.arange(5), 3, alpha=2))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_both_ways(approximate: str) -> None:
+    agree(*calling(aten.gelu.default, normal(65), approximate=approximate))
+
+
+def test_small_numbers_keep_their_digits() -> None:
+    """tanh, expm1 and log1p by exp and log alone would lose them."""
+    small = normal(64) * 1e-3
+    for target in (aten.tanh.default, aten.expm1.default, aten.log1p.default):
+        agree(*calling(target, small))
+
+
+def test_strides_of_any_kind() -> None:
+    whole = normal(6, 8, 10)
+    for item in (whole[::2, 1:, ::3], whole.permute(2, 0, 1), whole[0].expand(4, 8, 10), whole.flatten()[5:]):
+        agree(*calling(aten.add.Tensor, item, item))

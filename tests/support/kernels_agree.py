@@ -1,0 +1,70 @@
+"""Generated Triton kernels beside eager PyTorch: the check that every lowering has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from build import program
+from torch import Tensor, fx
+
+from fxpress.backends.triton.runner import TritonRunner
+from fxpress.ir.equality import compare, run_float64
+from fxpress.ir.graph import Program
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """What torch.empty gives is NaN, or as small as an integer can be: an element that no kernel writes is seen."""
+    empty = torch.empty
+
+    def filled(*args: Any, **kwargs: Any) -> Tensor:
+        found = empty(*args, **kwargs)
+        if found.dtype.is_floating_point:
+            return found.fill_(float("nan"))
+        return found.fill_(True if found.dtype is torch.bool else torch.iinfo(found.dtype).min)
+
+    with mock.patch.object(torch, "empty", filled):
+        yield
+
+
+def agree(traced: Program, *batches: Sequence[Tensor]) -> TritonRunner:
+    """Assert that the kernels of a program give what eager PyTorch does, on each batch; inputs stay as they are."""
+    runner = TritonRunner(traced)
+    for batch in batches:
+        given = [tensor.clone() for tensor in batch]
+        with poisoned():
+            found = runner.run(batch)
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(batch, given, strict=True))
+        with torch.no_grad():
+            eager = list(traced.run(batch))
+        verdict = compare(found, eager, run_float64(traced, batch))
+        assert verdict.equal, (verdict.reasons, runner.source.split("\n\n\ndef forward")[-1])
+    return runner
+
+
+# The tracer wants parameters with names.
+_COPIES: dict[int, Callable[..., Any]] = {
+    1: lambda self, a: [a.clone()],
+    2: lambda self, a, b: [a.clone(), b.clone()],
+    3: lambda self, a, b, c: [a.clone(), b.clone(), c.clone()],
+    4: lambda self, a, b, c, d: [a.clone(), b.clone(), c.clone(), d.clone()],
+}
+
+
+def calling(target: Callable[..., Any], *args: Any, dynamic: Any = None, **kwargs: Any) -> tuple[Program, list[Tensor]]:
+    """A program of one call, whose inputs are the tensors among its arguments; and these."""
+    tensors: list[Tensor] = []
+    fx.node.map_aggregate((args, kwargs), lambda item: tensors.append(item) if isinstance(item, Tensor) else None)
+    made = program(_COPIES[len(tensors)], *tensors, dynamic=dynamic)
+    output = made.graph.output_node()
+    places = iter([node for node in made.graph.nodes if node.op == "placeholder"])
+    arguments, options = fx.node.map_aggregate(
+        (args, kwargs), lambda item: next(places) if isinstance(item, Tensor) else item
+    )
+    output.args = ([made.call(target, *arguments, before=output, **options)],)
+    made.clean()
+    return made, tensors
