@@ -486,20 +486,21 @@ def matmul_configs(M, N, K, dtype, arch, batch=1, precision="ieee", tma=False):
             (128, 128, 128, 4, 4, 0.85),
             (128, 256, 64, 8, 4, 0.95),
             (128, 256, 128, 8, 3, 1.0),
-            (256, 128, 128, 8, 3, 1.0),
         ]
     )
     found = []
     for block_m, block_n, depth, warps, stages, reached in tiles:
-        block_k = max(depth // size, 32 if size == 1 else 16)
+        block_k = depth // size
+        if block_k < (32 if size == 1 else 16):  # what tl.dot takes
+            continue
         if max(stages * (block_m + block_n) * block_k * size, block_m * block_n * 4) > shared:
             continue
-        # Half of a thread's 255 registers may be sums; fewer, or of a lesser depth, where operands are in registers too.
+        # Half of a thread's 255 registers may be sums; where operands are in registers too, of a lesser depth.
         if block_m * block_n * (1 if from_shared else depth / 64) > 128 * 32 * warps:
             continue
         # Rows that are not aligned are loaded an element at a time, each with its address; others suit wide blocks.
         if unaligned:
-            if block_m * block_n + 2 * (block_m + block_n) * block_k > 95 * 32 * warps:
+            if block_m * block_n + 2 * (block_m + block_n) * block_k > 80 * 32 * warps:
                 continue
         elif depth < (128 if from_shared else 64):
             continue

@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from ...ir.errors import LoweringError
 
+TOLERATED_SPILLS = 32  # bytes: ptxas spills a few of many free registers to let one more block run
 ALIGNMENT = 16  # bytes of a vector load, and what a divisible integer is divisible by
 
 
@@ -213,7 +214,7 @@ def check_limits(compiled: Compiled, arch: int) -> None:
             ("bytes of shared memory", compiled.shared, limits.shared),
             ("registers", compiled.registers, limits.registers),
             ("columns of tensor memory", compiled.tensor_memory, limits.tensor_memory),
-            ("bytes of spilled registers", compiled.spills, 0),
+            ("bytes of spilled registers", compiled.spills, TOLERATED_SPILLS),
         )
         if found > most
     ]

@@ -1,0 +1,202 @@
+"""Linear layers whose weight alone is quantized: 4 bits, two integers a byte, or 8 bits, with scales for groups.
+
+The weight becomes numbers of the input's dtype in registers, a tile at a time: what is read from memory is a quarter or
+half of a float16 weight. A code generator copies this file's functions and replaces the lines between `# hook:` and
+`# end`, as those of `matmul`; batch, outer and inner are 0 here.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def spread_over_tile(
+    numbers,
+    cols,
+    first,
+    N,
+    K,
+    stride_n,
+    stride_g,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """numbers[col, k // GROUP] for k in first..first + BLOCK_K, in float32: [BLOCK_N, BLOCK_K], or [BLOCK_N, 1].
+
+    numbers [N, G], of any strides. GROUP and BLOCK_K are powers of two, first a multiple of BLOCK_K.
+    """
+    if GROUP >= BLOCK_K:
+        at = cols * stride_n + (first // GROUP) * stride_g
+        found = tl.load(numbers + at, mask=cols < N, other=0).to(tl.float32)[:, None]
+    else:
+        groups = first // GROUP + tl.arange(0, BLOCK_K // GROUP)
+        at = cols[:, None] * stride_n + groups[None, :] * stride_g
+        inside = (cols < N)[:, None] & (groups * GROUP < K)[None, :]
+        of_groups = tl.load(numbers + at, mask=inside, other=0).to(tl.float32)
+        spread = tl.broadcast_to(of_groups[:, :, None], (BLOCK_N, BLOCK_K // GROUP, GROUP))
+        found = tl.reshape(spread, (BLOCK_N, BLOCK_K))
+    return found
+
+
+@triton.jit
+def int4_matmul_kernel(
+    x,
+    w,
+    scale,
+    zero_point,
+    # hook: parameters
+    bias,
+    out,
+    stride_op,
+    stride_oq,
+    stride_om,
+    stride_on,
+    # end
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_sn,
+    stride_sg,
+    stride_zn,
+    stride_zg,
+    GROUP: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[m, n] = sum over k of x[m, k] (w[n, k] - zero_point[n, k // GROUP]) scale[n, k // GROUP] + bias[n].
+
+    x [M, K] and out [M, N] of any strides; w int8 [N, K], or if PACKED uint8 [N, ceil(K / 2)], each byte the integers
+    of an even k (lower half) and the next, each plus 8, rows contiguous; scale float [N, G] and zero_point int8 [N, G]
+    or None; bias [N], contiguous, or None. Grid: (tiles of M x N), those of the same columns together, so that they
+    find the weight in the L2 cache.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tile_n = tl.program_id(0) // tiles_m
+    tile_m = tl.program_id(0) % tiles_m
+    row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    steps = tl.arange(0, BLOCK_K)
+    BYTES: tl.constexpr = BLOCK_K // 2 if PACKED else BLOCK_K
+    places = tl.arange(0, BYTES)
+    x_at = x + row[None, :] * stride_xm + steps[:, None].to(tl.int64) * stride_xk
+    w_at = w + col[:, None] * stride_wn + places[None, :]
+    row_exists = (row < M)[None, :]
+    col_exists = (col < N)[:, None]
+    advance = tl.full((), BLOCK_K, tl.int64)
+    # The product is w x^T: the weight, made in registers, is the operand that tensor cores take from registers.
+    sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for first in range(0, K, BLOCK_K):
+        if EVEN_K:
+            right = tl.load(x_at, mask=row_exists, other=0)
+            stored = tl.load(w_at, mask=col_exists, other=0)
+        else:
+            # Beyond K, x is 0, and the weight whatever number it is.
+            right = tl.load(x_at, mask=row_exists & (steps < K - first)[:, None], other=0)
+            left_of_row = (K - first + 1) // 2 if PACKED else K - first
+            stored = tl.load(w_at, mask=col_exists & (places < left_of_row)[None, :], other=0)
+        if PACKED:
+            halves = tl.join(stored & 15, stored >> 4)
+            integers = tl.reshape(halves, (BLOCK_N, BLOCK_K)).to(tl.float32) - 8.0
+        else:
+            integers = stored.to(tl.float32)
+        if zero_point is not None:
+            integers -= spread_over_tile(zero_point, col, first, N, K, stride_zn, stride_zg, GROUP, BLOCK_N, BLOCK_K)
+        factor = spread_over_tile(scale, col, first, N, K, stride_sn, stride_sg, GROUP, BLOCK_N, BLOCK_K)
+        left = (integers * factor).to(scale.dtype.element_ty).to(x.dtype.element_ty)
+        sums = tl.dot(left, right, sums, input_precision=PRECISION)
+        x_at += advance * stride_xk
+        w_at += BYTES
+    acc = tl.trans(sums)
+    batch = tl.full((), 0, tl.int64)
+    outer, inner = batch, batch
+    rows = row[:, None]
+    cols = col[None, :]
+    inside = (rows < M) & (cols < N)
+    # hook: epilogue (batch, outer, inner, rows, cols, inside, acc)
+    if bias is not None:
+        acc += tl.load(bias + cols, mask=cols < N, other=0).to(acc.dtype)
+    at = outer * stride_op + inner * stride_oq + rows * stride_om + cols * stride_on
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+    # end
+
+
+def int4_matmul(x, w, scale, zero_point=None, out=None, bias=None, extra=(), config=None, precision="ieee"):
+    """x ((w - zero_point) scale)^T + bias for x [..., K]: [..., N].
+
+    Args:
+        x: float16, bfloat16 or float32; its rows are a view where one stride walks over them.
+        w: uint8 [N, ceil(K / 2)], two integers of 4 bits a byte, the lower half first, each plus 8; or int8 [N, K].
+        scale: float [N, G], each of a group of neighbours in K, of the least power of two for which G suffice.
+        zero_point: int8 [N, G] or None for 0.
+        out: where to write, contiguous [..., N]; by default a new tensor of x's dtype.
+        bias: [N], contiguous.
+        extra: the arguments of a generated epilogue, in place of `bias` and `out`.
+        config: one of `int4_configs`; by default its best guess.
+        precision: of float32, as that of `matmul`.
+
+    Returns:
+        `out`, or None if a generated epilogue writes the results.
+    """
+    packed = w.dtype == torch.uint8
+    K, N = x.shape[-1], w.shape[0]
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"x must be float16, bfloat16 or float32, found {x.dtype}")
+    if w.dtype not in (torch.uint8, torch.int8):
+        raise ValueError(f"w must be uint8 (two integers a byte) or int8, found {w.dtype}")
+    if w.shape[1] != (-(-K // 2) if packed else K):
+        raise ValueError(f"w {w.dtype} {list(w.shape)} does not fit x {list(x.shape)}")
+    if out is None and not extra:
+        out = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
+    M = x.shape[:-1].numel()
+    if M * N == 0:
+        return out
+    groups = scale.shape[-1]
+    group = 1 << (-(-K // groups) - 1).bit_length() if K else 1
+    rows = x.reshape(M, K)
+    if w.stride(1) != 1:
+        w = w.contiguous()
+    if config is None:
+        major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+        config = int4_configs(M, N, K, x.dtype, 10 * major + minor)[0]
+    hooks = extra or (bias, out, 0, 0, N, 1)
+    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    int4_matmul_kernel[(tiles,)](
+        rows, w, scale, zero_point, *hooks, M, N, K, *rows.stride(), w.stride(0), *scale.stride(),
+        *((0, 0) if zero_point is None else zero_point.stride()),
+        GROUP=group, PACKED=packed, PRECISION=precision, EVEN_K=K % config["BLOCK_K"] == 0,
+        enable_fp_fusion=True, **config,
+    )  # fmt: skip
+    return out
+
+
+def int4_configs(M, N, K, dtype, arch):
+    """Configurations of `int4_matmul` for x [M, K] and w [N, K] on sm_`arch`, the best guess first.
+
+    A configuration is a dict: BLOCK_M, BLOCK_N, BLOCK_K, num_warps and num_stages.
+    """
+    shared = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}.get(arch, 99) * 1024
+    size = torch.empty((), dtype=dtype, device="meta").element_size()
+    # Few rows: the weight is read at the speed of memory if there are many programs, each with much on its way.
+    few = [(16, 16, 256, 4, 5), (16, 32, 256, 4, 5), (16, 64, 128, 4, 5), (16, 128, 128, 4, 4)]
+    some = [(32, 64, 128, 4, 4), (32, 128, 128, 4, 4), (64, 64, 128, 4, 4), (64, 128, 64, 4, 4)]
+    many = [(128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (256, 64, 64, 8, 3)]
+    if M <= 16:
+        # The widest of those that still give each multiprocessor two programs, then the others.
+        order = sorted(few, key=lambda tile: (triton.cdiv(N, tile[1]) < 256, -tile[1] if N >= 16 * 256 else tile[1]))
+    else:
+        order = some + few[2:] if M <= 64 else many + some
+    found = []
+    for block_m, block_n, block_k, warps, stages in order:
+        if stages * block_k * (block_m * size + block_n) <= shared:
+            names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+            found.append(dict(zip(names, (block_m, block_n, block_k, warps, stages), strict=True)))
+    return found
