@@ -308,24 +308,40 @@ def combine_kernel(
     tl.store(out + dims, result.to(out.dtype.element_ty), mask=dims < VALUE_DIM)
 
 
-def attention_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int, num_rows: int, num_keys: int):
+def attention_config(
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    arch: int,
+    num_rows: int,
+    num_keys: int,
+    has_mask: bool = False,
+    has_bias: bool = False,
+) -> dict[str, int]:
     """Blocks, warps and stages of `attention_kernel`, by size and architecture (80, 90, 100).
 
-    Chosen so that a program stays within 163 KB (sm_80) or 227 KB of shared memory and, up to 128 dimensions in half
-    precision, spills no registers: tests/kernels/test_attention_aot.py.
+    Chosen so that a program stays within 163 KB (sm_80) or 227 KB of shared memory, where a bias of the scores' size is
+    kept too, and, up to 128 dimensions, spills no registers: tests/kernels/test_attention_aot.py.
     """
     width = max(triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim), 16)
-    if dtype == torch.float32:  # exact products, without tensor cores
-        sizes = (64, 32, 4, 2) if width <= 64 else (32, 32, 4, 2) if width <= 128 else (16, 16, 4, 1)
+    has_mask = has_mask or head_dim != width or value_dim != width
+    if dtype == torch.float32:
+        # Exact products, without tensor cores: Triton up to 3.7 takes those of sm_100, in tf32, from 64 rows on where
+        # scores depend on 8 bits, as of a mask (triton-lang/triton#10176).
+        sizes = (16, 16, 4, 1) if width > 128 else (16, 32, 4, 2) if width > 64 and has_bias else (32, 32, 4, 2)
     elif width <= 64:
-        sizes = (128, 64, 4, 3)
+        sizes = (128, 64, 8, 3) if has_mask else (128, 64, 4, 3)
+        if has_bias:
+            sizes = (128, 64 if arch >= 90 else 32, 8, 2)
+    elif width <= 128 and arch < 90:
+        sizes = (128, 32, 8, 2) if has_bias else (128, 32, 8, 3) if has_mask else (128, 64, 8, 2)
     elif width <= 128:
-        sizes = (128, 128, 8, 2) if arch >= 90 else (128, 64, 8, 2)
-    elif width <= 256:
-        sizes = (64, 64, 4, 2) if arch >= 90 else (64, 32, 4, 2)
+        sizes = (128, 64, 8, 2) if has_bias else (128, 128, 8, 2) if arch == 90 else (128, 64, 8, 3)
     else:
-        sizes = (16, 16, 4, 1)
+        sizes = (64, 64 if arch >= 90 else 32, 8, 2) if width <= 256 else (16, 16, 4, 1)
     block_m, block_n, num_warps, num_stages = sizes
+    if num_rows <= 32 and width <= 128 and dtype != torch.float32:
+        block_n, num_warps, num_stages = min(block_n, 64), 4, 3
     block_m = max(16, min(block_m, triton.next_power_of_2(num_rows)))
     block_n = max(16, min(block_n, triton.next_power_of_2(num_keys)))
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
@@ -385,7 +401,8 @@ def attention(
     *globals_and_dilation, causal = window
     packed = num_queries <= 16 and window == (None, None, None, False)
     num_rows = num_queries * repeat if packed else num_queries
-    config = attention_config(head_dim, value_dim, dtype, arch, num_rows, num_keys)
+    has_mask = key_mask is not None or window[1:3] != (None, None)
+    config = attention_config(head_dim, value_dim, dtype, arch, num_rows, num_keys, has_mask, has_bias)
     programs = triton.cdiv(num_rows, config["BLOCK_M"]) * batch * (num_groups if packed else num_heads)
     splits = 1
     if packed and empty != "mean" and statistics is None:
