@@ -28,7 +28,7 @@ from . import artifact, hf, pretrained, structure
 from .calibration import check_batches, track
 from .pipeline import Passed, has_masks, parameters, parse_passes, run_passes, zeros
 from .report import Report
-from .runners import Clock, OnnxRunner, Runner, make_runner
+from .runners import Clock, OnnxRunner, Runner, make_runner, source_of_runner
 from .trace import Arguments, admit_ones, bind_example, plain_attention, trace
 
 BACKENDS = ("auto", "eager", "onnx", "triton")
@@ -106,6 +106,15 @@ class Compiled:
     def program(self) -> Program:
         """The rewritten program; `program.module` is a trainable torch.fx.GraphModule."""
         return self._product.program
+
+    @property
+    def source(self) -> str:
+        """The generated module of the triton backend: kernels, and a `forward` that launches them.
+
+        Raises:
+            InputError: another backend was chosen.
+        """
+        return source_of_runner(self._product.runner)
 
     @property
     def traced(self) -> Program:

@@ -90,3 +90,14 @@ def make_runner(backend: str, program: Program, threads: int | None, clock: Cloc
         raise InputError(f"backend 'triton' needs the package {error.name}: pip install triton") from error
     with clock("lower"):
         return TritonRunner(program)
+
+
+def source_of_runner(runner: Runner) -> str:
+    """
+    Raises:
+        InputError: it is none of generated code.
+    """
+    source = getattr(runner, "source", None)
+    if source is None:
+        raise InputError(f"only the triton backend generates a module, this is {runner.name!r}")
+    return str(source)

@@ -1,4 +1,4 @@
-"""Fused linear layers written as the operators that they are made of, so that each can be quantized."""
+"""Operators written as those that they are made of: fused linear layers, and any of ours by its reference."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from .errors import RewriteError
 from .graph import Program, arguments, shape
 from .ops.linear import ATEN_ACTIVATIONS, gated_linear, linear_act, mlp, split_linear
+from .ops.table import OPERATORS
 
 aten = torch.ops.aten
 
@@ -50,6 +54,47 @@ def expand(program: Program) -> int:
             new = _hidden(program, node, given)
         program.replace(node, new)
     return len(nodes)
+
+
+def inline(program: Program, node: fx.Node) -> list[fx.Node]:
+    """Write a call of one of our operators as what its reference calls. The new nodes.
+
+    Raises:
+        RewriteError: the reference changes a tensor, which a program cannot say.
+
+    before:  %y = fxpress.pool_tokens(%x, %mask)
+    after:   the ATen operators that the reference runs, `sum`, `div`, `cat`, ...
+    """
+    reference = OPERATORS[node.target].reference  # type: ignore[index]
+    nodes = list(node.all_input_nodes)
+
+    def run(*values: Any) -> Any:
+        known = dict(zip(nodes, values, strict=True))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+        return reference(*args, **kwargs)
+
+    with program.fake_mode, torch.no_grad(), enable_python_dispatcher():
+        traced = make_fx(run, pre_dispatch=True)(*[used.meta["val"] for used in nodes])
+    inside: dict[fx.Node, Any] = {}
+    given = iter(nodes)
+    for old in traced.graph.nodes:
+        if old.op == "placeholder":
+            inside[old] = next(given)
+        elif old.op == "get_attr":
+            inside[old] = program.add_weight(node.name, getattr(traced, str(old.target)), trainable=False)
+        elif old.op == "call_function":
+            if isinstance(old.target, torch._ops.OpOverload) and old.target._schema.is_mutable:
+                raise RewriteError(f"the reference of {node.target} changes a tensor in place ({old.target})")
+            args, kwargs = fx.node.map_arg((old.args, old.kwargs), inside.__getitem__)
+            inside[old] = program.call(old.target, *args, before=node, **kwargs)
+        else:
+            results = fx.node.map_arg(old.args[0], inside.__getitem__)
+    if isinstance(results, fx.Node):
+        program.replace(node, results)
+    else:
+        for part in list(node.users):
+            program.replace(part, results[part.args[1]])
+    return [new for new in inside.values() if new not in nodes]
 
 
 def _linear(program: Program, node: fx.Node, x: Any, weight: Any, bias: Any) -> fx.Node:

@@ -98,7 +98,7 @@ def product_kernel(
     axes = [f"{name} = {emitter.text(place)}" for name, place in emitter.frame.definitions(set(emitter.symbols))]
     names = parameters(planner.program, planner.sizes, emitter, stored)
     widen = [f"{name} = tl.cast({name}, tl.int64)" for name in names.sizes]
-    head = ["row_inside = rows < M", "col_inside = cols < N"]
+    head = ["batch = tl.full([1, 1], 0, tl.int64) + batch", "row_inside = rows < M", "col_inside = cols < N"]
     epilogue = [*widen, *head, *axes, *emitter.lines()]
     body = spliced(matmul_kernel, {"parameters": names.lines(), "epilogue": epilogue})
     combine = spliced(matmul_combine_kernel, {"parameters": names.lines(), "epilogue": epilogue})

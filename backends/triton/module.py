@@ -77,6 +77,7 @@ class _Module:
     definitions: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     externs: dict[tuple[str, str], int] = field(default_factory=dict)
+    names: dict[fx.Node, str] = field(default_factory=dict)
 
     def generate(self) -> Generated:
         self.sizes = Sizes(self.program)
@@ -115,23 +116,23 @@ class _Module:
     # --- forward ------------------------------------------------------------------------------------------------
 
     def _inputs(self) -> None:
-        names = [node.name for node in self.program.graph.nodes if node.op == "placeholder"]
+        names = [self._name(node) for node in self.program.graph.nodes if node.op == "placeholder"]
         if names:
             self.lines.append(f"{', '.join(names)}{',' if len(names) == 1 else ''} = inputs")
         found: dict[str, str] = {}
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
-                self.named[node] = node.name
+                self.named[node] = self._name(node)
                 for axis, size in enumerate(self.sizes.shape(node)):
                     if isinstance(size, sympy.Symbol):
-                        found.setdefault(str(size), f"{node.name}.shape[{axis}]")
+                        found.setdefault(str(size), f"{self._name(node)}.shape[{axis}]")
         for node in self.program.graph.nodes:
             if node.op != "placeholder":
                 continue
             for axis, size in enumerate(self.sizes.shape(node)):
                 for symbol in size.free_symbols:
                     if str(symbol) not in found:
-                        found[str(symbol)] = self._solved(size, symbol, f"{node.name}.shape[{axis}]")
+                        found[str(symbol)] = self._solved(size, symbol, f"{self._name(node)}.shape[{axis}]")
         self.lines += [f"{name} = {code}" for name, code in found.items()]
 
     def _solved(self, size: sympy.Expr, symbol: sympy.Symbol, code: str) -> str:
@@ -145,19 +146,23 @@ class _Module:
         """The name of a node's tensor in `forward`; what only views it is viewed when it is asked for."""
         if node not in self.named:
             if node.op == "get_attr":
-                self.named[node] = self._fresh(str(node.target))
+                self.named[node] = self._name(node)
                 self.lines.append(f"{self.named[node]} = weights[{str(node.target)!r}]")
             else:
                 self._ready(node)
         return self.named[node]
 
-    def _fresh(self, name: str) -> str:
-        found = re.sub(r"\W", "_", name, flags=re.ASCII)
-        found = f"w_{found}" if not found[:1].isalpha() else found
-        taken = {node.name for node in self.program.graph.nodes} | set(self.named.values())
-        while found in taken:
-            found += "_"
-        return found
+    def _name(self, node: fx.Node) -> str:
+        """The name of a node's tensor: that in the graph, or a longer one where it stands for something else here."""
+        if node not in self.names:
+            name = str(node.target) if node.op == "get_attr" else node.name
+            found = re.sub(r"\W", "_", name, flags=re.ASCII).lstrip("_")
+            found = found if found[:1].isalpha() else f"x{found}"
+            taken = RESERVED | set(self.program.symbols.values()) | set(self.names.values())
+            while found in taken or found.endswith(("_kernel", "_combine")):
+                found += "_"
+            self.names[node] = found
+        return self.names[node]
 
     def _ready(self, node: fx.Node) -> None:
         """Call a view, a library kernel or a kernel of its own kind."""
@@ -180,8 +185,8 @@ class _Module:
             if what != "view":
                 key = (str(node.target), self.planner.refused.get(node) or EXTERN[node.target])
                 self.externs[key] = self.externs.get(key, 0) + 1
-        self.lines.append(f"{node.name} = {call}{self._comment(node)}")
-        self.named[node] = node.name
+        self.named[node] = self._name(node)
+        self.lines.append(f"{self.named[node]} = {call}{self._comment(node)}")
 
     def _argument(self, item: Any) -> str:
         if isinstance(item, fx.Node):
@@ -212,22 +217,25 @@ class _Module:
 
     def _launch(self, group: Group) -> None:
         make = tile_kernel if group.anchor is None else product_kernel
-        kernel = make(
-            self.planner, group, self._strides, lambda node: node.name if node in self.owned else f"\0{node.name}\0"
-        )
-        names = {f"\0{node.name}\0": self._variable(node) for node in kernel.inputs if node not in self.owned}
+        kernel = make(self.planner, group, self._strides, self._mark)
+        names = {self._mark(node): self._variable(node) for node in kernel.inputs if node not in kernel.stored}
         for node in kernel.stored:
             size = ", ".join(text(item) for item in self.sizes.shape(node))
             device = self._device(node)
+            self.named[node] = self._name(node)
+            names[self._mark(node)] = self.named[node]
             self.lines.append(
-                f"{node.name} = torch.empty(({size}{',' if size and ', ' not in size else ''}), "
+                f"{self.named[node]} = torch.empty(({size}{',' if size and ', ' not in size else ''}), "
                 f"dtype={node.meta['val'].dtype}, device={device})"
             )
-            self.named[node] = node.name
         call = kernel.call.replace("{kernel}", self._define(kernel))
         for mark, name in names.items():
             call = call.replace(mark, name)
         self.lines.append(call)
+
+    def _mark(self, node: fx.Node) -> str:
+        """Stands for a tensor's name in a kernel's call, until what it reads has been computed."""
+        return f"\0{node.name}\0"
 
     def _device(self, node: fx.Node) -> str:
         return f"torch.device({str(node.meta['val'].device)!r})"
@@ -265,6 +273,8 @@ FORWARD = '''def forward(inputs, weights):
     """A list of outputs, from tensors in the order of the program's inputs and its weights by name."""
 '''
 LIBRARY: tuple[ModuleType, ...] = (elementwise, launch, matmul, attention)
+RESERVED = {"torch", "triton", "tl", "math", "aten", "device", "Tensor", "inputs", "weights", "forward"}
+RESERVED |= {name for module in LIBRARY for name in vars(module)}
 
 
 def _library(code: str) -> Iterator[str]:

@@ -200,6 +200,7 @@ class Planner:
             whole = result_dtype(group.anchor) in (torch.int32, torch.int64)
             known[group.anchor] = Value("acc", torch.int32 if whole else torch.float32, True)
             check_product(group.anchor)
+            self._check_operands(group.anchor, inside)
         emitter = Emitter(self.sizes, lambda node: lowering(node, inside), frame, strides, known)
         for number, node in enumerate(stored):
             shape = self.sizes.shape(node)
@@ -213,6 +214,18 @@ class Planner:
     def _within(self, node: fx.Node, reader: fx.Node, inside: set[fx.Node]) -> bool:
         """Whether a reader computes on a node in the same kernel; a matrix product reads memory."""
         return reader in inside and not (kind(reader) == "product" and node is not reader)
+
+    def _check_operands(self, anchor: fx.Node, inside: set[fx.Node]) -> None:
+        """
+        Raises:
+            CannotFuse: if a product multiplies what the same kernel computes.
+        """
+        given = product_of(anchor)
+        for operand in (given.left, given.right):
+            while kind(operand) == "view":
+                operand = source_of_view(operand)
+            if operand in inside:
+                raise CannotFuse(f"{anchor.name} multiplies {operand.name}, which must be in memory before")
 
     def frame(self, group: Group, stored: Sequence[fx.Node]) -> Frame:
         """What a group's kernel runs over."""

@@ -11,19 +11,31 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir.expand import expand
+from ...ir.expand import expand, inline
 from ...ir.graph import Program, arguments, dtype, shape
-from ...ir.ops.integer import integer_linear
+from ...ir.ops.integer import integer_linear, integer_matmul
 from ...ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from ...ir.ops.quantize import int8_linear
+from ...ir.ops.table import OPERATORS
+from .lowerings.products import PRODUCTS
+from .lowerings.table import KERNELS, POINTWISE, VALUES
 
 aten = torch.ops.aten
+HERE = (add_layer_norm, add_rms_norm, int8_linear, integer_linear)  # written anew below
+DEPTH = 4  # references that call operators of ours in turn
 
 
 def prepare(program: Program) -> Program:
     """The program in the operators of this backend's table; the one that is given stays as it is."""
     found = program.copy()
     expand(found)
+    for _ in range(DEPTH):
+        foreign = [node for node in found.graph.nodes if node.target in OPERATORS and not _known(node.target)]
+        for node in foreign:
+            inline(found, node)
+    for node in found.calls(integer_matmul):
+        if dtype(node.args[0]) != torch.int8:
+            _wide_integers(found, node)
     for node in found.calls(aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default):
         _slices(found, node)
     for node in found.calls(add_layer_norm, add_rms_norm):
@@ -36,6 +48,11 @@ def prepare(program: Program) -> Program:
         _unbind(found, node)
     found.clean()
     return found
+
+
+def _known(target: Any) -> bool:
+    """Whether there is a lowering of an operator of ours; others are what their references call."""
+    return target in HERE or any(target in table for table in (POINTWISE, VALUES, PRODUCTS, KERNELS))
 
 
 def _norm(program: Program, node: fx.Node) -> None:
@@ -97,6 +114,15 @@ def _int8_linear(program: Program, node: fx.Node) -> None:
     if dtype(found) != narrow:
         found = call(aten._to_copy.default, found, dtype=narrow)
     program.replace(node, found)
+
+
+def _wide_integers(program: Program, node: fx.Node) -> None:
+    """Products of probabilities, int32, as sums along an axis: no matrix unit multiplies them."""
+    given = arguments(node)
+    left = program.call(aten.unsqueeze.default, given["input"], -1, before=node)
+    right = program.call(aten.unsqueeze.default, given["other"], -3, before=node)
+    each = program.call(aten.mul.Tensor, left, right, before=node)
+    program.replace(node, program.call(aten.sum.dim_IntList, each, [-2], dtype=torch.int32, before=node))
 
 
 def _slices(program: Program, node: fx.Node) -> None:

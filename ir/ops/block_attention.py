@@ -16,6 +16,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import attention, like_attention
@@ -67,11 +68,11 @@ def block_attention(
     row_blocks, blocks = _count(length, rows), _count(length, block)
     named = table[:, :, :row_blocks]
     seen = named.new_zeros((*named.shape[:3], blocks + 1), dtype=torch.bool)
-    seen.scatter_(-1, torch.where((named >= 0) & (named < blocks), named, blocks), True)
+    seen = seen.scatter(-1, torch.where((named >= 0) & (named < blocks), named, blocks), True)
     seen = seen[..., :blocks]
     if full is not None:
         every = full.new_zeros((full.shape[0], row_blocks + 1), dtype=torch.bool)
-        every.scatter_(-1, torch.where((full >= 0) & (full < row_blocks), full, row_blocks), True)
+        every = every.scatter(-1, torch.where((full >= 0) & (full < row_blocks), full, row_blocks), True)
         seen = seen | every[:, None, :row_blocks, None]
     token = torch.arange(length, device=query.device)
     allowed = seen[:, :, token // rows][..., token // block]
@@ -307,8 +308,8 @@ def _real_blocks(query: Tensor, key_mask: Tensor | None, block: int) -> Tensor:
 def _cut(x: Tensor, size: int, before: int = 0) -> Tensor:
     """`before` zeros, then [B, N, ...], then zeros: [B, blocks + 1, size, ...]."""
     blocks = table_rows(x.shape[1], size)
-    filled = x.new_zeros((x.shape[0], blocks * size, *x.shape[2:]))
-    filled[:, before : before + x.shape[1]] = x
+    after = blocks * size - before - x.shape[1]
+    filled = F.pad(x, [*[0] * (2 * x.dim() - 4), before, after])
     return filled.reshape(x.shape[0], blocks, size, *x.shape[2:])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -42,29 +43,33 @@ def agree(traced: Program, *batches: Sequence[Tensor]) -> TritonRunner:
         with torch.no_grad():
             eager = list(traced.run(batch))
         verdict = compare(found, eager, run_float64(traced, batch))
-        assert verdict.equal, (verdict.reasons, runner.source.split("\n\n\ndef forward")[-1])
+        assert verdict.equal, verdict.reasons
     return runner
 
 
-# The tracer wants parameters with names.
-_COPIES: dict[int, Callable[..., Any]] = {
-    1: lambda self, a: [a.clone()],
-    2: lambda self, a, b: [a.clone(), b.clone()],
-    3: lambda self, a, b, c: [a.clone(), b.clone(), c.clone()],
-    4: lambda self, a, b, c, d: [a.clone(), b.clone(), c.clone(), d.clone()],
-}
+def _copies(count: int) -> Callable[..., Any]:
+    """A function of so many named tensors, as the tracer wants them, that gives copies of them."""
+    names = [f"x{number}" for number in range(count)]
+    known: dict[str, Any] = {}
+    exec(f"def copies(self, {', '.join(names)}): return [{', '.join(f'{name}.clone()' for name in names)}]", known)
+    return known["copies"]  # type: ignore[no-any-return]
 
 
 def calling(target: Callable[..., Any], *args: Any, dynamic: Any = None, **kwargs: Any) -> tuple[Program, list[Tensor]]:
     """A program of one call, whose inputs are the tensors among its arguments; and these."""
     tensors: list[Tensor] = []
     fx.node.map_aggregate((args, kwargs), lambda item: tensors.append(item) if isinstance(item, Tensor) else None)
-    made = program(_COPIES[len(tensors)], *tensors, dynamic=dynamic)
+    made = program(_copies(len(tensors)), *tensors, dynamic=dynamic)
     output = made.graph.output_node()
     places = iter([node for node in made.graph.nodes if node.op == "placeholder"])
     arguments, options = fx.node.map_aggregate(
         (args, kwargs), lambda item: next(places) if isinstance(item, Tensor) else item
     )
-    output.args = ([made.call(target, *arguments, before=output, **options)],)
+    called = made.call(target, *arguments, before=output, **options)
+    parts = called.meta["val"]
+    if isinstance(parts, list | tuple):
+        output.args = ([made.call(operator.getitem, called, number, before=output) for number in range(len(parts))],)
+    else:
+        output.args = ([called],)
     made.clean()
     return made, tensors
