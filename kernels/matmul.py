@@ -325,7 +325,7 @@ def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", k
     if x.shape[-1] != w.shape[-1]:
         raise ValueError(f"x {list(x.shape)} and w {list(w.shape)} must end in axes of one size")
     (M, K), N = x.shape[-2:], w.shape[-2]
-    batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+    batch = x.shape[:-2] if w.dim() == 2 else torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
     exact = x.dtype == torch.int8
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.int8):
         raise ValueError(f"x must be float16, bfloat16, float32 or int8, found {x.dtype}")
@@ -336,22 +336,27 @@ def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", k
     count = batch.numel()
     if count * M * N == 0:
         return out
-    inner, strides, copies = batch_strides(batch, [x, w] if extra else [x, w, out], fixed=bool(extra))
-    x, w = copies[:2]
-    target = None if extra else copies[2]
+    matrices = [x, w] if extra else [x, w, out]
+    if count == 1:
+        inner, strides = 1, [(0, 0, *matrix.stride()[-2:]) for matrix in matrices]
+    else:
+        inner, strides, matrices = batch_strides(batch, matrices, fixed=bool(extra))
+    x, w = matrices[:2]
+    target = None if extra else matrices[2]
     whole, combine, *described = kernels or (matmul_kernel, matmul_combine_kernel, matmul_descriptor_kernel)
-    tma = bool(described) and tma_takes(x, w)
     if config is None:
-        major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
-        config = matmul_configs(M, N, K, x.dtype, 10 * major + minor, count, precision, tma)[0]
+        config = first_config(M, N, K, x.dtype, x.device, count, precision, bool(described) and tma_takes(x, w))
+    block_m, block_n, block_k, split = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"], config["SPLIT"]
     hooks = extra or (bias, target, *strides[2])
     sizes = (M, N, K, inner)
-    block_m, block_n, block_k, split = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT"))
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n) * count
-    constants = {name: value for name, value in config.items() if name not in ("SPLIT", "TMA")}
-    constants |= {"PRECISION": precision, "enable_fp_fusion": True}
+    constants = {
+        "PRECISION": precision, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+        "GROUP_M": config["GROUP_M"], "num_warps": config["num_warps"], "num_stages": config["num_stages"],
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+    tiles = -(-M // block_m) * -(-N // block_n) * count
     even = K % block_k == 0
-    if tma and config["TMA"]:
+    if config["TMA"] and described and tma_takes(x, w):
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         left = TensorDescriptor(x, [M, K], list(x.stride()[-2:]), [block_m, block_k])
@@ -367,7 +372,7 @@ def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", k
             x, w, partials, *sizes, *strides[0], *strides[1], step, SPLIT=split, EVEN_K=even, **constants
         )
         block_m, block_n = (16, 64) if M > 4 else (4, 128)
-        tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n) * count
+        tiles = -(-M // block_m) * -(-N // block_n) * count
         combine[(tiles,)](
             partials, *hooks, M, N, inner, step, SPLIT=split, BLOCK_M=block_m, BLOCK_N=block_n, enable_fp_fusion=True
         )
@@ -376,16 +381,33 @@ def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", k
     return out
 
 
+FIRST_CONFIGS = {}  # what `first_config` found, by its arguments
+
+
+def first_config(M, N, K, dtype, device, batch, precision, tma):
+    """The best guess of `matmul_configs` for a device, remembered; as for sm_80 where there is no GPU."""
+    key = (M, N, K, dtype, device, batch, precision, tma)
+    if key not in FIRST_CONFIGS:
+        if len(FIRST_CONFIGS) >= 4096:  # lengths may grow without end
+            FIRST_CONFIGS.clear()
+        major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+        FIRST_CONFIGS[key] = matmul_configs(M, N, K, dtype, 10 * major + minor, batch, precision, tma)[0]
+    return FIRST_CONFIGS[key]
+
+
 def tma_takes(x, w):
     """Whether TMA can load blocks of x [M, K] and w [N, K], or of batches of one: rows contiguous, 16 bytes aligned."""
-    return x.dtype == w.dtype and all(
-        matrix.numel() == matrix.shape[-1] * matrix.shape[-2] > 0
-        and matrix.stride(-1) == 1
-        and matrix.stride(-2) * matrix.element_size() % 16 == 0
-        and matrix.stride(-2) > 0
-        and matrix.data_ptr() % 16 == 0
-        for matrix in (x, w)
-    )
+    if x.dtype != w.dtype:
+        return False
+    size = x.element_size()
+    for matrix in (x, w):
+        rows, columns = matrix.shape[-2:]
+        step, one = matrix.stride()[-2:]
+        if one != 1 or step <= 0 or step * size % 16 or matrix.data_ptr() % 16:
+            return False
+        if not matrix.numel() == rows * columns > 0:
+            return False
+    return True
 
 
 def linear_rows(x):
@@ -507,14 +529,14 @@ def matmul_configs(M, N, K, dtype, arch, batch=1, precision="ieee", tma=False):
         # More than half of such a tile would be outside, and there is a smaller one.
         if (block_m > 16 and block_m >= 2 * M) or (block_n > 64 and block_n >= 2 * N):
             continue
-        count = triton.cdiv(M, block_m) * triton.cdiv(N, block_n) * batch
+        count = -(-M // block_m) * -(-N // block_n) * batch
         for split in (1, 2, 4, 8, 16):
             # Parts are for tiles too few to go round; tiles of half the size come first.
             if split > 1 and (
                 count * split > 2 * processors or 4 * split * block_k > K or block_m * block_n > 64 * 32 * warps
             ):
                 break
-            busiest = triton.cdiv(count * split, processors) / split
+            busiest = -(-count * split // processors) / split
             products = busiest * block_m * block_n * K / (rate * reached)
             loads = busiest * (min(block_m, M) + min(block_n, N)) * K * size / cache_rate
             bytes_moved = batch * ((M + N) * K + M * N) * size + (split > 1) * 8 * split * batch * M * N
