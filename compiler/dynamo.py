@@ -41,7 +41,7 @@ from .dynamo_graph import (
     read_arguments,
 )
 from .dynamo_options import Options, read_options
-from .dynamo_program import Binding, make_program
+from .dynamo_program import Binding, make_program, owner
 from .dynamo_report import GraphReport, described, remember
 from .dynamo_run import Bound, Call, Counted, Product, Watched, best_milliseconds
 from .pipeline import counted, run_passes
@@ -208,7 +208,7 @@ class _Compilation:
                 before, report.multiplications = counted(program, flat)
                 if first:
                     self._check_trace(program, binding, before, values, seeded=bool(random))
-            if backend == "auto" and asked.exact and _is_small(program, report.multiplications):
+            if first and backend == "auto" and asked.exact and _is_small(program, report.multiplications):
                 raise Stays(f"it is small: {_work(program, report.multiplications)}")
             expected = None if random else (before, run_float64(program, flat))
             with self._clock("passes"):
@@ -217,11 +217,14 @@ class _Compilation:
             report.passes = passed.reports
             if random != [str(node.target) for node in random_calls(program.graph)]:
                 raise TraceError("the passes would change which random numbers it draws")
+            if not first and known != known_sizes(captured.fake_mode.shape_env):
+                raise TraceError("made again it would hold at fewer sizes, which dynamo is not told any more")
             runner = self._runner(program, backend)
-            run: Callable[[Sequence[Tensor]], list[Any]] = runner.run
             if isinstance(runner, OnnxRunner):
                 leaves = [(leaf.index, leaf.constant) for leaf in runner.leaves]
                 run = _on_session(runner.session, program.signature, leaves)
+            else:
+                run = _in_pytorch(program)
             if expected is not None:
                 self._judge(program, run(flat), *expected)
             product = _Product(binding, run, self._usual, report)
@@ -349,17 +352,19 @@ class _Product:
         usual: Callable[[Sequence[Any]], Any],
         report: GraphReport,
     ) -> None:
-        self._made, self._run, self._usual, self._report = binding, run, usual, report
+        self._binding, self._run, self._usual, self._report = binding, run, usual, report
 
     def __call__(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        binding = self._made
+        binding, note = self._binding, self._report.note
         if binding.finish.changed and binding.shares_changed(args):
-            self._report.note("an input that it changes shared memory with another: PyTorch ran it")
+            note("an input that it changes shared memory with another: PyTorch ran it")
             return tuple(self._usual(args))
-        if binding.carriers and min(args[place] for place in binding.inputs[-binding.carriers :]) < 0:
-            self._report.note("an integer was negative: PyTorch ran it")
+        try:
+            found = self._run(binding.tensors(args))
+        except FxpressError as error:
+            note(f"{one_line(error)}: PyTorch ran it")
             return tuple(self._usual(args))
-        return binding.finish(self._run(binding.tensors(args)), args)
+        return binding.finish(found, args)
 
 
 def _on_session(
@@ -368,17 +373,43 @@ def _on_session(
     """A program in a session of ONNX Runtime; `leaves` are its outputs among the session's, or constants."""
     bound = Bound(session, [item.shape for item in signature.inputs])
 
+    places = [index for index, _ in leaves]
+    again = [place for place, index in enumerate(places) if index is not None and index in places[:place]]
+
     def run(tensors: Sequence[Tensor]) -> list[Any]:
         found = bound(tensors)
-        return [constant if index is None else found[index] for index, constant in leaves]
+        outputs = [constant if index is None else found[index] for index, constant in leaves]
+        for place in again:  # equal outputs of the session, which are tensors of their own in the graph
+            outputs[place] = outputs[place].clone()
+        return outputs
+
+    return run
+
+
+def _in_pytorch(program: Program) -> Callable[[Sequence[Tensor]], list[Any]]:
+    """A program in PyTorch; its outputs have memory of their own, as those of the graph that it is made of."""
+    outputs = next(iter(reversed(program.graph.nodes))).args[0]
+    owners = [owner(node) if isinstance(node, fx.Node) else None for node in outputs]
+    shared = [
+        place
+        for place, node in enumerate(owners)
+        if node is not None and (node.op != "call_function" or node in owners[:place])
+    ]
+
+    def run(tensors: Sequence[Tensor]) -> list[Any]:
+        with torch.no_grad():
+            found = list(program.run(tensors))
+        for place in shared:
+            found[place] = found[place].clone()
+        return found
 
     return run
 
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Without dynamo's context, which torch.export inside would take for its own."""
-    with torch._guards.tracing(None), torch._guards.compile_context(None):
+    """Without dynamo's context, which torch.export inside would take for its own, and without drawing numbers."""
+    with torch._guards.tracing(None), torch._guards.compile_context(None), torch.random.fork_rng(devices=()):
         yield
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..ir.errors import TraceError
+from ..ir.errors import InputError, TraceError
 from ..ir.graph import Program, arguments, copy_graph, size_text, source_of
 from ..ir.signature import Signature, TensorInput
 from .dynamo_graph import INPUT, SIZE, WEIGHT, Captured
@@ -64,9 +64,15 @@ class Binding:
     finish: Finish
 
     def tensors(self, args: Sequence[Any]) -> list[Tensor]:
-        """The program's inputs among the arguments of a call."""
+        """The program's inputs among the arguments of a call.
+
+        Raises:
+            InputError: a negative integer, which no tensor can carry.
+        """
         found = [args[place] for place in self.inputs]
         for place in range(len(found) - self.carriers, len(found)):
+            if found[place] < 0:
+                raise InputError("an integer is negative")
             found[place] = torch.empty(found[place], 0)
         return found
 
@@ -230,8 +236,8 @@ def _ranges(captured: Captured, symbols: Mapping[str, str]) -> dict[str, tuple[i
 def _changed_arguments(graph: fx.Graph, placeholders: Sequence[fx.Node]) -> list[int]:
     """The arguments that the graph changes in place, themselves or by a view."""
     places = {node: place for place, node in enumerate(placeholders)}
-    owners = {_owner(node.args[0]) for node in graph.nodes if is_change(node) and isinstance(node.args[0], fx.Node)}
-    return sorted(places[owner] for owner in owners if owner in places)
+    owners = {owner(node.args[0]) for node in graph.nodes if is_change(node) and isinstance(node.args[0], fx.Node)}
+    return sorted(places[node] for node in owners if node in places)
 
 
 def _alias(node: fx.Node) -> fx.Node | None:
@@ -241,7 +247,8 @@ def _alias(node: fx.Node) -> fx.Node | None:
     return alias_of(node)
 
 
-def _owner(node: fx.Node) -> fx.Node:
+def owner(node: fx.Node) -> fx.Node:
+    """The node whose memory a node's value is or may be in."""
     while (viewed := _alias(node)) is not None:
         node = viewed
     return node
@@ -253,8 +260,8 @@ def _finish(
     """How the outputs come back, and the nodes that the program has to give."""
     given = next(iter(reversed(source.graph.nodes))).args[0]
     tensors = [item for item in given if isinstance(item, fx.Node) and isinstance(item.meta.get("val"), Tensor)]
-    owners = {item: _owner(item) for item in tensors}
-    shared = {owner for owner in owners.values() if len({item for item in tensors if owners[item] is owner}) > 1}
+    owners = {item: owner(item) for item in tensors}
+    shared = {home for home in owners.values() if len({item for item in tensors if owners[item] is home}) > 1}
     results: dict[fx.Node, int] = {}
     views = _Views(placeholders)
     outputs: list[tuple[str, Any]] = []

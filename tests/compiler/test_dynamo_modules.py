@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxpress
+
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
@@ -351,7 +353,7 @@ def test_marked_dynamic_is_one_graph() -> None:
         for size in (4, 3, 6):
             given = marked(0)(x(size, 8))
             torch.testing.assert_close(compiled(given), model(given))
-    (report,) = dynamo.fxpress.reports()
+    (report,) = fxpress.reports()
     assert report.calls == 3
     assert "s" in report.inputs[0]
 
@@ -386,6 +388,57 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("case", OUTPUTS.values(), ids=OUTPUTS)
 def test_outputs(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("backend", ["eager", "onnx"])
+def test_outputs_have_memory_of_their_own(backend: str) -> None:
+    """Passes drop copies and join what is equal; constants are folded."""
+
+    def function(v: Tensor) -> Any:
+        return v.clone(), v * 1, v + 2, v + 2, torch.arange(8) * 2, v.contiguous() + 0
+
+    compiled = torch.compile(function, backend="fxpress", options={"backend": backend})
+    given = x()
+    for _ in range(2):
+        found, usual = compiled(given), function(given)
+        torch.testing.assert_close(found, usual)
+        for value in found:
+            value.zero_()
+        torch.testing.assert_close(given, x())
+    assert fxpress.reports()[0].runner == backend
+
+
+ONNX = {"backend": "onnx"}
+IN_ONNX = {
+    "sizes and views": Case(
+        lambda: Of(lambda m, v: (y := m.up(v), y[0], v.shape[0] * 2, v[1]), up=up),
+        [(x(n, 8),) for n in (2, 3, 5)],
+        graphs=2,
+        options=ONNX,
+    ),
+    "number as size": Case(
+        lambda: Of(lambda m, v, n: m.up(v)[:, :n] + torch.arange(n), up=up),
+        [(x(), 2), (x(), 5), (x(), 9)],
+        graphs=2,
+        options=ONNX,
+    ),
+    "transposed inputs": Case(lambda: Of(lambda m, v: m.up(v), up=up), [(x(8, 3).t(),)], options=ONNX),
+    "empty": Case(lambda: Of(lambda m, v: m.up(v), up=up), [(torch.zeros(0, 8),)], options=ONNX),
+    "bool, half and integers": Case(
+        lambda: Of(lambda m, v, i: (v > 0, v.half() * 2, i + 1, None)), [(x(), torch.arange(8))], options=ONNX
+    ),
+    "random": Case(
+        lambda: Of(lambda m, v: m.up(v) + torch.rand(3, 16) * 0, up=up), [(x(),)], options=ONNX, reason="random numbers"
+    ),
+    "bfloat16": Case(
+        lambda: Of(lambda m, v: m.up(v), up=up).bfloat16(), [(x().bfloat16(),)], options=ONNX, reason="no bfloat16"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_ONNX.values(), ids=IN_ONNX)
+def test_in_onnx_runtime(case: Case) -> None:
     check(case)
 
 
