@@ -213,6 +213,10 @@ class _Compilation:
             expected = None if random else (before, run_float64(program, flat))
             with self._clock("passes"):
                 context = Context(flat, self._calibration(binding, captured), track=track)
+                if backend != "eager":
+                    from ..backends.onnx.measure import seconds
+
+                    context.seconds = functools.partial(seconds, threads=torch.get_num_threads())
                 passed = run_passes(program, asked.passes, context, None if asked.exact else expected)
             report.passes = passed.reports
             if random != [str(node.target) for node in random_calls(program.graph)]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from ..ir.errors import TraceError, one_line
 from ..ir.graph import arguments, attribute, identifier, source_of
 from ..ir.signature import describe
+from .dynamo_plain import PlainInterpreter
 
 aten = torch.ops.aten
 WEIGHT, INPUT, SIZE = "weight", "input", "size"
@@ -181,7 +183,7 @@ def capture(gm: fx.GraphModule, found: Sequence[Argument], mode: FakeTensorMode)
 
     def run(*values: Any) -> Any:
         with _reparametrize_module(gm, dict(zip(attributes, values[count:], strict=True))):
-            return fx.Interpreter(gm).run(*values[:count])
+            return PlainInterpreter(gm).run(*values[:count])
 
     try:
         with torch.no_grad(), mode, fx.traceback.preserve_node_meta():
@@ -255,10 +257,14 @@ def keeps_statistics(graph: fx.Graph) -> fx.Node | None:
 
 
 def first_line(gm: fx.GraphModule) -> str:
-    """The first line of the user's code in dynamo's graph."""
+    """The first line of the user's code in dynamo's graph, else the line at which the graph ends."""
     for node in gm.graph.nodes:
         if node.op.startswith("call") and (found := source_of(node)):
             return found.strip()[1:-1]
+    if torch._guards.TracingContext.try_get() is not None:
+        frames = [*torch._guards.TracingContext.extract_stack()]
+        if frames:
+            return f"{Path(frames[0].filename).name}:{frames[0].lineno}: {frames[0].line or frames[0].name}"
     return ""
 
 

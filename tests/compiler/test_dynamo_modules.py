@@ -56,6 +56,12 @@ def norm() -> nn.Module:
     return nn.LayerNorm(8)
 
 
+def encoder(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu", **settings)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
 @dataclass
 class Case:
     """A module, the arguments of its calls, who should run its graphs, and how many there should be."""
@@ -125,6 +131,24 @@ ORDINARY = {
         [(x(2, 5, 8),)],
     ),
     "transformer layer": Case(lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), [(x(2, 5, 8),)]),
+    "encoder of layers": Case(lambda: encoder(), [(x(2, 5, 8),)], rewrites="attention"),
+    "encoder of layers, norms first": Case(lambda: encoder(norm_first=True), [(x(2, 5, 8),)], rewrites="attention"),
+    "encoder layer with a mask": Case(
+        lambda: Of(lambda m, v, keep: m.layer(v, src_key_padding_mask=~keep),
+                   layer=lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)),
+        [(x(2, 5, 8), torch.tensor([[True] * 5, [True] * 3 + [False] * 2]))],
+        rewrites="attention",
+    ),
+    "encoder layer with a causal mask": Case(
+        lambda: Of(lambda m, v: m.layer(v, torch.ones(5, 5).triu(1).bool()),
+                   layer=lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)),
+        [(x(2, 5, 8),)],
+        rewrites="attention",
+    ),
+    "multi head with weights": Case(
+        lambda: Of(lambda m, v: m.attend(v, v, v), attend=lambda: nn.MultiheadAttention(8, 2, batch_first=True)),
+        [(x(2, 5, 8),)],
+    ),
     "convolution": Case(
         lambda: Of(lambda m, v: F.relu(m.norm(m.conv(v))), conv=lambda: nn.Conv2d(3, 4, 3),
                    norm=lambda: nn.BatchNorm2d(4)),

@@ -100,6 +100,7 @@ def test_fallback_error_is_no_error_for_a_small_graph() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what Inductor imports
 @pytest.mark.parametrize("train", [False, True])
 def test_fallback_inductor(train: bool) -> None:
     reports = dynamo.assert_equal(
