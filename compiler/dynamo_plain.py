@@ -84,8 +84,10 @@ def _multi_head(
     mask_type: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     weights, biases = qkv_weight.chunk(3), qkv_bias.chunk(3)
-    parts = [F.linear(part, weights[index], biases[index]) for index, part in enumerate((query, key, value))]
-    return F.linear(_attended(*parts, heads, mask, mask_type), out_weight, out_bias), None
+    query, key, value = (
+        F.linear(part, weight, bias) for part, weight, bias in zip((query, key, value), weights, biases, strict=True)
+    )
+    return F.linear(_attended(query, key, value, heads, mask, mask_type), out_weight, out_bias), None
 
 
 _PLAIN: dict[Any, Callable[..., Any]] = {
