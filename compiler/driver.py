@@ -28,7 +28,7 @@ from . import artifact, hf, pretrained, structure
 from .calibration import check_batches, track
 from .pipeline import Passed, has_masks, parameters, parse_passes, run_passes, zeros
 from .report import Report
-from .runners import Clock, OnnxRunner, Runner, make_runner, source_of_runner
+from .runners import Clock, OnnxRunner, Runner, best_backend, make_runner, source_of_runner
 from .trace import Arguments, admit_ones, bind_example, plain_attention, trace
 
 BACKENDS = ("auto", "eager", "onnx", "triton")
@@ -251,7 +251,7 @@ def compile(
         passes: passes (objects, or texts as on the command line); None: exact optimisation; []: no rewrite.
         example_inputs: a dict of named or tuple of positional inputs; None: compile at the first call, on its inputs.
         dynamic_shapes: "auto": every axis that can vary stays dynamic; None: all sizes fixed; or torch.export's form.
-        backend: "onnx", "eager" or "auto" (onnx).
+        backend: "onnx", "triton", "eager", or "auto": triton where the inputs are on CUDA, else onnx.
         calibration: inputs like `example_inputs`, for passes that fit or measure something on data.
         verify: measure the error of each pass and of the result on the example, and fail if exact passes changed it.
         max_rewrites: stop rewriting after so many rewrites, to find the one that breaks a model.
@@ -314,7 +314,7 @@ def _rewritten(
     name: str, program: Program, flat: list[Tensor], eager: list[Any], settings: _Settings, clock: Clock
 ) -> _Product:
     """Passes, backend and check of a program whose weights it may take over; `eager` are its outputs on `flat`."""
-    backend = "onnx" if settings.backend == "auto" else settings.backend
+    backend = best_backend(flat) if settings.backend == "auto" else settings.backend
     report = Report(model=name, backend=backend)
     report.ranges = dict(program.signature.ranges)
     report.bytes_before, report.parameters_before = weight_bytes(program), parameters(program)
@@ -339,6 +339,7 @@ def _rewritten(
     if had_masks or any(item.sparsity for item in report.passes):
         report.zeros, report.masked = zeros(program), has_masks(program)
     runner = make_runner(backend, program, settings.threads, clock)
+    report.launches = getattr(runner, "launches", [])
     if isinstance(runner, OnnxRunner):
         report.choices = [
             {"operator": item.operator, "sizes": item.sizes, "chosen": item.chosen,

@@ -56,6 +56,8 @@ class Report:
     zeros: float | None = None  # their share in the weights that linear layers have now; None: nothing was pruned
     masked: bool = False  # whether weights are still multiplied by masks, for training
     reshaped: dict[str, list[list[int]]] = field(default_factory=dict)  # outputs of another shape: [before, after]
+    # What the triton backend launches: operators, by ("generated", or why PyTorch's own kernel), launches, megabytes.
+    launches: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; infinities become None, as JSON has none."""
@@ -85,6 +87,8 @@ class Report:
                 times = ", ".join(f"{name} {ms:.3f}" for name, ms in choice["milliseconds"].items()) or "-"
                 choices.add_row(choice["operator"], str(choice["nodes"]), choice["chosen"], times)
             parts.append(choices)
+        if self.launches:
+            parts.append(_launch_table(self.launches))
         pruned = [item for item in self.passes if item.sparsity]
         parts += [_sparsity_table(item, f": {item.name}" if len(pruned) > 1 else "") for item in pruned]
         parts += [_attention_table(item) for item in self.passes if item.name.startswith("replace_attention")]
@@ -181,6 +185,16 @@ def _attention_table(report: PassReport) -> Table:
         table.add_row(escape(item["node"]), escape(item["detail"]))
     for item in report.refusals:
         table.add_row(escape(item["node"]), escape(f"not {item['rule']}: {item['reason']}"))
+    return table
+
+
+def _launch_table(launches: list[dict[str, Any]]) -> Table:
+    table = Table(title="launches of a run (megabytes read and written at the example's sizes)", title_justify="left")
+    for column in ("operators", "kernel", "launches", "MB"):
+        table.add_column(column, justify="right" if column in ("launches", "MB") else "left")
+    for item in launches:
+        megabytes = "-" if item["megabytes"] is None else f"{item['megabytes']:.2f}"
+        table.add_row(escape(item["operators"]), escape(item["by"]), str(item["launches"]), megabytes)
     return table
 
 

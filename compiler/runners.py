@@ -73,6 +73,11 @@ class OnnxRunner:
         return [leaf.constant if leaf.index is None else torch.from_numpy(found[leaf.index]) for leaf in self.leaves]
 
 
+def best_backend(tensors: Sequence[Tensor]) -> str:
+    """The backend for inputs like these: triton for a GPU, else onnx."""
+    return "triton" if any(tensor.is_cuda for tensor in tensors) else "onnx"
+
+
 def make_runner(backend: str, program: Program, threads: int | None, clock: Clock) -> Runner:
     """What a backend, by its name, makes of a program.
 

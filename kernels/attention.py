@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .elementwise import tanh
+from .launch import arch_of
+
 
 @triton.jit
 def load_tile(
@@ -27,17 +30,6 @@ def load_tile(
     else:
         tile = tl.load(pointers)
     return tile
-
-
-@triton.jit
-def tanh(x):
-    """Hyperbolic tangent in fp32 with a relative error below 2e-7; libdevice is not there in the interpreter."""
-    square = x * x
-    series = 0.02076166 - 0.00584757 * square  # least squares on |x| < 0.62
-    series = -0.33333296 + square * (0.1333185 + square * (-0.05377561 + square * series))
-    near = x + x * square * series
-    far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * 2.8853900817779268) + 1.0)
-    return tl.where(tl.abs(x) < 0.6, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit
@@ -58,6 +50,19 @@ def band_blocks(first, last, left, right, size, BLOCK: tl.constexpr):
     full_begin = tl.minimum(tl.cdiv(full_low, BLOCK), end)
     full_end = tl.maximum(tl.maximum(full_high, 0) // BLOCK, full_begin)
     return begin, end, full_begin, full_end
+
+
+@triton.jit
+def allowed_blocks(begin, end, key_mask, stride, num_keys, BLOCK: tl.constexpr):
+    """Blocks [begin, end) of keys without those before the first and after the last key that a mask [M] allows."""
+    first, last = num_keys, -1
+    for start in tl.range(0, num_keys, 2048):
+        j = start + tl.arange(0, 2048)
+        allowed = tl.load(key_mask + j.to(tl.int64) * stride, mask=j < num_keys, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(allowed, j, num_keys), 0))
+        last = tl.maximum(last, tl.max(tl.where(allowed, j, -1), 0))
+    begin = tl.maximum(begin, first // BLOCK)
+    return begin, tl.maximum(tl.minimum(end, tl.cdiv(last + 1, BLOCK)), begin)
 
 
 # fmt: off
@@ -132,16 +137,10 @@ def attention_kernel(
         has_global = (first_row < end_global) & (last_row >= first_global)
         begin = tl.where(has_global, 0, begin)
         end = tl.where(has_global, tl.cdiv(num_seen, BLOCK_N), end)
-    if SKIP_PADDING:  # the keys before the first and after the last that key_mask allows
-        first_key, last_key = num_keys, -1
-        for start in tl.range(0, num_keys, 2048):
-            places = start + tl.arange(0, 2048)
-            pointers = key_mask + batch * key_mask_stride_b + places.to(tl.int64) * key_mask_stride_m
-            allowed = tl.load(pointers, mask=places < num_keys, other=0) != 0
-            first_key = tl.minimum(first_key, tl.min(tl.where(allowed, places, num_keys), 0))
-            last_key = tl.maximum(last_key, tl.max(tl.where(allowed, places, -1), 0))
-        begin = tl.maximum(begin, first_key // BLOCK_N)
-        end = tl.maximum(tl.minimum(end, tl.cdiv(last_key + 1, BLOCK_N)), begin)
+    if key_mask is not None:
+        key_mask += batch * key_mask_stride_b
+    if SKIP_PADDING:
+        begin, end = allowed_blocks(begin, end, key_mask, key_mask_stride_m, num_keys, BLOCK_N)
     if SPLITS > 1:
         share = tl.cdiv(end - begin, SPLITS)
         begin = tl.minimum(begin + tl.program_id(1) * share, end)
@@ -213,8 +212,7 @@ def attention_kernel(
                     scores += added.to(tl.float32)
             # end
             if key_mask is not None:
-                mask_pointers = key_mask + batch * key_mask_stride_b + j.to(tl.int64) * key_mask_stride_m
-                keep = tl.load(mask_pointers, mask=j < num_keys, other=0)
+                keep = tl.load(key_mask + j.to(tl.int64) * key_mask_stride_m, mask=j < num_keys, other=0)
                 scores = tl.where(keep != 0, scores, -float("inf"))
             if masked:
                 seen = j < num_keys
@@ -318,11 +316,12 @@ def attention_config(
     has_mask: bool = False,
     has_bias: bool = False,
 ) -> dict[str, int]:
-    """Blocks, warps and stages of `attention_kernel`, by size and architecture (80, 90, 100).
+    """Blocks, warps and stages of `attention_kernel`, by size and compute capability.
 
-    Chosen so that a program stays within 163 KB (sm_80) or 227 KB of shared memory, where a bias of the scores' size is
-    kept too, and, up to 128 dimensions, spills no registers: tests/kernels/test_attention_aot.py.
+    Chosen so that a program stays within 227 KB of shared memory (sm_90 to sm_103) or 99 KB (others), where a bias of
+    the scores' size is kept too, and, up to 128 dimensions, spills no registers: tests/kernels/test_attention_aot.py.
     """
+    large = 90 <= arch < 120
     width = max(triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim), 16)
     has_mask = has_mask or head_dim != width or value_dim != width
     if dtype == torch.float32:
@@ -332,13 +331,13 @@ def attention_config(
     elif width <= 64:
         sizes = (128, 64, 8, 3) if has_mask else (128, 64, 4, 3)
         if has_bias:
-            sizes = (128, 64 if arch >= 90 else 32, 8, 2)
-    elif width <= 128 and arch < 90:
+            sizes = (128, 64 if large else 32, 8, 2)
+    elif width <= 128 and not large:
         sizes = (128, 32, 8, 2) if has_bias else (128, 32, 8, 3) if has_mask else (128, 64, 8, 2)
     elif width <= 128:
         sizes = (128, 64, 8, 2) if has_bias else (128, 128, 8, 2) if arch == 90 else (128, 64, 8, 3)
     else:
-        sizes = (64, 64 if arch >= 90 else 32, 8, 2) if width <= 256 else (16, 16, 4, 1)
+        sizes = (64, 64 if large else 32, 8, 2) if width <= 256 else (16, 16, 4, 1)
     block_m, block_n, num_warps, num_stages = sizes
     if num_rows <= 32 and width <= 128 and dtype != torch.float32:
         block_n, num_warps, num_stages = min(block_n, 64), 4, 3
@@ -388,7 +387,7 @@ def attention(
     out = torch.empty((batch, num_queries, num_heads, value_dim), dtype=dtype, device=device).transpose(1, 2)
     if out.numel() == 0 or num_keys == 0:
         return out.zero_()
-    arch = 10 * torch.cuda.get_device_capability(device)[0] if query.is_cuda else 80
+    arch = arch_of(device)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     empty = "nan" if sinks is not None else empty  # beside a sink no row is empty, unless that is -inf: NaN
     has_bias = bias is not None or extra is not None

@@ -13,19 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import attention, band_blocks, load_tile, tanh
+from .attention import allowed_blocks, attention, band_blocks, load_tile
+from .elementwise import tanh
+from .launch import arch_of
 
 
 @triton.jit
 def score_tile(
-    queries, keys, i, j, bias, key_mask, num_queries, num_keys, left, right, scale, softcap,
+    rows, columns, i, j, bias, key_mask, num_queries, num_keys, left, right, scale, softcap,
     bias_stride_n, bias_stride_m, key_mask_stride_m,
 ):  # fmt: skip
-    """The scores of queries [ROWS, D] and keys [COLUMNS, D], as they are after the mask, and as the softcap left them.
+    """The scores of rows [ROWS, D] and columns [COLUMNS, D], as they are after the mask, and as the softcap left them.
 
-    i [ROWS, 1] and j [1, COLUMNS] are their positions; bias and key_mask point to what one head and one sample have.
+    Either rows are queries, at i [ROWS, 1], and columns keys, at j [1, COLUMNS], or rows are keys, at j [ROWS, 1], and
+    columns queries, at i [1, COLUMNS]. bias and key_mask point to what one head and one sample have.
     """
-    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.dot(rows, tl.trans(columns), input_precision="ieee") * scale
     if softcap is not None:
         scores = softcap * tanh(scores / softcap)
     capped = scores
@@ -70,7 +73,7 @@ def gradient_query_kernel(
     key_mask_stride_b, key_mask_stride_m,
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_m,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr, SKIP_PADDING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     """One program: BLOCK_M rows of one head of grad_query [B, H, N, D], and their delta [B, H, N] = sum(out * grad).
@@ -115,6 +118,8 @@ def gradient_query_kernel(
         bias += batch * bias_stride_b + head * bias_stride_h
     last_row = tl.minimum(first_row + BLOCK_M, num_queries) - 1
     begin, end, _, _ = band_blocks(first_row, last_row, left, right, num_keys, BLOCK_N)
+    if SKIP_PADDING:
+        begin, end = allowed_blocks(begin, end, key_mask, key_mask_stride_m, num_keys, BLOCK_N)
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for step in tl.range(begin, end):
         columns = step * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -154,7 +159,7 @@ def gradient_key_value_kernel(
     key_mask_stride_b, key_mask_stride_m,
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_m,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr, SKIP_PADDING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     """One program: BLOCK_N keys of one group, of grad_key [B, G, M, D] and grad_value [B, G, M, E].
@@ -169,7 +174,6 @@ def gradient_key_value_kernel(
     group = (group % num_groups).to(tl.int64)
     first_key = block * BLOCK_N
     j_rows = first_key + tl.arange(0, BLOCK_N)[:, None]
-    j = first_key + tl.arange(0, BLOCK_N)[None, :]
     dims = tl.arange(0, BLOCK_D)[None, :]
     value_dims = tl.arange(0, BLOCK_E)[None, :]
     j_offsets = j_rows.to(tl.int64)
@@ -188,6 +192,9 @@ def gradient_key_value_kernel(
     last_key = tl.minimum(first_key + BLOCK_N, num_keys) - 1
     # Query i sees key j where i - left <= j <= i + right: key j is seen from j - right to j + left.
     begin, end, _, _ = band_blocks(first_key, last_key, right, left, num_queries, BLOCK_M)
+    if SKIP_PADDING:  # a block that is nothing but padding is seen by no query
+        keep = tl.load(key_mask + j_offsets * key_mask_stride_m, mask=j_rows < num_keys, other=0)
+        end = tl.where(tl.max(tl.max((keep != 0).to(tl.int32), 0), 0) > 0, end, begin)
     key_result = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     value_result = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     for member in tl.range(0, repeat):
@@ -207,20 +214,19 @@ def gradient_key_value_kernel(
             grads = load_tile(pointers, i, value_dims, num_queries, True, VALUE_DIM, BLOCK_E).to(keys.dtype)
             shift, factor = load_row_statistics(maximum + first_place, total + first_place, rows, num_queries)
             deltas = tl.load(delta + first_place + rows, mask=rows < num_queries, other=0.0)
+            # All with keys as rows, so that no product is transposed on its way into the next.
             scores, capped = score_tile(
-                queries, keys, i, j, head_bias, key_mask, num_queries, num_keys, left, right, scale, softcap,
-                bias_stride_n, bias_stride_m, key_mask_stride_m,
+                keys, queries, rows[None, :], j_rows, head_bias, key_mask, num_queries, num_keys, left, right, scale,
+                softcap, bias_stride_n, bias_stride_m, key_mask_stride_m,
             )  # fmt: skip
-            probabilities = tl.exp2((scores - shift[:, None]) * log2e) * factor[:, None]
-            value_result = tl.dot(
-                tl.trans(probabilities.to(keys.dtype)), grads, value_result, input_precision="ieee"
-            )
-            changes = tl.dot(grads, tl.trans(values), input_precision="ieee") - deltas[:, None]
+            probabilities = tl.exp2((scores - shift[None, :]) * log2e) * factor[None, :]
+            value_result = tl.dot(probabilities.to(keys.dtype), grads, value_result, input_precision="ieee")
+            changes = tl.dot(values, tl.trans(grads), input_precision="ieee") - deltas[None, :]
             changes = probabilities * changes
             if softcap is not None:
                 capped = capped / softcap
                 changes *= 1.0 - capped * capped
-            key_result = tl.dot(tl.trans(changes.to(keys.dtype)), queries, key_result, input_precision="ieee")
+            key_result = tl.dot(changes.to(keys.dtype), queries, key_result, input_precision="ieee")
     inside = j_rows < num_keys
     grad_key += batch * grad_key_stride_b + group * grad_key_stride_g + j_offsets * grad_key_stride_m
     key_result = (key_result * scale).to(grad_key.dtype.element_ty)
@@ -231,15 +237,24 @@ def gradient_key_value_kernel(
     tl.store(grad_value + value_dims.to(tl.int64) * grad_value_stride_e, value_result, mask=inside)
 
 
-def attention_backward_config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> dict[str, int]:
-    """Blocks, warps and stages of both gradient kernels, by size and architecture (80, 90, 100)."""
+def attention_backward_config(
+    head_dim: int, value_dim: int, dtype: torch.dtype, arch: int, of_query: bool, has_bias: bool = False
+) -> dict[str, int]:
+    """Blocks, warps and stages of the gradient kernels, that of the query or that of key and value, by architecture.
+
+    Within the limits of `attention_config`: tests/kernels/test_attention_aot.py.
+    """
     width = max(triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim), 16)
-    if dtype == torch.float32:  # exact products, without tensor cores
-        sizes = (32, 32, 4, 1) if width <= 64 else (16, 16, 4, 1)
+    if dtype == torch.float32:  # exact products, without tensor cores: as in attention_config
+        sizes = (32, 32, 4, 2) if width <= 64 else (16, 16, 4, 1)
+        if of_query and width > 64:
+            sizes = (16, 32 if width <= 128 else 16, 4, 2)
+    elif of_query and width <= 128:
+        sizes = (64, 64, 4 if width <= 64 else 8, 2)
     elif width <= 64:
-        sizes = (64, 64, 4, 2)
+        sizes = (64, 64, 8, 2) if 90 <= arch < 120 else (32, 32 if has_bias else 64, 4, 2)
     elif width <= 128:
-        sizes = (64, 64, 8, 2)
+        sizes = (16 if has_bias else 32, 64, 8, 2)
     else:
         sizes = (32, 32, 8, 1)
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes, strict=True))
@@ -273,8 +288,11 @@ def attention_gradients(
         for tensor in (grad_query, grad_key, grad_value, delta):
             tensor.zero_()
     else:
-        arch = 10 * torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 80
-        config = attention_backward_config(head_dim, value_dim, query.dtype, arch)
+        arch = arch_of(query.device)
+        query_config, key_config = (
+            attention_backward_config(head_dim, value_dim, query.dtype, arch, of_query, bias is not None)
+            for of_query in (True, False)
+        )
         sizes = (num_heads // num_groups, num_queries, num_keys, left, right, scale, softcap or None)
         inputs = (*query.stride(), *key.stride(), *value.stride())
         masks = (0, 0) if key_mask is None else key_mask.expand(batch, num_keys).stride()
@@ -283,15 +301,17 @@ def attention_gradients(
         constants = {
             "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
             "BLOCK_E": max(16, triton.next_power_of_2(value_dim)),
-            "UPCAST": query.dtype == torch.bfloat16 and not query.is_cuda, **config,
+            "UPCAST": query.dtype == torch.bfloat16 and not query.is_cuda,
+            "SKIP_PADDING": key_mask is not None and num_keys > 4 * query_config["BLOCK_N"],
         }  # fmt: skip
-        gradient_query_kernel[(triton.cdiv(num_queries, config["BLOCK_M"]) * batch * num_heads,)](
+        gradient_query_kernel[(triton.cdiv(num_queries, query_config["BLOCK_M"]) * batch * num_heads,)](
             query, key, value, out, grad, grad_query, key_mask, bias, *statistics, delta, num_heads, *sizes, *inputs,
-            *out.stride(), *grad.stride(), *grad_query.stride(), *masks, *biases, **constants,
+            *out.stride(), *grad.stride(), *grad_query.stride(), *masks, *biases, **constants, **query_config,
         )  # fmt: skip
-        gradient_key_value_kernel[(triton.cdiv(num_keys, config["BLOCK_N"]) * batch * num_groups,)](
+        gradient_key_value_kernel[(triton.cdiv(num_keys, key_config["BLOCK_N"]) * batch * num_groups,)](
             query, key, value, grad, grad_key, grad_value, key_mask, bias, *statistics, delta, num_groups, *sizes,
             *inputs, *grad.stride(), *grad_key.stride(), *grad_value.stride(), *masks, *biases, **constants,
+            **key_config,
         )  # fmt: skip
     grad_sinks = None
     if sinks is not None:  # a sink has a probability, but a value of 0

@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import arch_of
+from .matmul import dot_precision
+
 
 @triton.jit
 def spread_over_tile(
@@ -112,7 +115,7 @@ def int4_matmul_kernel(
             integers -= spread_over_tile(zero_point, col, first, N, K, stride_zn, stride_zg, GROUP, BLOCK_N, BLOCK_K)
         factor = spread_over_tile(scale, col, first, N, K, stride_sn, stride_sg, GROUP, BLOCK_N, BLOCK_K)
         left = (integers * factor).to(scale.dtype.element_ty).to(x.dtype.element_ty)
-        sums = tl.dot(left, right, sums, input_precision=PRECISION)
+        sums = tl.dot(left, right, sums, input_precision=PRECISION, out_dtype=tl.float32)
         x_at += advance * stride_xk
         w_at += BYTES
     acc = tl.trans(sums)
@@ -165,15 +168,14 @@ def int4_matmul(x, w, scale, zero_point=None, out=None, bias=None, extra=(), con
     if w.stride(1) != 1:
         w = w.contiguous()
     if config is None:
-        major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
-        config = int4_configs(M, N, K, x.dtype, 10 * major + minor)[0]
+        config = int4_configs(M, N, K, x.dtype, arch_of(x.device))[0]
     hooks = extra or (bias, out, 0, 0, N, 1)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
     int4_matmul_kernel[(tiles,)](
         rows, w, scale, zero_point, *hooks, M, N, K, *rows.stride(), w.stride(0), *scale.stride(),
         *((0, 0) if zero_point is None else zero_point.stride()),
-        GROUP=group, PACKED=packed, PRECISION=precision, EVEN_K=K % config["BLOCK_K"] == 0,
-        enable_fp_fusion=True, **config,
+        GROUP=group, PACKED=packed, PRECISION=dot_precision(precision, x.dtype, w.dtype, x.device),
+        EVEN_K=K % config["BLOCK_K"] == 0, enable_fp_fusion=True, **config,
     )  # fmt: skip
     return out
 
@@ -186,16 +188,18 @@ def int4_configs(M, N, K, dtype, arch):
     shared = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}.get(arch, 99) * 1024
     size = torch.empty((), dtype=dtype, device="meta").element_size()
     # Few rows: the weight is read at the speed of memory if there are many programs, each with much on its way.
+    # BLOCK_M, BLOCK_N, BLOCK_K of 16 bits, warps, stages
     few = [(16, 16, 256, 4, 5), (16, 32, 256, 4, 5), (16, 64, 128, 4, 5), (16, 128, 128, 4, 4)]
     some = [(32, 64, 128, 4, 4), (32, 128, 128, 4, 4), (64, 64, 128, 4, 4), (64, 128, 64, 4, 4)]
-    many = [(128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (256, 64, 64, 8, 3)]
+    many = [(128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3)]
     if M <= 16:
         # The widest of those that still give each multiprocessor two programs, then the others.
         order = sorted(few, key=lambda tile: (triton.cdiv(N, tile[1]) < 256, -tile[1] if N >= 16 * 256 else tile[1]))
     else:
         order = some + few[2:] if M <= 64 else many + some
     found = []
-    for block_m, block_n, block_k, warps, stages in order:
+    for block_m, block_n, depth, warps, stages in order:
+        block_k = depth * 2 // size
         if stages * block_k * (block_m * size + block_n) <= shared:
             names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
             found.append(dict(zip(names, (block_m, block_n, block_k, warps, stages), strict=True)))

@@ -34,6 +34,14 @@ def launch_rows(kernel, rows, columns, *arguments, looped=False):
     kernel[(triton.cdiv(rows, tall),)](*arguments, INDEX=index_type(arguments), ROWS=tall, COLS=wide, num_warps=warps)
 
 
+def arch_of(device):
+    """The compute capability of a device, 90 for sm_90; 80 where there is no GPU."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def index_type(arguments):
     """int32 where it reaches every element of the tensors among some arguments, else int64."""
     reach = 0

@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import arch_of
+
 
 @triton.jit
 def tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
@@ -304,7 +306,7 @@ def matmul_combine_kernel(
     # end
 
 
-def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", kernels=None):
+def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", kernels=None, sums=128):
     """x w^T + bias for x [..., M, K] and w [..., N, K], whose leading axes broadcast to a batch: [..., M, N].
 
     Args:
@@ -318,6 +320,7 @@ def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", k
         precision: of float32, "ieee", "tf32" (10 bits of each factor) or "tf32x3" (nearly all of them).
         kernels: generated ones in place of `matmul_kernel`, `matmul_combine_kernel` and, but it may be left out,
             `matmul_descriptor_kernel`, with the epilogue of `extra`.
+        sums: how many of a tile's sums a thread may keep: fewer where an epilogue needs registers of its own.
 
     Returns:
         `out`, or None if a generated epilogue writes the results.
@@ -343,9 +346,10 @@ def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", k
         inner, strides, matrices = batch_strides(batch, matrices, fixed=bool(extra))
     x, w = matrices[:2]
     target = None if extra else matrices[2]
+    precision = dot_precision(precision, x.dtype, w.dtype, x.device)
     whole, combine, *described = kernels or (matmul_kernel, matmul_combine_kernel, matmul_descriptor_kernel)
     if config is None:
-        config = first_config(M, N, K, x.dtype, x.device, count, precision, bool(described) and tma_takes(x, w))
+        config = first_config(M, N, K, x.dtype, x.device, count, precision, bool(described) and tma_takes(x, w), sums)
     block_m, block_n, block_k, split = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"], config["SPLIT"]
     hooks = extra or (bias, target, *strides[2])
     sizes = (M, N, K, inner)
@@ -384,15 +388,24 @@ def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", k
 FIRST_CONFIGS = {}  # what `first_config` found, by its arguments
 
 
-def first_config(M, N, K, dtype, device, batch, precision, tma):
+def first_config(M, N, K, dtype, device, batch, precision, tma, sums):
     """The best guess of `matmul_configs` for a device, remembered; as for sm_80 where there is no GPU."""
-    key = (M, N, K, dtype, device, batch, precision, tma)
+    key = (M, N, K, dtype, device, batch, precision, tma, sums)
     if key not in FIRST_CONFIGS:
         if len(FIRST_CONFIGS) >= 4096:  # lengths may grow without end
             FIRST_CONFIGS.clear()
-        major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-        FIRST_CONFIGS[key] = matmul_configs(M, N, K, dtype, 10 * major + minor, batch, precision, tma)[0]
+        FIRST_CONFIGS[key] = matmul_configs(M, N, K, dtype, arch_of(device), batch, precision, tma, sums)[0]
     return FIRST_CONFIGS[key]
+
+
+def dot_precision(precision, dtype, weight_dtype, device):
+    """What to ask of tl.dot for x of one dtype and a weight of another, which the kernel casts to that of x.
+
+    On sm_100 Triton takes tf32 for "ieee" where an operand is made of narrower numbers (its issue 10176), as if the
+    other operand were of so few bits too: there it is "tf32x3", which has nearly all of float32.
+    """
+    wrong = precision == "ieee" and dtype == torch.float32 != weight_dtype and 100 <= arch_of(device) < 120
+    return "tf32x3" if wrong else precision
 
 
 def tma_takes(x, w):
@@ -460,13 +473,13 @@ def batch_strides(batch, matrices, fixed=False):
     return inner, strides, copies
 
 
-def matmul_configs(M, N, K, dtype, arch, batch=1, precision="ieee", tma=False):
+def matmul_configs(M, N, K, dtype, arch, batch=1, precision="ieee", tma=False, sums=128):
     """Configurations of `matmul` for x [batch, M, K] and w [batch, N, K] on sm_`arch`, the best guess first.
 
     A configuration is a dict: BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT (parts of K, combined by a second kernel), TMA
     (only where `tma` says that `tma_takes` x and w), num_warps and num_stages. None asks for more shared memory or
     registers than there are. They are ordered by a model of the time: the tiles that the busiest multiprocessor
-    computes, what it loads for them, and what all of them load.
+    computes, what it loads for them, and what all of them load. A thread keeps at most `sums` sums.
     """
     size = torch.empty((), dtype=dtype, device="meta").element_size()
     scalar = dtype == torch.float32 and precision == "ieee"  # no tensor cores
@@ -517,8 +530,8 @@ def matmul_configs(M, N, K, dtype, arch, batch=1, precision="ieee", tma=False):
             continue
         if max(stages * (block_m + block_n) * block_k * size, block_m * block_n * 4) > shared:
             continue
-        # Half of a thread's 255 registers may be sums; where operands are in registers too, of a lesser depth.
-        if block_m * block_n * (1 if from_shared else depth / 64) > 128 * 32 * warps:
+        # Half of a thread's 255 registers may be sums by default; where operands are there too, of a lesser depth.
+        if block_m * block_n * (1 if from_shared else depth / 64) > sums * 32 * warps:
             continue
         # Rows that are not aligned are loaded an element at a time, each with its address; others suit wide blocks.
         if unaligned:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from ...ir.graph import Program, describe_value
-from ...kernels.matmul import matmul_combine_kernel, matmul_kernel
+from ...kernels.matmul import matmul_combine_kernel, matmul_descriptor_kernel, matmul_kernel
 from .emitter import Emitter
 from .lowerings.products import product_of
 from .partition import Group, Planner
 from .sizes import Sizes, text
 
 INDENT = "    "
+HEAVY = ("tl.erf", "tl.exp", "tl.log", "tl.sin", "tl.cos", "tanh(", "sigmoid(", "power(", "log1p(", "expm1(")
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Kernel:
     call: str
     inputs: tuple[fx.Node, ...]
     stored: tuple[fx.Node, ...]
-    combine: str = ""  # of a product whose sums are split: the kernel that adds them up
+    others: Mapping[str, str] = field(default_factory=dict)  # bodies of its variants, by what is added to its name
 
     def source(self, name: str) -> str:
         """The definition under a name."""
-        found = f"@triton.jit\ndef {name}(\n{self.body}"
-        return f"{found}\n\n@triton.jit\ndef {name}_combine(\n{self.combine}" if self.combine else found
+        bodies = {name: self.body, **{f"{name}_{variant}": body for variant, body in self.others.items()}}
+        return "\n\n".join(f"@triton.jit\ndef {title}(\n{body}" for title, body in bodies.items())
 
 
 def tile_kernel(
@@ -101,13 +102,17 @@ def product_kernel(
     head = ["batch = tl.full([1, 1], 0, tl.int64) + batch", "row_inside = rows < M", "col_inside = cols < N"]
     epilogue = [*widen, *head, *axes, *emitter.lines()]
     body = spliced(matmul_kernel, {"parameters": names.lines(), "epilogue": epilogue})
-    combine = spliced(matmul_combine_kernel, {"parameters": names.lines(), "epilogue": epilogue})
+    others = {
+        name: spliced(kernel, {"parameters": names.lines(), "epilogue": epilogue})
+        for name, kernel in (("combine", matmul_combine_kernel), ("descriptor", matmul_descriptor_kernel))
+    }
     left = variable(product.left) if product.batched else f"linear_rows({variable(product.left)})"
     right = variable(product.right) + ("" if product.transposed else ".transpose(-1, -2)")
     extra = ", ".join(names.arguments(variable))
-    call = f"matmul({left}, {right}, extra=({extra},), kernels=({{kernel}}, {{kernel}}_combine))"
+    call = f"matmul({left}, {right}, extra=({extra},), kernels=({{kernel}}, {{kernel}}_combine, {{kernel}}_descriptor)"
+    call += ", sums=64)" if any(name in line for line in epilogue for name in HEAVY) else ")"
     reads = dict.fromkeys([product.left, product.right, *emitter.inputs])
-    return Kernel(group.name, body, call, tuple(reads), tuple(stored), combine)
+    return Kernel(group.name, body, call, tuple(reads), tuple(stored), others)
 
 
 def spliced(kernel: Any, hooks: Mapping[str, Sequence[str]]) -> str:

@@ -6,7 +6,7 @@ import ast
 import inspect
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -17,15 +17,13 @@ from torch import Tensor, fx
 
 from ...ir.errors import LoweringError
 from ...ir.graph import Program, arguments, describe_value, source_of
-from ...ir.ops.attention import attention as attention_operator
-from ...kernels import attention, elementwise, launch, matmul
+from ...kernels import attention, elementwise, int4_matmul, launch, matmul
 from .kernel import Kernel, product_kernel, tile_kernel
 from .lowerings.table import EXTERN, KERNELS
 from .partition import Group, Planner, kind
 from .prepare import prepare
 from .sizes import Sizes, contiguous, text
 
-KERNELS[attention_operator] = "attention"
 INDENT = "    "
 
 
@@ -37,8 +35,10 @@ class Generated:
         program: the one that it was generated from, with the weights.
         source: the text; `forward(inputs, weights)` takes and gives lists, and weights by name.
         weights: the names in `weights`.
-        groups: the operators of each generated kernel's launches.
+        groups: the operators of each launch of a generated kernel.
         externs: what PyTorch's own kernels run: operator, reason, how often.
+        launches: all of it, equal ones together: what runs, by what, how often, megabytes at the example's sizes.
+        dot: what is launched after what, as a graph in Graphviz's language.
     """
 
     program: Program
@@ -46,6 +46,8 @@ class Generated:
     weights: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
     externs: tuple[tuple[str, str, int], ...]
+    launches: tuple[dict[str, Any], ...]
+    dot: str
 
 
 def check(program: Program) -> list[str]:
@@ -78,6 +80,7 @@ class _Module:
     lines: list[str] = field(default_factory=list)
     externs: dict[tuple[str, str], int] = field(default_factory=dict)
     names: dict[fx.Node, str] = field(default_factory=dict)
+    launched: dict[int, tuple[str, int]] = field(default_factory=dict)  # by group: its kernel, bytes that it moves
 
     def generate(self) -> Generated:
         self.sizes = Sizes(self.program)
@@ -102,7 +105,43 @@ class _Module:
             tuple(str(node.target) for node in self.program.graph.nodes if node.op == "get_attr"),
             tuple(tuple(str(node.target) for node in group.nodes) for group in groups),
             tuple((name, reason, count) for (name, reason), count in self.externs.items()),
+            tuple(self._launches()),
+            self._dot(),
         )
+
+    def _launches(self) -> Iterator[dict[str, Any]]:
+        """What runs, equal launches together, those that move most first; then library calls."""
+        moved: dict[tuple[str, str], list[float]] = {}
+        for item in self.planner.order():
+            if isinstance(item, Group):
+                kernel, moves = self.launched[id(item)]
+                moved.setdefault((_operators(item.nodes), kernel), []).append(moves / 1e6)
+            elif kind(item) == "kernel":
+                function = KERNELS[item.target][0]
+                moves = sum(self._bytes(node) for node in [*item.all_input_nodes, item])
+                moved.setdefault((_operators([item]), f"{function} of kernels/"), []).append(moves / 1e6)
+        for (operators, kernel), megabytes in sorted(moved.items(), key=lambda pair: -sum(pair[1])):
+            total = round(sum(megabytes), 3)
+            yield {"operators": operators, "by": kernel, "launches": len(megabytes), "megabytes": total}
+        for (name, reason), count in self.externs.items():
+            yield {"operators": name, "by": f"PyTorch: {reason}", "launches": count, "megabytes": None}
+
+    def _bytes(self, node: fx.Node) -> int:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return 0
+        return self.sizes.hints(self.sizes.shape(node)) * value.dtype.itemsize
+
+    def _dot(self) -> str:
+        """The launches and what each waits for."""
+        order = [item for item in self.planner.order() if isinstance(item, Group) or kind(item) != "input"]
+        places = {item: number for number, item in enumerate(order)}
+        titles = [_operators(item.nodes) if isinstance(item, Group) else item.name for item in order]
+        lines = [f'    {number} [label="{title}"];' for number, title in enumerate(titles)]
+        lines += [
+            f"    {places[first]} -> {places[second]};" for first, second in self.planner.edges() if first in places
+        ]
+        return "\n".join(["digraph {", "    node [shape=box];", *lines, "}"])
 
     def _check_refused(self) -> None:
         bad = [
@@ -159,7 +198,7 @@ class _Module:
             found = re.sub(r"\W", "_", name, flags=re.ASCII).lstrip("_")
             found = found if found[:1].isalpha() else f"x{found}"
             taken = RESERVED | set(self.program.symbols.values()) | set(self.names.values())
-            while found in taken or found.endswith(("_kernel", "_combine")):
+            while found in taken or found.endswith(("_kernel", "_combine", "_descriptor")):
                 found += "_"
             self.names[node] = found
         return self.names[node]
@@ -174,8 +213,9 @@ class _Module:
             raise LoweringError(f"{node.name} is read before it is computed")
         what = kind(node)
         if what == "kernel":
-            given = [f"{name}={self._argument(value)}" for name, value in arguments(node).items() if value is not None]
-            call = f"{KERNELS[node.target]}({', '.join(given)})"
+            function, names = KERNELS[node.target]
+            pairs = [(names.get(name, name), value) for name, value in arguments(node).items() if value is not None]
+            call = f"{function}({', '.join(f'{name}={self._argument(value)}' for name, value in pairs)})"
         elif node.target is operator.getitem:
             call = f"{self._argument(node.args[0])}[{node.args[1]}]"
         else:
@@ -228,6 +268,8 @@ class _Module:
                 f"{self.named[node]} = torch.empty(({size}{',' if size and ', ' not in size else ''}), "
                 f"dtype={node.meta['val'].dtype}, device={device})"
             )
+        moves = sum(map(self._bytes, [*kernel.inputs, *kernel.stored]))
+        self.launched[id(group)] = (self._define(kernel), moves)
         call = kernel.call.replace("{kernel}", self._define(kernel))
         for mark, name in names.items():
             call = call.replace(mark, name)
@@ -272,9 +314,14 @@ aten = torch.ops.aten
 FORWARD = '''def forward(inputs, weights):
     """A list of outputs, from tensors in the order of the program's inputs and its weights by name."""
 '''
-LIBRARY: tuple[ModuleType, ...] = (elementwise, launch, matmul, attention)
+LIBRARY: tuple[ModuleType, ...] = (elementwise, launch, matmul, int4_matmul, attention)
 RESERVED = {"torch", "triton", "tl", "math", "aten", "device", "Tensor", "inputs", "weights", "forward"}
 RESERVED |= {name for module in LIBRARY for name in vars(module)}
+
+
+def _operators(nodes: Sequence[fx.Node]) -> str:
+    """What is computed, in order: `linear add gelu`."""
+    return " ".join(str(node.target).split(".")[1] for node in nodes)
 
 
 def _library(code: str) -> Iterator[str]:

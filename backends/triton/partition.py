@@ -104,6 +104,10 @@ class Planner:
         """Groups, and nodes outside of any, in an order in which they can run: close to that of the graph."""
         return list(nx.lexicographical_topological_sort(self._graph, key=self._order))
 
+    def edges(self) -> list[tuple[Group | fx.Node, Group | fx.Node]]:
+        """What of `order` must run before what."""
+        return list(self._graph.edges)
+
     def _order(self, item: Any) -> int:
         return self._place[item.nodes[0] if isinstance(item, Group) else item]
 

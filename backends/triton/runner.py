@@ -82,6 +82,11 @@ class TritonRunner:
         """The text of the generated module."""
         return self.generated.source
 
+    @property
+    def launches(self) -> list[dict[str, Any]]:
+        """What a run launches, for the report."""
+        return list(self.generated.launches)
+
     def run(self, tensors: Sequence[Tensor]) -> list[Any]:
         """Flat inputs to flat outputs."""
         # The interpreter computes with numpy, also what masks leave out.

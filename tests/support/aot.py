@@ -23,6 +23,7 @@ INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync",
     "wgmma": r"\bwgmma\.mma_async",
     "tcgen05": r"\btcgen05\.mma",
+    "tf32": r"\bkind::tf32|\.tf32\b",
     "ld.global.v4": r"\bld\.global(\.[\w:]+)*\.v4\.(b32|u32|f32)",  # 16 bytes to registers
     "cp.async": r"\bcp\.async\.c[ag]\.",
     "cp.async.v4": r"\bcp\.async\.c[ag]\.shared\.global *\[[^\]]*\], *\[[^\]]*\], *0x10\b",  # 16 bytes to shared memory
@@ -43,7 +44,7 @@ def job(
     """A kernel to compile: `source` is a module's name or the path of a Python file.
 
     Arguments are numbers, None, for a pointer the dtype's name, with a "?" behind it if it is not aligned, or for a
-    descriptor a list of the dtype's name and the sizes of its block.
+    descriptor a list of the dtype's name and the sizes of its block. A constant "tl.int32" is that type of Triton's.
     """
     return {
         "source": source, "kernel": kernel, "arguments": dict(arguments), "constants": dict(constants or {}),
@@ -97,13 +98,20 @@ def _argument(value: Any) -> Any:
     return value
 
 
+def _constant(value: Any) -> Any:
+    import triton.language as tl
+
+    return getattr(tl, value[3:]) if isinstance(value, str) and value.startswith("tl.") else value
+
+
 def _run(task: dict[str, Any], arch: int) -> dict[str, Any]:
     from fxpress.backends.triton.aot import check_limits, compile_kernel
     from fxpress.ir.errors import LoweringError
 
     kernel = getattr(_load(task["source"]), task["kernel"])
     arguments = {name: _argument(value) for name, value in task["arguments"].items()}
-    made = compile_kernel(kernel, arguments, task["constants"], arch, task["num_warps"], task["num_stages"])
+    constants = {name: _constant(value) for name, value in task["constants"].items()}
+    made = compile_kernel(kernel, arguments, constants, arch, task["num_warps"], task["num_stages"])
     try:
         over = check_limits(made, arch)
     except LoweringError as error:

@@ -9,6 +9,9 @@ from typing import Any
 from torch import fx
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as Promotion
 
+from ....ir.ops.attention import attention
+from ....ir.ops.quantize import int4_linear
+from ....ir.ops.window_attention import window_attention
 from ..emitter import Emitter, Index, Value
 
 Lower = Callable[[Emitter, fx.Node, Index], Value]
@@ -37,8 +40,13 @@ VALUES: dict[Any, Lower] = {}
 GENERATORS: set[Any] = set()
 # Views: from an index of the result to that of the argument `self`.
 VIEWS: dict[Any, Where] = {}
-# Operators with a kernel of their own kind: the function of kernels/ that launches it, with the same arguments.
-KERNELS: dict[Any, str] = {}
+# Operators with a kernel of their own kind: the function of kernels/ that launches it, and what it calls arguments that
+# have another name there.
+KERNELS: dict[Any, tuple[str, dict[str, str]]] = {
+    attention: ("attention", {}),
+    window_attention: ("window_attention", {}),
+    int4_linear: ("int4_matmul", {"input": "x", "weight": "w", "weight_scale": "scale"}),
+}
 # Operators left to PyTorch's own library kernels, with the reason.
 EXTERN: dict[Any, str] = {}
 

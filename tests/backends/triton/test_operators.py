@@ -5,94 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from build import normal
 from kernels_agree import agree, calling
+from operator_cases import BY_NAME, CASES
 from torch import Tensor
 
 from fxpress.ir.ops.table import OPERATORS
 
-BY_NAME = {entry.name: target for target, entry in OPERATORS.items()}
-LENGTH = 13
-
-
-def heads(seed: int, groups: int = 4) -> Tensor:
-    """[2, groups, 13, 8] as a projection leaves it: heads are no axis of memory."""
-    return normal(2, LENGTH, groups, 8, seed=seed).transpose(1, 2)
-
-
-def int8(*sizes: int, seed: int = 0) -> Tensor:
-    return (normal(*sizes, seed=seed) * 40).round().clamp(-128, 127).to(torch.int8)
-
-
-def fixed(*sizes: int) -> Tensor:
-    """Numbers in fixed point."""
-    return (normal(*sizes) * 65536).to(torch.int32)
-
-
-mask = torch.ones(2, LENGTH, dtype=torch.bool)
-mask[1, 9:] = False
-q, k, v = heads(0), heads(1), heads(2)
-grouped_k, grouped_v = heads(1, 2), heads(2, 2)
-x = normal(3, 5, 16)
-positive = normal(2, 4, LENGTH, 6, seed=5).abs()
-weight, other = normal(7, 16, seed=1), normal(7, 16, seed=2)
-bias = normal(7, seed=3)
-large = torch.tensor(1 << 20)
-table = torch.randint(0, 5, (2, 4, 4, 2), generator=torch.Generator().manual_seed(0))
-
-CASES: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
-    ("attention", (q, k, v), {}),
-    ("attention", (q, grouped_k, grouped_v), {"key_mask": mask, "right": 0}),
-    ("attention", (q, k, v, normal(4, LENGTH, LENGTH)), {"left": 3, "scale": 0.2, "softcap": 5.0}),
-    ("attention", (q, k, v, normal(2, 1, 1, LENGTH) > 0), {"sinks": normal(4)}),
-    ("attention", (q, k, v), {"left": -20, "empty": "nan"}),
-    ("attention", (q, k, v), {"key_mask": torch.zeros_like(mask), "empty": "mean"}),
-    ("window_attention", (q, k, v, mask), {"left": 3, "right": 3, "globals": 1}),
-    ("window_attention", (q, k, v), {"left": 3, "causal": True, "dilation": 2}),
-    ("block_attention", (q, k, v, table, None, mask, 4, 4), {}),
-    ("random_blocks", (q, mask, 4), {}),
-    ("expander_blocks", (q, mask, 4), {}),
-    ("dynamic_blocks", (q, k, mask, 4, 4, 2), {}),
-    ("conv_attention", (v, normal(4, 3).softmax(-1), mask), {}),
-    ("linear_attention", (q, k, v, positive, positive.flip(2), None, mask), {}),
-    ("linear_attention", (q, k, v, positive, positive.flip(2), None, None, 4, True), {}),
-    ("random_features", (q, normal(6, 8), mask), {}),
-    ("softmax_features", (q, normal(4, 8, 6)), {}),
-    ("nystrom_attention", (q, k, v, mask, 4), {}),
-    ("linformer_attention", (q, k, v, mask, None, 4), {}),
-    ("lsh_attention", (q, k, v, normal(4, 8, 2, 2), mask, 4), {}),
-    ("align_tokens", (q, mask), {}),
-    ("align_tokens", (normal(2, LENGTH), mask, True), {}),
-    ("pool_tokens", (normal(2, LENGTH, 8), mask), {}),
-    ("pool_mask", (mask,), {}),
-    ("unpool_tokens", (normal(2, 7, 8), normal(2, LENGTH, 8)), {}),
-    ("rms_norm", (x, normal(16), 1e-6), {}),
-    ("add_rms_norm", (x, x.flip(0), normal(16), 1e-6), {}),
-    ("add_layer_norm", (x, x.flip(0), normal(16), normal(16, seed=1), 1e-6), {}),
-    ("rotary", (q, normal(1, 1, LENGTH, 8), normal(1, 1, LENGTH, 8, seed=1)), {}),
-    ("linear_act", (x, weight, bias, "gelu"), {}),
-    ("gated_linear", (x, weight, other, None, bias, "silu"), {}),
-    ("mlp", (x, weight, bias, normal(16, 7), None, "relu"), {}),
-    ("mlp", (x, weight, None, normal(16, 7), normal(16), "gelu_tanh", other), {}),
-    ("split_linear", (x, weight, bias, [2, 5]), {}),
-    ("quantize", (x * 50, torch.tensor(0.5)), {"stored": True}),
-    ("dequantize", (int8(5, 16), normal(5, 1).abs()), {}),
-    ("dynamic_quantize", (x, "token"), {}),
-    ("dynamic_quantize", (x, "tensor"), {"stored": True}),
-    ("int8_linear", (int8(3, 5, 16), normal(3, 5, 1).abs(), None, int8(7, 16), normal(7, 1).abs(), bias), {}),
-    ("int8_linear", (int8(3, 16), torch.tensor(0.1), torch.tensor(3.0), int8(7, 16), normal(7, 1).abs(), None), {}),
-    ("int4_linear", (x, torch.arange(56).reshape(7, 8).to(torch.uint8) * 4, normal(7, 4).abs(), None, bias), {}),
-    ("int4_linear", (x, torch.arange(56).reshape(7, 8).to(torch.uint8), normal(7, 2), int8(7, 2) // 32, None), {}),
-    ("requantize", (int8(3, 8), large, 22, None, -128, 127), {}),
-    ("integer_add", (int8(3, 8), int8(3, 8, seed=1), large, large // 3, 22, -128, 127), {}),
-    ("integer_linear", (int8(3, 5, 16), int8(7, 16, seed=1), torch.arange(7, dtype=torch.int32)), {}),
-    ("integer_matmul", (int8(2, 3, 16), int8(2, 16, 5)), {}),
-    ("integer_matmul", (int8(2, 3, 16).to(torch.int32).abs() * 300, int8(2, 16, 5)), {}),
-    ("integer_gelu", (fixed(3, 8),), {}),
-    ("integer_softmax", (fixed(2, 2, 5, 5),), {"right": 0}),
-    ("integer_layer_norm", (fixed(3, 8) // 64, fixed(8), fixed(8), 5), {}),
-]
 FLOATS = [case for case in CASES if any(isinstance(item, Tensor) and item.is_floating_point() for item in case[1])]
 
 

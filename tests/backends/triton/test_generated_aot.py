@@ -1,0 +1,81 @@
+"""Generated kernels compiled ahead of time, without a GPU: they compile, fit, do not spill, and use what they are
+meant to: loads of 16 bytes, and the tensor cores of each architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import aot
+import generated
+import pytest
+import torch
+from build import normal, program
+from kernels_agree import calling
+from operator_cases import BY_NAME, CASES
+from torch import Tensor
+
+from fxpress.compiler.families import families
+from fxpress.compiler.pipeline import run_passes
+from fxpress.compiler.trace import trace
+from fxpress.ir.rewrite import Context
+from fxpress.passes import Canonicalize, Fuse
+
+ARCHS = (80, 90, 100)
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
+
+
+@pytest.mark.slow
+def test_every_operator_compiles(tmp_path: Path) -> None:
+    jobs: dict[str, Any] = {}
+    for number, (name, args, options) in enumerate(CASES):
+        traced, tensors = calling(BY_NAME[name], *args, **options)
+        jobs |= generated.jobs(f"{name}_{number}", traced, tensors, tmp_path, ARCHS[number % len(ARCHS)])
+    assert generated.check(aot.compiled(jobs)) == []
+
+
+def half_models() -> dict[str, tuple[torch.nn.Module, dict[str, Tensor]]]:
+    found = {}
+    for family in families():
+        if family.name in ("bert", "gpt2", "llama", "vit"):
+            given = {
+                name: item.bfloat16() if item.is_floating_point() else item
+                for name, item in family.inputs(2, 12).items()
+            }
+            found[family.name] = (family.model().eval().bfloat16(), given)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_models_compile_in_bfloat16(arch: int, tmp_path: Path) -> None:
+    jobs: dict[str, Any] = {}
+    for name, (model, given) in half_models().items():
+        traced = trace(model, ((), given))
+        run_passes(traced, [Canonicalize(), Fuse()], Context(list(given.values())))
+        jobs |= generated.jobs(name, traced, list(given.values()), tmp_path, arch)
+    assert generated.check(aot.compiled(jobs)) == []
+
+
+class Block(torch.nn.Module):
+    """Widths of a real model, so that tiles are those of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = torch.nn.Linear(768, 3072), torch.nn.LayerNorm(3072)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.nn.functional.gelu(self.up(x))
+        return self.norm(hidden)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_hot_kernels_use_the_machine(arch: int, tmp_path: Path) -> None:
+    x = normal(4, 512, 768, dtype=torch.bfloat16)
+    jobs = generated.jobs("block", program(Block().bfloat16(), x), [x], tmp_path, arch)
+    results = {name.split("/")[1]: found[arch] for name, found in aot.compiled(jobs).items()}
+    product = next(found for name, found in results.items() if name.startswith("linear_add_gelu"))
+    norm = results["layer_norm_kernel"]
+    assert TENSOR_CORES[arch] in product["instructions"]
+    assert "ld.global.v4" in norm["instructions"] and "st.global.v4" in norm["instructions"]
+    assert product["over"] is norm["over"] is None  # shared memory, registers, spills
