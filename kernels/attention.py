@@ -66,7 +66,7 @@ def allowed_blocks(begin, end, key_mask, stride, num_keys, BLOCK: tl.constexpr):
 
 
 # fmt: off
-@triton.jit
+@triton.jit(do_not_specialize=["left", "right"])  # right grows with each token that a model generates
 def attention_kernel(
     query, key, value, out, key_mask, sinks, maximum, total,
     num_heads, repeat, num_queries, num_keys,
@@ -458,6 +458,6 @@ def window_attention(
         num_globals = globals
         first_globals = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
         if key_mask is not None:
-            first_globals += key_mask.to(torch.uint8).argmax(1)
+            first_globals += key_mask.to(torch.int32).argmax(1)
     window = (first_globals, num_globals, dilation if dilation > 1 else None, causal and globals > 0)
     return attention(query, key, value, key_mask, left * dilation, right, scale, softcap, window=window)

@@ -172,6 +172,17 @@ def test_blocks_of_padding_are_not_read() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("num_queries", [3, 17])
+def test_offsets_that_need_64_bits(tmp_path: Path, num_queries: int) -> None:
+    stride = 2**27 + 3
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=18 * stride, dtype=torch.float16)
+    key, value = (memory[start:].as_strided((1, 1, 18, 4), (1, 1, stride, 1)) for start in (0, 4))
+    query = memory[8:].as_strided((1, 1, num_queries, 4), (1, 1, stride, 1))
+    for seed, tensor in enumerate((query, key, value)):
+        tensor.copy_(normal(*tensor.shape, seed=seed))
+    equal(query, key, value, right=18 - num_queries)
+
+
 def test_no_keys_and_no_queries() -> None:
     query, key, value = inputs(5, 7)
     with interpreted(kernels):
@@ -201,7 +212,7 @@ def test_a_generated_hook_in_a_module_of_its_own(tmp_path: Path, num_queries: in
     assert found
     path = tmp_path / "generated.py"
     path.write_text(before + "\n" + HOOK.format(indent=indent) + rest)
-    spec = importlib.util.spec_from_file_location("generated", path)
+    spec = importlib.util.spec_from_file_location("fxpress.kernels.generated", path)  # its imports are relative
     assert spec is not None and spec.loader is not None
     generated = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generated)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxpress.backends.triton.aot import LIMITS
 from fxpress.kernels import attention as kernels
 from fxpress.kernels import attention_backward as backward
 
@@ -47,7 +48,7 @@ def job(
         for name in vars(owner)
         if name.endswith("_kernel")
     }
-    with FakeTensorMode(), patch("torch.cuda.get_device_capability", lambda device: (arch // 10, 0)):
+    with FakeTensorMode(), patch("torch.cuda.get_device_capability", lambda device: divmod(arch, 10)):
         for (owner, name), recorder in recorders.items():
             patch.object(owner, name, recorder).start()
         try:
@@ -79,15 +80,13 @@ CASES: dict[str, dict[str, Any]] = {
     for dims, (name, options) in itertools.product(
         (64, 128),
         {
-            "plain": {},
             "causal": {"right": 0},
-            "half": {"right": 0, "dtype": torch.float16},
             "key mask": {"mask": True},
             "bias": {"mask": True, "bias": torch.bfloat16},
             "wide bias": {"mask": True, "bias": torch.float32},
             "boolean bias": {"mask": True, "bias": torch.bool},
             "mean": {"mask": True, "empty": "mean", "right": 0},
-            "softcap": {"left": 255, "right": 0, "softcap": 30.0},
+            "softcap": {"left": 255, "right": 0, "softcap": 30.0, "dtype": torch.float16},
             "window": {"launch": kernels.window_attention, "mask": True, "left": 64, "right": 64, "globals": 2},
         }.items(),
     )
@@ -111,14 +110,25 @@ GRADIENTS = {
     for kernel, dims, (name, options) in itertools.product(
         ("gradient_query_kernel", "gradient_key_value_kernel"),
         (64, 128),
-        {"causal": {"right": 0}, "masked": {"mask": True, "softcap": 30.0}}.items(),
+        {
+            "causal": {"right": 0},
+            "masked": {"mask": True, "softcap": 30.0},
+            "bias": {"mask": True, "bias": torch.bfloat16},
+            "fp32": {"mask": True, "dtype": torch.float32},
+        }.items(),
     )
 }  # fmt: skip
 
 
+SMALL = {
+    name: {**CASES, **OTHERS}[name] for name in ("causal, 128", "key mask, 64", "wide bias, 128", "32 queries", "256")
+}
+
+
 def result(table: dict[str, dict[str, Any]], case: str, arch: int) -> dict[str, Any]:
     """What came of one case; all of its table are compiled together."""
-    jobs = {f"{name}; {arch}": job(arch, **options) for name, options in table.items() for arch in ARCHS}
+    archs = (89, 120) if table is SMALL else ARCHS
+    jobs = {f"{name}; {arch}": job(arch, **options) for name, options in table.items() for arch in archs}
     return aot.compiled(jobs)[f"{case}; {arch}"][arch]
 
 
@@ -150,10 +160,20 @@ def test_other_sizes_fit(case: str, arch: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", SMALL)
+@pytest.mark.parametrize("arch", [89, 120])
+def test_graphics_cards_have_less_shared_memory(case: str, arch: int) -> None:
+    found = result(SMALL, case, arch)
+    assert found.get("error") is None
+    assert "mma.sync" in found["instructions"]
+    assert found["shared"] <= LIMITS[arch].shared
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GRADIENTS)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_gradients(case: str, arch: int) -> None:
     found = result(GRADIENTS, case, arch)
     assert found.get("error") is None
-    assert {*TENSOR_CORES.values()} & {*found["instructions"]}
+    assert "fp32" in case or {*TENSOR_CORES.values()} & {*found["instructions"]}
     assert found["over"] is None

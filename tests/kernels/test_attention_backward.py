@@ -95,6 +95,18 @@ def test_layouts() -> None:
     check(*tensors, right=17)
 
 
+def test_blocks_of_padding_are_not_read() -> None:
+    tensors, mask = inputs(20, 100), padded(2, 100, 20, 30)
+    check(*tensors, key_mask=mask)
+    tensors[2][0, :, :16] = tensors[2][0, :, 80:] = torch.nan
+    config = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+    with interpreted(forward), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "attention_backward_config", lambda *sizes: config)
+        found = gradients(kernels.attention_with_gradient, tensors, {"key_mask": mask})
+    for tensor in found:
+        assert torch.isfinite(tensor).all()
+
+
 def test_sizes_of_zero() -> None:
     query, key, value = (tensor.requires_grad_() for tensor in inputs(5, 7))
     found = kernels.attention_with_gradient(query, key[:, :, :0], value[:, :, :0])
