@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...ir.errors import InputError
 from ...ir.graph import Program, attribute
+from .graphs import Graphs
 from .module import generate
 
 
@@ -76,6 +77,7 @@ class TritonRunner:
         self.generated = generate(program)
         self._loaded = Loaded(self.generated.source)
         self._weights = {name: attribute(self.generated.program.module, name) for name in self.generated.weights}
+        self._graphs = Graphs(self._forward)
 
     @property
     def source(self) -> str:
@@ -92,5 +94,8 @@ class TritonRunner:
         # The interpreter computes with numpy, also what masks leave out.
         quiet: AbstractContextManager[Any] = np.errstate(all="ignore") if interpreted() else nullcontext()
         with torch.no_grad(), quiet:
-            found: list[Any] = self._loaded.module.forward(list(tensors), self._weights)
+            return self._graphs(tensors) if any(tensor.is_cuda for tensor in tensors) else self._forward(tensors)
+
+    def _forward(self, tensors: Sequence[Tensor]) -> list[Any]:
+        found: list[Any] = self._loaded.module.forward(list(tensors), self._weights)
         return found

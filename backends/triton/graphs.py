@@ -1,0 +1,73 @@
+"""CUDA graphs of a generated forward: one for each set of shapes that comes back, a bounded number of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Forward = Callable[[Sequence[Tensor]], list[Any]]
+LIMIT = 8  # graphs: each keeps the memory of all that is computed in it
+
+
+class Graphs:
+    """Runs `forward`, from the third call with the same shapes on by replaying what the second one launched.
+
+    A launch from Python takes longer than most kernels of a small batch run; a graph launches all at once. The first
+    call compiles kernels, which a capture must not. What is returned is a copy that later calls leave alone.
+
+    Args:
+        forward: from tensors to a list of outputs; it reads nothing back from the GPU.
+        capture: from a forward and its tensors to its replay on other tensors of the same shapes.
+        limit: how many graphs are kept; the one that was not used for the longest time goes first.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        capture: Callable[[Forward, Sequence[Tensor]], Forward] | None = None,
+        limit: int = LIMIT,
+    ) -> None:
+        self._forward, self._capture, self._limit = forward, capture or captured, limit
+        self._seen: OrderedDict[Any, Forward | None] = OrderedDict()
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Run, or replay."""
+        key = tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)
+        if key not in self._seen:
+            self._seen[key] = None
+            while len(self._seen) > self._limit:
+                self._seen.popitem(last=False)
+            return self._forward(tensors)
+        self._seen.move_to_end(key)
+        if self._seen[key] is None:
+            try:
+                self._seen[key] = self._capture(self._forward, tensors)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                warnings.warn(f"no CUDA graph for {[list(tensor.shape) for tensor in tensors]}: {reason}", stacklevel=2)
+                self._seen[key] = self._forward
+        replay = self._seen[key]
+        assert replay is not None
+        return replay(tensors)
+
+
+def captured(forward: Forward, tensors: Sequence[Tensor]) -> Forward:
+    """A forward recorded as a CUDA graph: inputs are copied to where it read them, outputs from where it wrote."""
+    inputs = [tensor.clone() for tensor in tensors]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = forward(inputs)
+
+    def replay(given: Sequence[Tensor]) -> list[Any]:
+        for place, tensor in zip(inputs, given, strict=True):
+            place.copy_(tensor)
+        graph.replay()
+        return [item.clone() if isinstance(item, Tensor) else item for item in outputs]
+
+    return replay
