@@ -483,7 +483,7 @@ def matmul_configs(M, N, K, dtype, arch, batch=1, precision="ieee", tma=False, s
     """
     size = torch.empty((), dtype=dtype, device="meta").element_size()
     scalar = dtype == torch.float32 and precision == "ieee"  # no tensor cores
-    # wgmma and tcgen05 read their operands from shared memory; Triton has no tcgen05 for integers.
+    # wgmma and tcgen05 read their operands from shared memory; Triton has no tcgen05 for integers before 3.9.
     from_shared = not scalar and 90 <= arch < 120 and (arch < 100 or size > 1)
     unaligned = K * size % 16 != 0
     # By the oldest architecture that has it: multiprocessors, bytes of shared memory, and in a microsecond the bytes

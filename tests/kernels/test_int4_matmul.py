@@ -137,7 +137,8 @@ def job(dtype: str, shape: tuple[int, int, int], config: dict[str, int], arch: i
         "M": rows, "N": columns, "K": depth, "stride_xm": depth, "stride_xk": 1,
         "stride_wn": depth // 2 if packed else depth, "stride_sn": 32, "stride_sg": 1, "stride_zn": 32, "stride_zg": 1,
     }  # fmt: skip
-    constants |= {"GROUP": depth // 32, "PACKED": packed, "PRECISION": "ieee", "EVEN_K": True}
+    precision = "tf32x3" if (dtype, arch) == ("float32", 100) else "ieee"
+    constants |= {"GROUP": depth // 32, "PACKED": packed, "PRECISION": precision, "EVEN_K": True}
     return aot.job(
         "fxpress.kernels.int4_matmul", "int4_matmul_kernel", given, constants, [arch],
         num_warps=config["num_warps"], num_stages=config["num_stages"],
@@ -175,3 +176,4 @@ def test_every_configuration_fits(arch: int) -> None:
     found = aot.compiled(tasks)
     over = {name: results[arch].get("error") or results[arch].get("over") for name, results in found.items()}
     assert over == dict.fromkeys(found)
+    assert all(arch == 100 or "tf32" not in results[arch]["instructions"] for results in found.values())

@@ -16,7 +16,7 @@ import fxpress.ir.ops  # noqa: F401  registers fxpress::int8_linear
 from fxpress.backends.triton.aot import LIMITS
 from fxpress.ir.equality import compare
 from fxpress.kernels import matmul as kernels
-from fxpress.kernels.matmul import batch_strides, linear_rows, matmul, matmul_configs, tma_takes
+from fxpress.kernels.matmul import batch_strides, dot_precision, linear_rows, matmul, matmul_configs, tma_takes
 
 SMALL = {
     "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2, "SPLIT": 1, "TMA": False,
@@ -217,6 +217,31 @@ def test_weights_of_integers_are_cast() -> None:
 
 
 @pytest.mark.parametrize(
+    ("precision", "dtype", "weight", "capability", "expected"),
+    [
+        ("ieee", torch.float32, torch.int8, (10, 0), "tf32x3"),
+        ("ieee", torch.float32, torch.uint8, (10, 3), "tf32x3"),
+        ("ieee", torch.float32, torch.float32, (10, 0), "ieee"),
+        ("ieee", torch.bfloat16, torch.int8, (10, 0), "ieee"),
+        ("ieee", torch.float32, torch.int8, (9, 0), "ieee"),
+        ("ieee", torch.float32, torch.int8, (12, 0), "ieee"),
+        ("tf32", torch.float32, torch.int8, (10, 0), "tf32"),
+    ],
+)
+def test_ieee_is_never_tf32(
+    precision: str,
+    dtype: torch.dtype,
+    weight: torch.dtype,
+    capability: tuple[int, int],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert dot_precision(precision, dtype, weight, torch.device("cuda")) == expected
+    assert dot_precision(precision, dtype, weight, torch.device("cpu")) == precision
+
+
+@pytest.mark.parametrize(
     ("x", "w", "message"),
     [
         (torch.ones(2, 3), torch.ones(2, 4), r"x \[2, 3\] and w \[2, 4\] must end in axes of one size"),
@@ -343,6 +368,12 @@ MODULE = "fxpress.kernels.matmul"
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 
+def on_tensor_cores(instructions: list[str], kind: str, arch: int) -> bool:
+    """Whether the best instructions of an architecture are used; Triton has tcgen05 for integers from 3.9 on only."""
+    best = TENSOR_CORES[arch] in instructions
+    return best or ((kind, arch) == ("int8", 100) and "mma.sync" in instructions)
+
+
 def arguments(dtype: str, shape: tuple[int, int, int]) -> dict[str, Any]:
     """Of x [M, K] and w [N, K], contiguous."""
     rows, columns, depth = shape
@@ -417,10 +448,11 @@ def test_compiled(kind: str, name: str, arch: int) -> None:
     assert found["over"] is None
     used = found["instructions"]
     assert "cp.async.v4" in used or "ld.global.v4" in used
+    assert ("tf32" in used) == (kind == "tf32")
     if kind == "float32":
         assert not {"mma.sync", "wgmma", "tcgen05"} & set(used)
     elif name == "large":
-        assert (TENSOR_CORES[arch] if (kind, arch) != ("int8", 100) else "mma.sync") in used
+        assert on_tensor_cores(used, kind, arch)
     else:
         assert {"mma.sync", "wgmma", "tcgen05"} & set(used)
 
@@ -432,7 +464,7 @@ def test_descriptors_are_loaded_by_tma(kind: str, arch: int) -> None:
     assert "error" not in found, found
     assert found["over"] is None
     assert "tma" in found["instructions"]
-    assert (TENSOR_CORES[arch] if (kind, arch) != ("int8", 100) else "mma.sync") in found["instructions"]
+    assert on_tensor_cores(found["instructions"], kind, arch)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -462,6 +494,19 @@ def test_every_configuration_fits(kind: str, arch: int) -> None:
         for config in matmul_configs(*shape, dtype, arch, precision=precision, tma=True):
             tasks.setdefault(f"{config} {shape[2] % 16 == 0}", job(kind, shape, config, arch))
     found = aot.compiled(tasks)
-    assert {
-        name: results[arch].get("error", results[arch].get("over")) for name, results in found.items()
-    } == dict.fromkeys(found)
+    over = {name: results[arch].get("error") or results[arch].get("over") for name, results in found.items()}
+    assert over == dict.fromkeys(found)
+    assert all(("tf32" in results[arch]["instructions"]) == (kind == "tf32") for results in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_a_transposed_weight_is_loaded_by_16_bytes_too(arch: int) -> None:
+    tasks = {kind: best(kind, LARGE, arch) for kind in TMA_KINDS}
+    for task in tasks.values():
+        task["arguments"] |= {"stride_wn": 1, "stride_wk": LARGE[1]}
+    for kind, found in aot.compiled(tasks).items():
+        assert "error" not in found[arch], found
+        assert found[arch]["over"] is None
+        assert "cp.async.v4" in found[arch]["instructions"]
+        assert on_tensor_cores(found[arch]["instructions"], kind, arch)

@@ -16,7 +16,8 @@ def generate(source: Path, target: Path, parameters: str, epilogue: str) -> Modu
     lines = {"parameters": parameters, "epilogue": epilogue}
     text = HOOK.sub(lambda hook: textwrap.indent(textwrap.dedent(lines[hook[1]]), "    "), source.read_text("utf-8"))
     target.write_text(text, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(target.stem, target)
+    # Under a name in the package: what the copy imports relatively is found.
+    spec = importlib.util.spec_from_file_location(f"fxpress.kernels.{target.stem}", target)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
