@@ -35,6 +35,7 @@ from .dynamo_graph import (
     check_graph,
     concrete,
     first_line,
+    has_branches,
     keeps_statistics,
     kept_tensors,
     random_calls,
@@ -205,12 +206,16 @@ class _Compilation:
             random = [str(node.target) for node in random_calls(program.graph)]
             backend = self._backend(program, random)
             with self._clock("eager"):
-                before, report.multiplications = counted(program, flat)
+                measurable = not (random or has_branches(program.graph))
+                if measurable:
+                    before, report.multiplications = counted(program, flat)
+                else:
+                    before = list(program.run(flat))
                 if first:
                     self._check_trace(program, binding, before, values, seeded=bool(random))
             if first and backend == "auto" and asked.exact and _is_small(program, report.multiplications):
                 raise Stays(f"it is small: {_work(program, report.multiplications)}")
-            expected = None if random else (before, run_float64(program, flat))
+            expected = (before, run_float64(program, flat)) if measurable else None
             with self._clock("passes"):
                 context = Context(flat, self._calibration(binding, captured), track=track)
                 if backend != "eager":
@@ -231,6 +236,8 @@ class _Compilation:
                 run = _in_pytorch(program)
             if expected is not None:
                 self._judge(program, passed, run(flat), *expected)
+            elif not random and asked.exact and not all(map(_agree, run(flat), before)):
+                raise VerifyError("the result is not that of the graph")
             product = _Product(binding, run, self._usual, report)
             report.runner = runner.name
             if isinstance(runner, OnnxRunner) and first:
@@ -431,15 +438,17 @@ def _enables(node: fx.Node) -> bool:
     return node.target is torch._C._set_grad_enabled and bool(node.args[0])
 
 
-def _is_small(program: Program, multiplications: int) -> bool:
+def _is_small(program: Program, multiplications: int | None) -> bool:
+    if multiplications is None:
+        return False
     operators = sum(node.op == "call_function" for node in program.graph.nodes)
     seconds = operators * _SECONDS_OF_AN_OPERATOR + multiplications / _MULTIPLICATIONS_A_SECOND
     return bool(seconds < _SMALL_SECONDS)
 
 
-def _work(program: Program, multiplications: int) -> str:
+def _work(program: Program, multiplications: int | None) -> str:
     operators = sum(node.op == "call_function" for node in program.graph.nodes)
-    return f"{operators} operators, {multiplications / 1e6:.3g} million multiplications"
+    return f"{operators} operators, {(multiplications or 0) / 1e6:.3g} million multiplications"
 
 
 def _agree(value: Any, usual: Any) -> bool:

@@ -158,17 +158,12 @@ def key_of(gm: fx.GraphModule, found: Sequence[Argument], values: Sequence[Any],
     lines.append(f"threads {torch.get_num_threads()}, default {torch.get_default_dtype()}")
     for argument, value in zip(found, values, strict=True):
         lines.append(f"{argument.kind} {argument.name} {_described(value)} as {_described(argument.fake)}")
-    nodes: dict[fx.Node, str] = {}
-    for index, node in enumerate(gm.graph.nodes):
-        nodes[node] = f"%{index}"
-        target = _target(node)
-        if target is None:
-            return None
-        given = repr(fx.node.map_arg((node.args, node.kwargs), lambda used: _Name(nodes[used])))
-        if " at 0x" in given:
-            return None
-        stack = node.meta.get("nn_module_stack") or {}
-        lines.append(f"{nodes[node]} = {node.op} {target} {given} in {[entry[0] for entry in stack.values()]}")
+    for name, module in gm.named_modules():
+        if isinstance(module, fx.GraphModule):  # the graph, and branches and loops in it
+            text = _graph_text(module.graph)
+            if text is None:
+                return None
+            lines += [f"graph {name!r}", *text]
     digest = hashlib.sha256("\n".join(lines).encode())
     tensors = [value for argument, value in zip(found, values, strict=True) if argument.kind == WEIGHT]
     for batch in asked.calibration:
@@ -178,6 +173,21 @@ def key_of(gm: fx.GraphModule, found: Sequence[Argument], values: Sequence[Any],
         digest.update(_described(tensor).encode())
         digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _graph_text(graph: fx.Graph) -> list[str] | None:
+    """A line a node; None: it calls what is not PyTorch's."""
+    nodes: dict[fx.Node, str] = {}
+    lines = []
+    for index, node in enumerate(graph.nodes):
+        nodes[node] = f"%{index}"
+        target = _target(node)
+        given = repr(fx.node.map_arg((node.args, node.kwargs), lambda used: _Name(nodes[used])))
+        if target is None or " at 0x" in given:
+            return None
+        stack = node.meta.get("nn_module_stack") or {}
+        lines.append(f"{nodes[node]} = {node.op} {target} {given} in {[entry[0] for entry in stack.values()]}")
+    return lines
 
 
 class _Name(str):
@@ -204,6 +214,8 @@ def _target(node: fx.Node) -> str | None:
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         name = str(target)
         return name if re.match(r"(aten|prims)[.:]", name) else None
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"higher order {target.name()}"
     home, function = getattr(target, "__module__", None), str(getattr(target, "__qualname__", None))
     if home is None and function.startswith("_VariableFunctionsClass."):
         home = "torch"

@@ -22,6 +22,7 @@ from .dynamo_plain import PlainInterpreter
 
 aten = torch.ops.aten
 WEIGHT, INPUT, SIZE = "weight", "input", "size"
+PASSED_THROUGH = ("cond", "while_loop")  # control flow that may stand in a Program; its bodies are left as they are
 
 
 @dataclass(frozen=True)
@@ -162,14 +163,16 @@ def check_graph(gm: fx.GraphModule) -> None:
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             target: Any = node.target
-            if isinstance(target, torch._ops.HigherOrderOperator):
+            if isinstance(target, torch._ops.HigherOrderOperator) and target.name() not in PASSED_THROUGH:
                 raise TraceError(f"it has the higher-order operator {target.name()}{source_of(node)}")
-            home = str(getattr(target, "__module__", ""))
-            name = getattr(target, "__name__", str(target))
-            if name == "_enter_autocast":
+            if getattr(target, "__name__", "") == "_enter_autocast":
                 raise TraceError("autocast is on in it: PyTorch chooses the dtype of each operator while it runs")
-            if home.startswith(("torch._functorch", "torch._C._functorch")):
-                raise TraceError(f"it has a transform of torch.func ({name}){source_of(node)}")
+
+
+def _transforms(gm: fx.GraphModule) -> bool:
+    """Whether a graph has transforms of torch.func."""
+    homes = [str(getattr(node.target, "__module__", "")) for node in gm.graph.nodes]
+    return any(home.startswith(("torch._functorch", "torch._C._functorch")) for home in homes)
 
 
 def capture(gm: fx.GraphModule, found: Sequence[Argument], mode: FakeTensorMode) -> Captured:
@@ -188,7 +191,8 @@ def capture(gm: fx.GraphModule, found: Sequence[Argument], mode: FakeTensorMode)
     try:
         with torch.no_grad(), mode, fx.traceback.preserve_node_meta():
             fakes = [_fresh(argument.fake) for argument in found]
-            traced = make_fx(run, pre_dispatch=True)(*fakes)
+            # Transforms of torch.func are gone below the dispatcher's first level, and so are composite operators.
+            traced = make_fx(run, pre_dispatch=not _transforms(gm))(*fakes)
     except Exception as error:
         cause = one_line(error)
         if "_local_scalar_dense" in cause:
@@ -219,14 +223,21 @@ def _tidy(module: fx.GraphModule, mode: FakeTensorMode) -> None:
             module.graph.erase_node(node)
             continue
         if node.op == "get_attr":  # a constant; make_fx gives it a value of another mode
-            constant = getattr(module, str(node.target), None)
-            if not isinstance(constant, Tensor):
-                raise TraceError(f"it has a nested graph, {node.target}")
+            constant = getattr(module, str(node.target))
+            if isinstance(constant, fx.GraphModule):
+                if random_calls(constant.graph):
+                    raise TraceError("a branch or loop in it draws random numbers")
+                continue
             node.meta["val"] = mode.from_tensor(constant, static_shapes=True)
         if stack := node.meta.get("nn_module_stack"):
             node.meta["nn_module_stack"] = {
                 key: (".".join(_path(str(entry[0]))).removeprefix("self."), entry[1]) for key, entry in stack.items()
             }
+
+
+def has_branches(graph: fx.Graph) -> bool:
+    """Whether a graph has control flow."""
+    return any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in graph.nodes)
 
 
 def random_calls(graph: fx.Graph) -> list[fx.Node]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ir.errors import TraceError
 
-_SAMPLES = 16  # numbers of each weight that are looked at
+_SAMPLES = 4  # numbers of each weight that are looked at
 
 
 class Watch:

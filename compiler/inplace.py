@@ -82,6 +82,8 @@ def _write_back(view: fx.Node, whole: fx.Node, change: fx.Node, graph: fx.Graph,
     if target in (aten.slice.Tensor, aten.select.int):
         scatter = aten.slice_scatter.default if target is aten.slice.Tensor else aten.select_scatter.default
         return graph.call_function(scatter, (copies[whole], new, *options[0]), options[1])
+    if target is aten.diagonal.default:
+        return graph.call_function(aten.diagonal_scatter.default, (copies[whole], new, *options[0]), options[1])
     if target is aten.transpose.int:
         return graph.call_function(aten.transpose.int, (new, *options[0]), options[1])
     if target is aten.permute.default:

@@ -124,6 +124,19 @@ def test_what_a_product_depends_on_is_in_the_key(tmp_path: Path) -> None:
     assert run() == "loaded"
 
 
+def test_branches_are_in_the_key(tmp_path: Path) -> None:
+    def branching(number: float) -> Any:
+        def function(v: Tensor) -> Tensor:
+            found: Tensor = torch.cond(v.sum() > 0, lambda u: u * number, lambda u: u + number, (v,))
+            return found
+
+        return function
+
+    assert run(branching(2.0)) == "stored"
+    assert run(branching(3.0)) == "stored"
+    assert run(branching(2.0)) == "loaded"
+
+
 def truncated(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fxpress
 
@@ -245,19 +246,39 @@ BREAKS = {
     "cond": Case(
         lambda: Of(lambda m, v: torch.cond(v.sum() > 0, lambda u: u * 2, lambda u: u + 1, (v,))),
         [(x(),), (-x().abs(),)],
-        reason="higher-order operator cond",
+    ),
+    "cond of layers": Case(
+        lambda: Of(lambda m, v: torch.cond(v.sum() > 0, lambda u: m.up(u), lambda u: m.up(u) * 2, (F.gelu(m.part(v)),)),
+                   up=up, part=lambda: nn.Linear(8, 8)),
+        [(x(),), (-x().abs(),)],
+        rewrites="linear_gelu",
+    ),
+    "cond that draws": Case(
+        lambda: Of(lambda m, v: torch.cond(v.sum() > 1e9, lambda u: torch.rand_like(u), lambda u: u + 1, (v,))),
+        [(x(),)],
+        reason="draws random numbers",
+    ),
+    "scan": Case(
+        lambda: Of(lambda m, v: torch._higher_order_ops.associative_scan(torch.add, v, 0, combine_mode="generic")),
+        [(x(),)],
+    ),
+    "checkpoint": Case(
+        lambda: Of(lambda m, v: checkpoint(m.up, v, use_reentrant=False), up=up), [(x(),)],
+        reason="higher-order operator tag_activation_checkpoint",
     ),
     "while loop": Case(
         lambda: Of(lambda m, v: torch.while_loop(
             lambda i, u: i < 3, lambda i, u: (i + 1, u * 2), (torch.tensor(0), v))[1]),
         [(x(),)],
-        reason="higher-order operator",
     ),
-    "vmap": Case(
-        lambda: Of(lambda m, v: torch.func.vmap(lambda u: F.gelu(u) * 2)(v)), [(x(),)], reason="torch.func"
+    "vmap": Case(lambda: Of(lambda m, v: torch.func.vmap(lambda u: F.gelu(u) * 2)(v)), [(x(),)]),
+    "vmap of a weight": Case(lambda: Of(lambda m, v: torch.func.vmap(m.up)(v), up=up), [(x(),)]),
+    "gradient by torch.func": Case(
+        lambda: Of(lambda m, v: torch.func.grad(lambda u: F.gelu(m.up(u)).sum())(v), up=up), [(x(),)]
     ),
-    "vmap of a weight": Case(
-        lambda: Of(lambda m, v: torch.func.vmap(m.up)(v), up=up), [(x(),)], reason="torch.func"
+    "jvp": Case(lambda: Of(lambda m, v: torch.func.jvp(lambda u: F.gelu(m.up(u)), (v,), (v,)), up=up), [(x(),)]),
+    "jacobian": Case(
+        lambda: Of(lambda m, v: torch.func.jacrev(lambda u: F.gelu(m.up(u)).sum(0))(v), up=up), [(x(),)]
     ),
     "nested modules": Case(
         lambda: nn.Sequential(nn.Sequential(up(), nn.GELU()), nn.ModuleList([down()])[0], norm()).eval(), [(x(),)]
@@ -288,6 +309,8 @@ def hooked() -> nn.Module:
     return model
 
 
+# torch's decompositions for forward-mode gradients are scripts
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("case", BREAKS.values(), ids=BREAKS)
 def test_breaks_and_control_flow(case: Case) -> None:
     check(case)
@@ -435,6 +458,11 @@ def test_outputs_have_memory_of_their_own(backend: str) -> None:
 
 ONNX = {"backend": "onnx"}
 IN_ONNX = {
+    "cond": Case(
+        lambda: Of(lambda m, v: torch.cond(v.sum() > 0, lambda u: m.up(u), lambda u: m.up(u) * 2, (v,)), up=up),
+        [(x(),), (-x().abs(),)],
+        options=ONNX,
+    ),
     "sizes and views": Case(
         lambda: Of(lambda m, v: (y := m.up(v), y[0], v.shape[0] * 2, v[1]), up=up),
         [(x(n, 8),) for n in (2, 3, 5)],

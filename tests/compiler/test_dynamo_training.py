@@ -264,18 +264,6 @@ def test_gradient_modes(mode: Any) -> None:
     assert [report.training for report in fxpress.reports()] == [False, True]
 
 
-def test_gradient_of_an_input_by_torch_func() -> None:
-    model = Block().eval()
-
-    def function(v: Tensor) -> Tensor:
-        return torch.func.grad(lambda u: model(u).sum())(v)
-
-    compiled = torch.compile(function, backend="fxpress", options=EAGER)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x()), function(x()))
-    assert all(report.reason for report in fxpress.reports())
-
-
 def test_a_few_steps_of_training_follow_eager() -> None:
     models = [Block(drop=0.1).train(), Block(drop=0.1).train()]
     losses = []
