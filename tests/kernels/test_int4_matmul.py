@@ -16,6 +16,7 @@ from fxpress.ir.equality import compare
 from fxpress.ir.ops.quantize import dequantize, int4_linear, pack_int4
 from fxpress.kernels import int4_matmul as kernels
 from fxpress.kernels.int4_matmul import int4_configs, int4_matmul
+from fxpress.kernels.launch import arch_of
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 DEEP = {**SMALL, "BLOCK_K": 128}
@@ -43,7 +44,7 @@ def check(
     stored = pack_int4(weight) if bits == 4 else weight
     if bits == 4:
         assert torch.equal(int4_linear(x, stored, scale, zero_point, bias), eager)
-    out = torch.full(eager.shape, float("nan"), dtype=x.dtype)
+    out = torch.full_like(eager, float("nan"))
     assert int4_matmul(x, stored, scale, zero_point, out, bias, **options) is out
     verdict = compare([out], [eager], [judge])
     assert verdict.equal, verdict.reasons
@@ -177,3 +178,17 @@ def test_every_configuration_fits(arch: int) -> None:
     over = {name: results[arch].get("error") or results[arch].get("over") for name, results in found.items()}
     assert over == dict.fromkeys(found)
     assert all(arch == 100 or "tf32" not in results[arch]["instructions"] for results in found.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 4096, 4096), (64, 768, 3072), (1000, 1001, 1003)], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_configuration_on_a_gpu(dtype: torch.dtype, bits: int, shape: tuple[int, int, int]) -> None:
+    rows, columns, depth = shape
+    x, weight = normal(rows, depth, dtype=dtype).cuda(), integers(columns, depth, bits=bits).cuda()
+    groups = -(-depth // 128)
+    scale = normal(columns, groups, dtype=dtype, seed=1).abs().cuda()
+    shift = integers(columns, groups, bits=bits, seed=3).cuda()
+    for config in int4_configs(*shape, dtype, arch_of(x.device)):
+        check(x, weight, scale, shift, None, bits, config=config)

@@ -16,6 +16,7 @@ import fxpress.ir.ops  # noqa: F401  registers fxpress::int8_linear
 from fxpress.backends.triton.aot import LIMITS
 from fxpress.ir.equality import compare
 from fxpress.kernels import matmul as kernels
+from fxpress.kernels.launch import arch_of
 from fxpress.kernels.matmul import batch_strides, dot_precision, linear_rows, matmul, matmul_configs, tma_takes
 
 SMALL = {
@@ -42,7 +43,9 @@ def poisoned(*sizes: int, dtype: torch.dtype) -> Tensor:
 
 
 def reference(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    product = x.to(dtype) @ w.to(dtype).transpose(-1, -2)
+    """In a dtype; that of integers by way of doubles, which hold the sums."""
+    wide = dtype if dtype.is_floating_point else torch.float64
+    product = (x.to(wide) @ w.to(wide).transpose(-1, -2)).to(dtype)
     return product if bias is None else product + bias.to(dtype)
 
 
@@ -51,7 +54,7 @@ def check(x: Tensor, w: Tensor, bias: Tensor | None = None, **options: Any) -> T
     eager = reference(x, w, bias, x.dtype if x.is_floating_point() else torch.int32)
     judge = reference(x, w, bias, torch.float64) if x.is_floating_point() else eager
     before = [tensor.clone() for tensor in (x, w)]
-    out = poisoned(*eager.shape, dtype=eager.dtype)
+    out = poisoned(*eager.shape, dtype=eager.dtype).to(x.device)
     found = matmul(x, w, out, bias, **options)
     assert found is out
     verdict = compare([found], [eager], [judge])
@@ -510,3 +513,28 @@ def test_a_transposed_weight_is_loaded_by_16_bytes_too(arch: int) -> None:
         assert found[arch]["over"] is None
         assert "cp.async.v4" in found[arch]["instructions"]
         assert on_tensor_cores(found[arch]["instructions"], kind, arch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 4096, 4096), (17, 768, 3072), (1000, 1001, 1003), (512, 512, 512)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        (torch.bfloat16, "ieee"),
+        (torch.float16, "ieee"),
+        (torch.float32, "ieee"),
+        (torch.float32, "tf32x3"),
+        (torch.int8, "ieee"),
+    ],
+    ids=str,
+)
+def test_every_configuration_on_a_gpu(dtype: torch.dtype, precision: str, shape: tuple[int, int, int]) -> None:
+    rows, columns, depth = shape
+    if dtype == torch.int8:
+        x, w, bias = integers(rows, depth), integers(columns, depth, seed=1), torch.arange(columns, dtype=torch.int32)
+    else:
+        x, w = normal(rows, depth, dtype=dtype), normal(columns, depth, dtype=dtype, seed=1)
+        bias = normal(columns, dtype=dtype, seed=2)
+    x, w, bias = x.cuda(), w.cuda(), bias.cuda()
+    for config in matmul_configs(*shape, dtype, arch_of(x.device), precision=precision, tma=tma_takes(x, w)):
+        check(x, w, bias, config=config, precision=precision)
