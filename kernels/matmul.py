@@ -1,7 +1,8 @@
 """Matrix multiplication: x w^T over a batch, with an epilogue of the caller's.
 
 A code generator copies this file's functions and replaces the lines between `# hook:` and `# end`: the parameters and
-the epilogue of `matmul_kernel` and of `matmul_combine_kernel`, the same text in both. The lines of an epilogue read
+the epilogue of `matmul_kernel`, `matmul_descriptor_kernel` and `matmul_combine_kernel`, the same text in all of them.
+The lines of an epilogue read
 
     batch, outer, inner     int64 scalars: the flat index in the batch [P, Q], and that on P and on Q
     rows, cols              int64 [BLOCK_M, 1] and [1, BLOCK_N]: indices in M and in N
