@@ -333,7 +333,7 @@ def attention_config(
         if has_bias:
             sizes = (128, 64 if large else 32, 8, 2)
     elif width <= 128 and not large:
-        sizes = (128, 32, 8, 2) if has_bias else (128, 32, 8, 3) if has_mask else (128, 64, 8, 2)
+        sizes = (64, 64, 8, 2) if has_bias else (128, 32, 8, 3) if has_mask else (128, 64, 8, 2)
     elif width <= 128:
         sizes = (128, 64, 8, 2) if has_bias else (128, 128, 8, 2) if arch == 90 else (128, 64, 8, 3)
     else:
@@ -370,12 +370,14 @@ def attention(
     extra: tuple | None = None,
     statistics: torch.Tensor | None = None,
     window: tuple = (None, None, None, False),
+    kernel: object = None,
 ) -> torch.Tensor:
     """Attention as the operator fxpress::attention defines it, in fp16, bf16 or fp32.
 
     query [B, H, N, D], key [B, G, M, D], value [B, G, M, E], key_mask [B, M] boolean, sinks [H], bias broadcasting to
     [B, H, N, M], boolean or float; any strides. The result [B, H, N, E] is contiguous once its axes 1 and 2 are
-    exchanged. `extra` takes the place of the bias where the kernel's hook, and its parameters, are generated ones.
+    exchanged. `extra` takes the place of the bias where the hook of the kernel, and its parameters, are generated ones,
+    those of `kernel`.
     `statistics` [2, B, H, N] in fp32 gets the largest score of each row and its sum of exp(score - largest).
     `window` is what `window_attention` adds: first_globals [B], num_globals, dilation, and whether it is causal.
 
@@ -400,8 +402,10 @@ def attention(
     *globals_and_dilation, causal = window
     packed = num_queries <= 16 and window == (None, None, None, False)
     num_rows = num_queries * repeat if packed else num_queries
-    has_mask = key_mask is not None or window[1:3] != (None, None)
-    config = attention_config(head_dim, value_dim, dtype, arch, num_rows, num_keys, has_mask, has_bias)
+    has_window = window[1:3] != (None, None)  # takes as many registers as a bias
+    config = attention_config(
+        head_dim, value_dim, dtype, arch, num_rows, num_keys, key_mask is not None, has_bias or has_window
+    )
     programs = triton.cdiv(num_rows, config["BLOCK_M"]) * batch * (num_groups if packed else num_heads)
     splits = 1
     if packed and empty != "mean" and statistics is None:
@@ -413,7 +417,7 @@ def attention(
         part_strides = parts.stride()[:4]
         statistics = torch.empty((2, *parts.shape[:4]), dtype=torch.float32, device=device)
     maximum, total = (None, None) if statistics is None else statistics
-    attention_kernel[(programs, splits)](
+    (kernel or attention_kernel)[(programs, splits)](
         query, key, value, parts, key_mask, sinks if splits == 1 else None, maximum, total,
         num_heads, repeat, num_queries, num_keys, left, right, scale, softcap or None,
         *globals_and_dilation,

@@ -60,6 +60,7 @@ class Frame:
     reduces: bool = False  # each program sees whole rows
     looped: bool = False  # in several tiles
     batched: bool = False  # a product's: the last axis but one is its rows, those before are `batch`
+    names: tuple[str, ...] = ()  # of the axes, where a template has them
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -75,6 +76,9 @@ class Frame:
             if size == 1:
                 found.append(sympy.Integer(0))
                 continue
+            if self.names:
+                found.append(_symbol(self.names[axis]))
+                continue
             group, name = next((axes, name) for axes, name in self._groups if axis in axes)
             found.append(_symbol(name if len(group) == 1 else f"i{axis}"))
         return tuple(found)
@@ -82,6 +86,8 @@ class Frame:
     @property
     def _groups(self) -> list[tuple[tuple[int, ...], str]]:
         """The axes that are counted together, and the variable that counts them."""
+        if self.names:
+            return []
         if not self.batched:
             return [(self.rows, "rows"), (self.columns, "cols")]
         return [(self.rows[:-1], "batch"), (self.rows[-1:], "rows"), (self.columns, "cols")]
@@ -94,7 +100,7 @@ class Frame:
         """Where an index is in a tensor of such strides, in elements; without divisions where it lies as the frame."""
         trailing = tuple(range(len(self.shape) - len(self.columns), len(self.shape)))
         alike = all(stride == want for stride, want in zip(strides, contiguous(self.shape), strict=False))
-        if tuple(index) == self.index and self.columns == trailing and alike and not self.batched:
+        if tuple(index) == self.index and self.columns == trailing and alike and not (self.batched or self.names):
             return sympy.Add(_symbol("rows") * self.size(self.columns), _symbol("cols"))
         return sympy.Add(*(place * stride for place, stride in zip(index, strides, strict=True)))
 

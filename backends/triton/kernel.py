@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from ...ir.graph import Program, describe_value
+from ...kernels.attention import attention_kernel
 from ...kernels.matmul import matmul_combine_kernel, matmul_descriptor_kernel, matmul_kernel
 from .emitter import Emitter
 from .lowerings.products import product_of
@@ -113,6 +115,24 @@ def product_kernel(
     call += ", sums=64)" if any(name in line for line in epilogue for name in HEAVY) else ")"
     reads = dict.fromkeys([product.left, product.right, *emitter.inputs])
     return Kernel(group.name, body, call, tuple(reads), tuple(stored), others)
+
+
+def attention_with_bias(
+    planner: Planner, node: fx.Node, strides: Callable[[fx.Node], Any], variable: Callable[[fx.Node], str]
+) -> tuple[Kernel, list[str]]:
+    """The kernel of kernels/attention.py with a bias that is computed in it, and the arguments that are read for it."""
+    emitter, bias = planner.emit_bias(node, strides)
+    added = f"tl.where({bias}, scores, -float('inf'))" if bias.dtype is torch.bool else f"scores + {bias}"
+    lines = emitter.lines()
+    names = parameters(planner.program, planner.sizes, emitter, ())
+    head = [
+        "at_batch = tl.full([1, 1], 0, tl.int64) + batch",
+        "at_head = tl.full([1, 1], 0, tl.int64) + head",
+        "at_i, at_j = i.to(tl.int64), j.to(tl.int64)",
+        "row_inside, col_inside = at_i < num_queries, at_j < num_keys",
+    ]
+    body = spliced(attention_kernel, {"parameters": names.lines(), "scores": [*head, *lines, f"scores = {added}"]})
+    return Kernel("attention_bias", body, "", tuple(emitter.inputs), ()), names.arguments(variable)
 
 
 def spliced(kernel: Any, hooks: Mapping[str, Sequence[str]]) -> str:

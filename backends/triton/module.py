@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from ...ir.errors import LoweringError
 from ...ir.graph import Program, arguments, describe_value, source_of
 from ...kernels import attention, elementwise, int4_matmul, launch, matmul
-from .kernel import Kernel, product_kernel, tile_kernel
+from .kernel import Kernel, attention_with_bias, product_kernel, tile_kernel
 from .lowerings.table import EXTERN, KERNELS
 from .partition import Group, Planner, kind
 from .prepare import prepare
@@ -215,7 +215,11 @@ class _Module:
         if what == "kernel":
             function, names = KERNELS[node.target]
             pairs = [(names.get(name, name), value) for name, value in arguments(node).items() if value is not None]
-            call = f"{function}({', '.join(f'{name}={self._argument(value)}' for name, value in pairs)})"
+            within = node in self.planner.inlined
+            given = [f"{name}={self._argument(value)}" for name, value in pairs if not (within and name == "bias")]
+            if within:
+                given += self._bias(node)
+            call = f"{function}({', '.join(given)})"
         elif node.target is operator.getitem:
             call = f"{self._argument(node.args[0])}[{node.args[1]}]"
         else:
@@ -227,6 +231,13 @@ class _Module:
                 self.externs[key] = self.externs.get(key, 0) + 1
         self.named[node] = self._name(node)
         self.lines.append(f"{self.named[node]} = {call}{self._comment(node)}")
+
+    def _bias(self, node: fx.Node) -> list[str]:
+        """The arguments of an attention whose kernel computes its bias."""
+        kernel, given = attention_with_bias(self.planner, node, self._strides, self._mark)
+        for item in kernel.inputs:
+            given = [argument.replace(self._mark(item), self._variable(item)) for argument in given]
+        return [f"extra=({', '.join(given)}{',' if given else ''})", f"kernel={self._define(kernel)}"]
 
     def _argument(self, item: Any) -> str:
         if isinstance(item, fx.Node):

@@ -18,7 +18,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ...ir.graph import Program
+from ...ir.graph import Program, arguments
+from ...ir.ops.attention import attention
 from .emitter import CannotFuse, Emitter, Frame, Index, Value
 from .lowerings.elements import result_dtype
 from .lowerings.pointwise import lower_pointwise
@@ -28,6 +29,7 @@ from .lowerings.table import EXTERN, GENERATORS, KERNELS, POINTWISE, VALUES, VIE
 from .lowerings.views import source_of_view
 from .sizes import Sizes, contiguous, product, reshaped
 
+INLINE = 8  # elementwise operators of a bias that are computed anew for each score
 ONE_TILE = 16384  # columns up to which a row that is reduced is one tile
 REACH = 512  # nodes that a group may have: code of more is slow to compile, and registers run out
 
@@ -77,6 +79,7 @@ class Planner:
     sizes: Sizes
     groups: list[Group] = field(default_factory=list)
     refused: dict[fx.Node, str] = field(default_factory=dict)  # what cannot be fused even alone, and why
+    inlined: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)  # by attention: what computes its bias in it
 
     def plan(self) -> list[Group]:
         """The groups, in an order in which they can run."""
@@ -94,11 +97,43 @@ class Planner:
                     continue
                 self._group[node] = group
         for node in nodes:
-            if kind(node) == "generator" and any(reader not in self._group for reader in self._readers[node]):
+            if node.target is attention and isinstance(arguments(node)["bias"], fx.Node):
+                self._inline(node, arguments(node)["bias"])
+        for node in nodes:
+            if kind(node) == "generator" and any(not self._computes(reader) for reader in self._readers[node]):
                 self._group[node] = Group([node])  # read by what is no generated kernel
         self._graph = self._quotient(nodes)
         self._merge()
         return [item for item in self.order() if isinstance(item, Group)]
+
+    def _computes(self, reader: fx.Node) -> bool:
+        """Whether a reader is part of a generated kernel, in which what it reads can be computed."""
+        return reader in self._group or any(reader in chain or reader is node for node, chain in self.inlined.items())
+
+    def _inline(self, node: fx.Node, bias: fx.Node) -> None:
+        """Compute an attention's bias where it is added, if little is read for it: no N x M numbers in memory.
+
+        before:  %bias = mul(%slopes, %distance);  %y = attention(%q, %k, %v, %bias)
+        after:   %y = attention(%q, %k, %v), which adds slopes[head] * (j - i) to its scores
+        """
+        chain: set[fx.Node] = set()
+        read: set[fx.Node] = set()
+        waiting = [bias]
+        while waiting:
+            here = waiting.pop()
+            if kind(here) == "view":
+                waiting.append(source_of_view(here))
+            elif here.target in POINTWISE and here in self._group:
+                chain.add(here)
+                waiting += [used for used in here.all_input_nodes if kind(used) != "size"]
+            elif kind(here) != "generator":
+                read.add(here)
+        alone = all(reader in chain or reader is node for item in chain for reader in self._readers[item])
+        little = sum(map(self._bytes, read)) * 16 <= self._bytes(bias) or not read
+        if chain and alone and little and len(chain) <= INLINE:
+            self.inlined[node] = chain
+            for item in chain:
+                del self._group[item]
 
     def order(self) -> list[Group | fx.Node]:
         """Groups, and nodes outside of any, in an order in which they can run: close to that of the graph."""
@@ -118,12 +153,21 @@ class Planner:
             here = self._group.get(node, node)
             if kind(node) in ("view", "size", "output") or (kind(node) == "generator" and node not in self._group):
                 continue
+            if any(node in chain for chain in self.inlined.values()):
+                continue
             graph.add_node(here)
-            for reader in self._readers[node]:
+            for reader in self._outside(node):
                 there = self._group.get(reader, reader)
                 if there is not here and kind(reader) not in ("size", "output"):
                     graph.add_edge(here, there)
         return graph
+
+    def _outside(self, node: fx.Node) -> list[fx.Node]:
+        """The readers of a node; of a bias that is computed within attention, the attention."""
+        found: list[fx.Node] = []
+        for reader in self._readers[node]:
+            found += [call for call, chain in self.inlined.items() if reader in chain] or [reader]
+        return found
 
     def _merge(self) -> None:
         candidates = self._candidates()
@@ -230,6 +274,18 @@ class Planner:
                 operand = source_of_view(operand)
             if operand in inside:
                 raise CannotFuse(f"{anchor.name} multiplies {operand.name}, which must be in memory before")
+
+    def emit_bias(
+        self, node: fx.Node, strides: Callable[[fx.Node], tuple[sympy.Expr, ...] | None]
+    ) -> tuple[Emitter, Value]:
+        """The lines within an attention's kernel that compute its bias for a tile of scores, and the bias."""
+        given = arguments(node)
+        query, key = self.sizes.shape(given["query"]), self.sizes.shape(given["key"])
+        shape = (query[0], query[1], query[2], key[2])
+        frame = Frame(shape, (3,), names=("at_batch", "at_head", "at_i", "at_j"))
+        chain = self.inlined[node]
+        emitter = Emitter(self.sizes, lambda item: lowering(item, chain), frame, strides)
+        return emitter, emitter.value(given["bias"], emitter.broadcast(given["bias"], frame.index))
 
     def frame(self, group: Group, stored: Sequence[fx.Node]) -> Frame:
         """What a group's kernel runs over."""

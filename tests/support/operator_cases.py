@@ -91,3 +91,9 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("integer_softmax", (fixed(2, 2, 5, 5),), {"right": 0}),
     ("integer_layer_norm", (fixed(3, 8) // 64, fixed(8), fixed(8), 5), {}),
 ]
+
+
+def alibi(self: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scores lowered by the distance, in each head by another slope (Press et al., 2021)."""
+    rows, columns = torch.arange(query.shape[2])[:, None], torch.arange(key.shape[2])
+    return BY_NAME["attention"](query, key, value, (columns - rows).abs() * self.slopes[:, None, None])  # type: ignore[operator]

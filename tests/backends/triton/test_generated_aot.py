@@ -12,7 +12,7 @@ import pytest
 import torch
 from build import normal, program
 from kernels_agree import calling
-from operator_cases import BY_NAME, CASES
+from operator_cases import BY_NAME, CASES, alibi, k, q, v
 from torch import Tensor
 
 from fxpress.compiler.families import families
@@ -31,6 +31,8 @@ def test_every_operator_compiles(tmp_path: Path) -> None:
     for number, (name, args, options) in enumerate(CASES):
         traced, tensors = calling(BY_NAME[name], *args, **options)
         jobs |= generated.jobs(f"{name}_{number}", traced, tensors, tmp_path, ARCHS[number % len(ARCHS)])
+    slopes = torch.nn.Parameter(-(2.0 ** -torch.arange(1.0, 5.0)))
+    jobs |= generated.jobs("alibi", program(alibi, q, k, v, slopes=slopes), [q, k, v], tmp_path, 90)
     assert generated.check(aot.compiled(jobs)) == []
 
 

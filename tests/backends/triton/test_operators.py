@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from build import program
 from kernels_agree import agree, calling
-from operator_cases import BY_NAME, CASES
+from operator_cases import BY_NAME, CASES, alibi, k, q, v
 from torch import Tensor
 
 from fxpress.ir.ops.table import OPERATORS
@@ -43,3 +45,28 @@ def test_equals_its_reference_in_half_precision(name: str, args: tuple[Any, ...]
 
 def test_every_operator_is_tried() -> None:
     assert {entry.name for entry in OPERATORS.values()} == {case[0] for case in CASES}
+
+
+def prefix(self: Any, query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> Tensor:
+    """Causal, but for a prefix of each sample's own length, that all see."""
+    rows, columns = torch.arange(query.shape[2])[:, None], torch.arange(key.shape[2])
+    seen = (columns <= rows) | (columns < length[:, None, None, None])
+    return BY_NAME["attention"](query, key, value, seen)  # type: ignore[operator]
+
+
+def test_a_bias_that_is_computed_is_computed_within_attention() -> None:
+    slopes = torch.nn.Parameter(-(2.0 ** -torch.arange(1.0, 5.0)))
+    runner = agree(program(alibi, q, k, v, slopes=slopes), [q, k, v], [q[:, :, :1], k, v])
+    assert runner.generated.groups == () and "attention_bias_kernel" in runner.source
+    length = torch.tensor([3, 7])
+    runner = agree(program(prefix, q, k, v, length), [q, k, v, length], [q[:1], k[:1], v[:1], length[1:]])
+    assert runner.generated.groups == () and "attention_bias_kernel" in runner.source
+
+
+def test_a_bias_with_other_readers_is_computed_once() -> None:
+    def function(self: Any, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        bias = torch.arange(key.shape[2]) * 0.25
+        return [BY_NAME["attention"](query, key, value, bias), bias]  # type: ignore[operator]
+
+    runner = agree(program(function, q, k, v), [q, k, v])
+    assert "attention_bias_kernel" not in runner.source
