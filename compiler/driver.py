@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,9 @@ from ..ir.rewrite import Context, Pass
 from ..ir.signature import describe, leaves
 from . import artifact, hf, pretrained, structure
 from .calibration import check_batches, track
+from .onnx_files import onnx_files, write_onnx
 from .pipeline import Passed, has_masks, parameters, parse_passes, run_passes, zeros
+from .precision import half_dtype, narrow_inputs, narrowed, precision_loss
 from .report import Report
 from .runners import Clock, OnnxRunner, Runner, best_backend, make_runner, source_of_runner
 from .trace import Arguments, admit_ones, bind_example, plain_attention, trace
@@ -44,6 +45,7 @@ class _Settings:
     verify: bool
     max_rewrites: int | None
     threads: int | None
+    dtype: torch.dtype | None = None
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Compiled:
 
     _model: torch.nn.Module | ExportedProgram | Program
     _settings: _Settings
-    _origin: Any = None  # the model that the first program was traced from
+    _origin: Any = None  # the model that the first program was traced from, in its own precision
     _made: _Product | None = field(default=None, init=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,6 +72,7 @@ class Compiled:
         Raises:
             InputError: inputs of another kind than the model was compiled for.
         """
+        args, kwargs = narrow_inputs((args, kwargs), self._settings.dtype)
         if self._made is None:
             self._make((args, kwargs))
         made = self._product
@@ -87,7 +90,7 @@ class Compiled:
                 with verify=False.
         """
         made, traced = self._product, self.traced
-        args = _as_arguments(inputs)
+        args = narrow_inputs(_as_arguments(inputs), self._settings.dtype)
         tensors = made.program.signature.bind(*args)
         module = self._model.module() if isinstance(self._model, ExportedProgram) else self._model
         eager = pytree.tree_leaves(_run_model(module, args))
@@ -230,6 +233,9 @@ class Compiled:
         with _without_collector():
             assert not isinstance(self._model, Program)  # it is made at once
             self._made = _compile(self._model, self._settings, example)
+            if self._settings.dtype is not None and self._settings.verify:
+                loss = precision_loss(self._origin, self._made.program, self._made.flat, example)
+                self._made.report.precision = {"dtype": str(self._settings.dtype).removeprefix("torch."), **loss}
 
 
 def compile(
@@ -243,6 +249,7 @@ def compile(
     verify: bool = True,
     max_rewrites: int | None = None,
     threads: int | None = None,
+    dtype: str | None = None,
 ) -> Compiled:
     """Compile a model.
 
@@ -256,6 +263,8 @@ def compile(
         verify: measure the error of each pass and of the result on the example, and fail if exact passes changed it.
         max_rewrites: stop rewriting after so many rewrites, to find the one that breaks a model.
         threads: threads inside one operator; None: one a physical core.
+        dtype: "bfloat16" or "float16": compile a copy of the model in half precision, for the triton or eager backend.
+            Float inputs are cast; the report says what that lost against the model as it is.
 
     Raises:
         InputError, TraceError, RewriteError, VerifyError, LoweringError: one line: cause, place, next step.
@@ -265,11 +274,13 @@ def compile(
     if isinstance(model, torch.nn.Module) and any(module.training for module in model.modules()):
         raise InputError("the model is in training mode, where dropout is random; call model.eval() first")
     settings = _settings(passes, dynamic_shapes, backend, calibration, verify, max_rewrites, threads)
-    compiled = Compiled(model, settings, model)
+    settings.dtype = half_dtype(dtype, model, backend)
+    settings.calibration = [narrow_inputs(batch, settings.dtype) for batch in settings.calibration]
+    compiled = Compiled(narrowed(model, settings.dtype), settings, model)
     if isinstance(model, ExportedProgram):
         compiled._make(model.example_inputs or ((), {}))
     elif example_inputs is not None:
-        compiled._make(bind_example(model, example_inputs))
+        compiled._make(narrow_inputs(bind_example(model, example_inputs), settings.dtype))
     return compiled
 
 
@@ -450,36 +461,6 @@ def export_onnx(
 def _check_form(form: str) -> None:
     if form not in FORMS:
         raise InputError(f"unknown form {form!r}: {nearest(form, FORMS)}")
-
-
-def onnx_files(path: Path) -> tuple[Path, Path]:
-    """The two files of an ONNX model: the graph and its weights.
-
-    Raises:
-        InputError: if the path does not end in .onnx.
-    """
-    if path.suffix != ".onnx":
-        raise InputError(f"an ONNX file must end in .onnx, found {str(path)!r}")
-    return path, path.with_suffix(".safetensors")
-
-
-def write_onnx(files: Path, path: Path) -> None:
-    """Copy model.onnx and its weights to another name; both appear whole, the graph last."""
-    from ..backends.onnx.files import write_renamed
-
-    graph_file, weight_file = onnx_files(path)
-    for file in (graph_file, weight_file):
-        artifact.check_new(file)
-    weights = files / Path(artifact.MODEL).with_suffix(".safetensors")
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            write_renamed(files / artifact.MODEL, Path(folder) / "graph", weight_file.name)
-            if weights.exists():
-                shutil.copyfile(weights, Path(folder) / "weights")
-                os.rename(Path(folder) / "weights", weight_file)
-            os.rename(Path(folder) / "graph", graph_file)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -56,6 +56,7 @@ class Report:
     zeros: float | None = None  # their share in the weights that linear layers have now; None: nothing was pruned
     masked: bool = False  # whether weights are still multiplied by masks, for training
     reshaped: dict[str, list[list[int]]] = field(default_factory=dict)  # outputs of another shape: [before, after]
+    precision: dict[str, Any] = field(default_factory=dict)  # half precision: dtype, and sqnr_db and cosine of its loss
     # What the triton backend launches: operators, by ("generated", or why PyTorch's own kernel), launches, megabytes.
     launches: list[dict[str, Any]] = field(default_factory=list)
 
@@ -108,6 +109,9 @@ class Report:
                 error = f"{decibels(self.sqnr_db)}, max {self.max_abs:.2g}"
             lines.append(f"error against fp64: {error} ({verdict})")
             lines += [f"  {reason}" for reason in self.reasons]
+        if self.precision:
+            lost = f"{decibels(self.precision['sqnr_db'])}, cosine {self.precision['cosine']:.5f}"
+            lines.append(f"{self.precision['dtype']} against the model in its own precision: {lost}")
         if self.reshaped:
             lines.append(f"outputs {self._reshaped()}")
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())

@@ -1,0 +1,70 @@
+"""Models in half precision: weights and activations in bfloat16 or float16; kernels compute and add up in fp32."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..ir.equality import cosine, sqnr_db
+from ..ir.errors import InputError, nearest
+from ..ir.graph import Program
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def half_dtype(name: str | None, model: Any, backend: str) -> torch.dtype | None:
+    """The dtype of a name; None as it is.
+
+    Raises:
+        InputError: no such dtype, or model or backend cannot be of it.
+    """
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise InputError(f"unknown dtype {name!r}: {nearest(name, DTYPES)}")
+    if not isinstance(model, torch.nn.Module):
+        raise InputError("dtype needs an nn.Module: an exported program has its dtypes written into it")
+    on_gpu = any(weight.is_cuda for weight in model.parameters())
+    if backend == "onnx" or (backend == "auto" and not on_gpu):
+        raise InputError(f"dtype={name!r} needs backend='triton' or 'eager': ONNX Runtime's CPU kernels are of float32")
+    return DTYPES[name]
+
+
+def narrowed(model: Any, dtype: torch.dtype | None) -> Any:
+    """A copy of a model with its floats in a dtype; without one the model itself."""
+    return model if dtype is None else copy.deepcopy(model).to(dtype)
+
+
+def narrow_inputs(inputs: Any, dtype: torch.dtype | None) -> Any:
+    """The same structure with its float tensors in a dtype; without one the inputs themselves."""
+    if dtype is None:
+        return inputs
+    return pytree.tree_map(lambda leaf: leaf.to(dtype) if _is_float(leaf) else leaf, inputs)
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def precision_loss(model: torch.nn.Module, program: Program, flat: Sequence[Tensor], example: Any) -> dict[str, float]:
+    """How far a program in half precision is from the model in its own: the worst output's SQNR in dB, and cosine.
+
+    Args:
+        flat: the example, as the program takes it.
+        example: the same as the model takes it, positional and named; floats are cast to the model's dtype.
+    """
+    usual = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+    args, kwargs = narrow_inputs(example, usual)
+    with torch.no_grad():
+        truth = [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if _is_float(leaf)]
+        found = [leaf for leaf in program.run(flat) if _is_float(leaf)]
+    pairs = list(zip(found, truth, strict=True))
+    return {
+        "sqnr_db": min((sqnr_db(a, b) for a, b in pairs), default=float("inf")),
+        "cosine": min((cosine(a, b) for a, b in pairs), default=1.0),
+    }
