@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,18 +18,18 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 from ..backends.eager import EagerRunner
-from ..backends.onnx.session import Session
 from ..ir.equality import compare, run_float64
 from ..ir.errors import FxpressError, LoweringError, TraceError, VerifyError, one_line
 from ..ir.graph import Program
 from ..ir.rewrite import Context
-from ..ir.signature import Signature
 from . import dynamo_training
 from .calibration import track
 from .dynamo_cache import Cache, key_of, known_sizes
+from .dynamo_check import agree, sharing
 from .dynamo_graph import (
     Argument,
     Captured,
+    autocasting,
     calls,
     capture,
     check_graph,
@@ -42,9 +42,9 @@ from .dynamo_graph import (
     read_arguments,
 )
 from .dynamo_options import Options, read_options
-from .dynamo_program import Binding, make_program, owner
+from .dynamo_program import Binding, make_program
 from .dynamo_report import GraphReport, described, remember
-from .dynamo_run import Bound, Call, Counted, Product, Watched, best_milliseconds
+from .dynamo_run import Call, Counted, Made, Product, Watched, best_milliseconds, in_pytorch, on_session
 from .pipeline import Passed, counted, run_passes
 from .report import Report
 from .runners import Clock, OnnxRunner, Runner
@@ -87,6 +87,7 @@ class _Compilation:
         forward: Any = gm.forward
         self._forward: Call = forward
         self._count = len(inputs)
+        self._autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         self._key: str | None = None
         self._clock = Clock()
         report.seconds = self._clock.seconds
@@ -149,6 +150,8 @@ class _Compilation:
         values = [*map(concrete, self._inputs), *kept]
         capturing = functools.cache(lambda: self._captured(found, mode))
         if report.training:
+            if autocasting(self._gm):
+                raise TraceError("autocast is on: while it trains PyTorch chooses the dtype of each operator")
             captured = capturing()
             return dynamo_training.compiled(
                 self._inputs,
@@ -186,11 +189,13 @@ class _Compilation:
         for name in ("multiplications", "sqnr_db", "milliseconds", "reason"):
             setattr(report, name, entry.report[name])
         report.passes, report.runner, report.cache = entry.model.report.passes, "onnx", "loaded"
-        run = _on_session(entry.model.session, entry.model.signature, entry.model.leaves)
-        return _Product(entry.binding, run, self._usual, report), tuple(entry.binding.weights.values())
+        run = on_session(entry.model.session, entry.model.signature, entry.model.leaves)
+        return Made(entry.binding, run, self._usual, report), tuple(entry.binding.weights.values())
 
     def _usual(self, values: Sequence[Any]) -> Any:
-        return self._forward(*values[: self._count])
+        enabled, dtype = self._autocast
+        with torch.autocast("cpu", dtype, enabled):
+            return self._forward(*values[: self._count])
 
     def _product(self, captured: Captured, values: Sequence[Any], first: bool = True) -> tuple[Product, Sequence[int]]:
         """What runs the graph with the weights that `values` hold, and the arguments that are those weights.
@@ -231,14 +236,14 @@ class _Compilation:
             runner = self._runner(program, backend)
             if isinstance(runner, OnnxRunner):
                 leaves = [(leaf.index, leaf.constant) for leaf in runner.leaves]
-                run = _on_session(runner.session, program.signature, leaves)
+                run = on_session(runner.session, program.signature, leaves)
             else:
-                run = _in_pytorch(program)
+                run = in_pytorch(program)
             if expected is not None:
                 self._judge(program, passed, run(flat), *expected)
-            elif not random and asked.exact and not all(map(_agree, run(flat), before)):
+            elif not random and asked.exact and not all(map(agree, run(flat), before)):
                 raise VerifyError("the result is not that of the graph")
-            product = _Product(binding, run, self._usual, report)
+            product = Made(binding, run, self._usual, report)
             report.runner = runner.name
             if isinstance(runner, OnnxRunner) and first:
                 if asked.backend == "auto" and asked.exact:
@@ -305,7 +310,6 @@ class _Compilation:
         Raises:
             VerifyError: says which output.
         """
-        count = self._count
         if binding.shares_changed(values):
             raise TraceError("an input that it changes shares memory with another input")
         own, theirs = binding.copies(values), binding.copies(values)
@@ -316,12 +320,12 @@ class _Compilation:
             found = binding.finish(before, own)
             if seeded:
                 torch.manual_seed(0)
-            truth = self._gm(*theirs[:count])
+            truth = self._usual(theirs)
         pairs = [*zip(found, truth, strict=True), *((own[place], theirs[place]) for place, _ in binding.finish.changed)]
         for index, (value, usual) in enumerate(pairs):
-            if not _agree(value, usual):
+            if not agree(value, usual):
                 raise VerifyError(f"the traced graph gives another output {index} than dynamo's")
-        if _sharing(found, own) != _sharing(truth, theirs):
+        if sharing(found, own) != sharing(truth, theirs):
             raise VerifyError("its outputs share memory in a way that fxpress does not follow")
 
     def _judge(
@@ -348,83 +352,23 @@ class _Compilation:
         Raises:
             Stays: it is not.
         """
-        count = self._count
         own = binding.copies(values)
         with self._clock("race"):
-            ours, usual = best_milliseconds([lambda: product(own), lambda: self._gm(*own[:count])])
+            ours, usual = best_milliseconds([lambda: product(own), lambda: self._usual(own)])
         self._report.milliseconds = {"onnx": round(ours, 3), "pytorch": round(usual, 3)}
         if ours >= usual:
             raise Stays("PyTorch was measured to be faster")
 
 
-class _Product:
-    """A program that runs, as dynamo's graph."""
-
-    def __init__(
-        self,
-        binding: Binding,
-        run: Callable[[Sequence[Tensor]], list[Any]],
-        usual: Callable[[Sequence[Any]], Any],
-        report: GraphReport,
-    ) -> None:
-        self._binding, self._run, self._usual, self._report = binding, run, usual, report
-
-    def __call__(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        binding, note = self._binding, self._report.note
-        if binding.finish.changed and binding.shares_changed(args):
-            note("an input that it changes shared memory with another: PyTorch ran it")
-            return tuple(self._usual(args))
-        try:
-            found = self._run(binding.tensors(args))
-        except FxpressError as error:
-            note(f"{one_line(error)}: PyTorch ran it")
-            return tuple(self._usual(args))
-        return binding.finish(found, args)
-
-
-def _on_session(
-    session: Session, signature: Signature, leaves: Sequence[tuple[int | None, Any]]
-) -> Callable[[Sequence[Tensor]], list[Any]]:
-    """A program in a session of ONNX Runtime; `leaves` are its outputs among the session's, or constants."""
-    bound = Bound(session, [item.shape for item in signature.inputs])
-
-    places = [index for index, _ in leaves]
-    again = [place for place, index in enumerate(places) if index is not None and index in places[:place]]
-
-    def run(tensors: Sequence[Tensor]) -> list[Any]:
-        found = bound(tensors)
-        outputs = [constant if index is None else found[index] for index, constant in leaves]
-        for place in again:  # equal outputs of the session, which are tensors of their own in the graph
-            outputs[place] = outputs[place].clone()
-        return outputs
-
-    return run
-
-
-def _in_pytorch(program: Program) -> Callable[[Sequence[Tensor]], list[Any]]:
-    """A program in PyTorch; its outputs have memory of their own, as those of the graph that it is made of."""
-    outputs = next(iter(reversed(program.graph.nodes))).args[0]
-    owners = [owner(node) if isinstance(node, fx.Node) else None for node in outputs]
-    shared = [
-        place
-        for place, node in enumerate(owners)
-        if node is not None and (node.op != "call_function" or node in owners[:place])
-    ]
-
-    def run(tensors: Sequence[Tensor]) -> list[Any]:
-        with torch.no_grad():
-            found = list(program.run(tensors))
-        for place in shared:
-            found[place] = found[place].clone()
-        return found
-
-    return run
-
-
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Without dynamo's context, which torch.export inside would take for its own, and without drawing numbers."""
-    with torch._guards.tracing(None), torch._guards.compile_context(None), torch.random.fork_rng(devices=()):
+    """Without dynamo's context, which torch.export inside would take for its own; numbers drawn are drawn again."""
+    with (
+        torch._guards.tracing(None),
+        torch._guards.compile_context(None),
+        torch.random.fork_rng(devices=()),
+        torch.autocast("cpu", enabled=False),
+    ):
         yield
 
 
@@ -449,32 +393,6 @@ def _is_small(program: Program, multiplications: int | None) -> bool:
 def _work(program: Program, multiplications: int | None) -> str:
     operators = sum(node.op == "call_function" for node in program.graph.nodes)
     return f"{operators} operators, {(multiplications or 0) / 1e6:.3g} million multiplications"
-
-
-def _agree(value: Any, usual: Any) -> bool:
-    if not isinstance(usual, Tensor):
-        return type(value) is type(usual) and value == usual
-    if not isinstance(value, Tensor) or value.shape != usual.shape or value.dtype != usual.dtype:
-        return False
-    if usual.dtype.is_floating_point or usual.dtype.is_complex:
-        return torch.allclose(value, usual, rtol=1e-4, atol=1e-5 * _peak(usual), equal_nan=True)
-    return torch.equal(value, usual)
-
-
-def _peak(value: Tensor) -> float:
-    finite = value[torch.isfinite(value)]
-    return max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
-
-
-def _sharing(outputs: Sequence[Any], args: Sequence[Any]) -> list[set[int]]:
-    """Of each output, the arguments and outputs that it shares memory with."""
-    everything = [value if isinstance(value, Tensor) and value.numel() else None for value in [*args, *outputs]]
-    homes = [None if value is None else value.untyped_storage().data_ptr() for value in everything]
-    count = len(args)
-    return [
-        {place for place, home in enumerate(homes) if home is not None and home == homes[count + index]}
-        for index in range(len(outputs))
-    ]
 
 
 def _compile_id() -> str:

@@ -156,6 +156,8 @@ def key_of(gm: fx.GraphModule, found: Sequence[Argument], values: Sequence[Any],
     """What a compiled graph depends on, as a digest; None: the graph calls what is not PyTorch's and may change."""
     lines = [f"format {_FORMAT}", _code(), _versions(), repr(asked.passes), asked.backend]
     lines.append(f"threads {torch.get_num_threads()}, default {torch.get_default_dtype()}")
+    around = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    lines.append(f"autocast {around}")
     for argument, value in zip(found, values, strict=True):
         lines.append(f"{argument.kind} {argument.name} {_described(value)} as {_described(argument.fake)}")
     for name, module in gm.named_modules():

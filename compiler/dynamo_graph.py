@@ -147,9 +147,10 @@ def _check_tensor(value: Tensor, name: str) -> None:
         raise TraceError(f"{name} has complex numbers (or is a view of some)")
 
 
-def autocasting() -> bool:
-    """Whether PyTorch is choosing dtypes operator by operator now."""
-    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+def autocasting(gm: fx.GraphModule) -> bool:
+    """Whether PyTorch chooses dtypes operator by operator, around a graph or in a part of it."""
+    around = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return around or any(getattr(node.target, "__name__", "") == "_enter_autocast" for node in gm.graph.nodes)
 
 
 def check_graph(gm: fx.GraphModule) -> None:
@@ -158,15 +159,11 @@ def check_graph(gm: fx.GraphModule) -> None:
     Raises:
         TraceError: the reason.
     """
-    if autocasting():
-        raise TraceError("autocast is on: PyTorch chooses the dtype of each operator while it runs")
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             target: Any = node.target
             if isinstance(target, torch._ops.HigherOrderOperator) and target.name() not in PASSED_THROUGH:
                 raise TraceError(f"it has the higher-order operator {target.name()}{source_of(node)}")
-            if getattr(target, "__name__", "") == "_enter_autocast":
-                raise TraceError("autocast is on in it: PyTorch chooses the dtype of each operator while it runs")
 
 
 def _transforms(gm: fx.GraphModule) -> bool:
@@ -191,8 +188,9 @@ def capture(gm: fx.GraphModule, found: Sequence[Argument], mode: FakeTensorMode)
     try:
         with torch.no_grad(), mode, fx.traceback.preserve_node_meta():
             fakes = [_fresh(argument.fake) for argument in found]
-            # Transforms of torch.func are gone below the dispatcher's first level, and so are composite operators.
-            traced = make_fx(run, pre_dispatch=not _transforms(gm))(*fakes)
+            # Below the dispatcher's first level transforms of torch.func are gone and the casts of autocast are there;
+            # composite operators are taken apart.
+            traced = make_fx(run, pre_dispatch=not (_transforms(gm) or autocasting(gm)))(*fakes)
     except Exception as error:
         cause = one_line(error)
         if "_local_scalar_dense" in cause:

@@ -8,10 +8,13 @@ from typing import Any, Protocol
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..backends.onnx.session import Session
 from ..ir.errors import FxpressError, one_line
+from ..ir.graph import Program
+from ..ir.signature import Signature
+from .dynamo_program import Binding, owner
 from .dynamo_report import GraphReport
 from .dynamo_weights import Watch
 
@@ -148,6 +151,71 @@ class Bound:
 
 
 _SHAPES = 1000  # of inputs, the outputs' shapes of which are remembered
+
+
+class Made:
+    """A program that runs, as dynamo's graph."""
+
+    def __init__(
+        self,
+        binding: Binding,
+        run: Callable[[Sequence[Tensor]], list[Any]],
+        usual: Callable[[Sequence[Any]], Any],
+        report: GraphReport,
+    ) -> None:
+        self._binding, self._run, self._usual, self._report = binding, run, usual, report
+
+    def __call__(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The graph's outputs; its changed arguments are changed."""
+        binding, note = self._binding, self._report.note
+        if binding.finish.changed and binding.shares_changed(args):
+            note("an input that it changes shared memory with another: PyTorch ran it")
+            return tuple(self._usual(args))
+        try:
+            found = self._run(binding.tensors(args))
+        except FxpressError as error:
+            note(f"{one_line(error)}: PyTorch ran it")
+            return tuple(self._usual(args))
+        return binding.finish(found, args)
+
+
+def on_session(
+    session: Session, signature: Signature, leaves: Sequence[tuple[int | None, Any]]
+) -> Callable[[Sequence[Tensor]], list[Any]]:
+    """A program in a session of ONNX Runtime; `leaves` are its outputs among the session's, or constants."""
+    bound = Bound(session, [item.shape for item in signature.inputs])
+
+    places = [index for index, _ in leaves]
+    again = [place for place, index in enumerate(places) if index is not None and index in places[:place]]
+
+    def run(tensors: Sequence[Tensor]) -> list[Any]:
+        found = bound(tensors)
+        outputs = [constant if index is None else found[index] for index, constant in leaves]
+        for place in again:  # equal outputs of the session, which are tensors of their own in the graph
+            outputs[place] = outputs[place].clone()
+        return outputs
+
+    return run
+
+
+def in_pytorch(program: Program) -> Callable[[Sequence[Tensor]], list[Any]]:
+    """A program in PyTorch; its outputs have memory of their own, as those of the graph that it is made of."""
+    outputs = next(iter(reversed(program.graph.nodes))).args[0]
+    owners = [owner(node) if isinstance(node, fx.Node) else None for node in outputs]
+    shared = [
+        place
+        for place, node in enumerate(owners)
+        if node is not None and (node.op != "call_function" or node in owners[:place])
+    ]
+
+    def run(tensors: Sequence[Tensor]) -> list[Any]:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):  # casts are part of the program
+            found = list(program.run(tensors))
+        for place in shared:
+            found[place] = found[place].clone()
+        return found
+
+    return run
 
 
 def best_milliseconds(calls: Sequence[Callable[[], Any]], seconds: float = 0.15) -> list[float]:

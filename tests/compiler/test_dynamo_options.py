@@ -208,7 +208,7 @@ def test_a_failure_of_ours_is_said_and_pytorch_runs_the_graph(monkeypatch: pytes
 
 
 def test_a_wrong_rewrite_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxpress.compiler.dynamo._in_pytorch", lambda program: lambda tensors: [tensors[0] * 0 + 1])
+    monkeypatch.setattr("fxpress.compiler.dynamo.in_pytorch", lambda program: lambda tensors: [tensors[0] * 0 + 1])
     compiled = torch.compile(layers(), backend="fxpress", options={"backend": "eager"})
     with torch.no_grad():
         torch.testing.assert_close(compiled(x()), layers()(x()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxpress
+from fxpress.ir.equality import compare
 
 EAGER = {"backend": "eager"}
 pytestmark = [
@@ -230,24 +232,30 @@ def test_dropout_without_gradients_goes_to_no_onnx_runtime() -> None:
     assert report.runner == "eager"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("where", ["around", "within"])
-def test_autocast_is_pytorchs(where: str, train: bool) -> None:
-    model = Block().train(train)
+@pytest.mark.parametrize("where", ["around", "within", "off within"])
+def test_autocast(where: str, train: bool, dtype: torch.dtype) -> None:
+    model = Around(attended).train(train)
+    exact = copy.deepcopy(model).double()
     given = x(2, 3, 8)
 
-    def function(v: Tensor) -> Tensor:
+    def function(call: Callable[..., Tensor], v: Tensor) -> Tensor:
         if where == "around":
-            return model(v)  # type: ignore[no-any-return]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return model(v)  # type: ignore[no-any-return]
+            return call(v)
+        with torch.autocast("cpu", dtype=dtype, enabled=where == "within"):
+            return call(v)
 
     compiled = torch.compile(function, backend="fxpress", options=EAGER)
-    with torch.set_grad_enabled(train), torch.autocast("cpu", dtype=torch.bfloat16, enabled=where == "around"):
-        found, usual = compiled(given), function(given)
-    assert found.dtype == usual.dtype
-    torch.testing.assert_close(found, usual)
-    assert all("autocast" in report.reason for report in fxpress.reports())
+    around = torch.autocast("cpu", dtype=dtype, enabled=where != "within")
+    with torch.set_grad_enabled(train), around:
+        found, usual = (call(model, given) for call in (compiled, function))
+    with torch.no_grad():
+        verdict = compare([found], [usual], [exact(given.double())])
+    assert verdict.equal, verdict.reasons
+    (report,) = fxpress.reports()
+    assert ("autocast" in report.reason) == train
+    assert report.runner == ("pytorch" if train else "eager")
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
