@@ -7,9 +7,10 @@ import importlib.util
 import shutil
 import sys
 import tempfile
+import warnings
 import weakref
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,6 +43,17 @@ def check_device(program: Program) -> None:
             f"backend 'triton' needs a model on CUDA, found {device}: move both there, or set "
             "TRITON_INTERPRET=1 before Python starts, which runs the kernels in Triton's interpreter (slow, for tests)"
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of numpy, with which the interpreter computes also what masks leave out."""
+    if not interpreted():
+        yield
+        return
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
 
 
 class Loaded:
@@ -91,9 +103,7 @@ class TritonRunner:
 
     def run(self, tensors: Sequence[Tensor]) -> list[Any]:
         """Flat inputs to flat outputs."""
-        # The interpreter computes with numpy, also what masks leave out.
-        quiet: AbstractContextManager[Any] = np.errstate(all="ignore") if interpreted() else nullcontext()
-        with torch.no_grad(), quiet:
+        with torch.no_grad(), _quiet():
             return self._graphs(tensors) if any(tensor.is_cuda for tensor in tensors) else self._forward(tensors)
 
     def _forward(self, tensors: Sequence[Tensor]) -> list[Any]:
