@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 from ..backends.eager import EagerRunner
+from ..backends.memory import Memory
 from ..ir.equality import compare, run_float64
 from ..ir.errors import FxpressError, LoweringError, TraceError, VerifyError, one_line
 from ..ir.graph import Program
@@ -51,6 +52,7 @@ from .runners import Clock, OnnxRunner, Runner
 
 # A graph below it stays with PyTorch: what a call of ONNX Runtime and the making of a session cost is not earned back.
 _SMALL_SECONDS = 5e-4
+_WORTH_SECONDS = 1.0  # of a compilation, whose outcome is then worth remembering even if it is PyTorch
 _SECONDS_OF_AN_OPERATOR, _MULTIPLICATIONS_A_SECOND = 4e-6, 2e10  # in PyTorch on one thread of a CPU, roughly
 
 
@@ -162,7 +164,12 @@ class _Compilation:
                 self._clock,
                 lambda binding: self._calibration(binding, captured),
             )
-        product, weights = self._from_disk(found, values) or self._product(capturing(), values)
+        try:
+            product, weights = self._from_disk(found, values) or self._product(capturing(), values)
+        except (Stays, LoweringError) as reason:
+            if self._key is not None and asked.backend == "auto" and sum(self._clock.seconds.values()) > _WORTH_SECONDS:
+                Memory("graphs").write({self._key: {"reason": str(reason), "milliseconds": report.milliseconds}})
+            raise
 
         def remake(values: Sequence[Any]) -> Product:
             return self._product(capturing(), values, first=False)[0]
@@ -177,12 +184,20 @@ class _Compilation:
         return captured
 
     def _from_disk(self, found: Sequence[Argument], values: Sequence[Any]) -> tuple[Product, Sequence[int]] | None:
-        """The graph as an earlier process compiled it; None: none did."""
+        """The graph as an earlier process compiled it; None: none did.
+
+        Raises:
+            Stays: an earlier process found out that PyTorch is the better choice.
+        """
         if self._asked.backend == "eager":
             return None
         with self._clock("cache"):
             self._key = key_of(self._gm, found, values, self._asked)
             entry = Cache().load(self._key, torch.get_num_threads()) if self._key is not None else None
+            known = Memory("graphs").read().get(self._key or "") if entry is None else None
+        if isinstance(known, dict) and self._asked.backend == "auto" and isinstance(known.get("reason"), str):
+            self._report.cache, self._report.milliseconds = "loaded", known.get("milliseconds", {})
+            raise Stays(known["reason"])
         if entry is None:
             return None
         report = self._report

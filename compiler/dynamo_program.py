@@ -259,6 +259,8 @@ def _finish(
 ) -> tuple[Finish, list[fx.Node]]:
     """How the outputs come back, and the nodes that the program has to give."""
     given = next(iter(reversed(source.graph.nodes))).args[0]
+    if not isinstance(given, tuple | list):
+        raise TraceError("it gives a single value; dynamo's graphs give tuples")
     tensors = [item for item in given if isinstance(item, fx.Node) and isinstance(item.meta.get("val"), Tensor)]
     owners = {item: owner(item) for item in tensors}
     shared = {home for home in owners.values() if len({item for item in tensors if owners[item] is home}) > 1}

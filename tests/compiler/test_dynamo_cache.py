@@ -137,6 +137,21 @@ def test_branches_are_in_the_key(tmp_path: Path) -> None:
     assert run(branching(2.0)) == "loaded"
 
 
+def test_that_pytorch_is_faster_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxpress.compiler.dynamo._WORTH_SECONDS", 0.0)
+    monkeypatch.setattr("fxpress.compiler.dynamo._SMALL_SECONDS", 0.0)
+    monkeypatch.setattr("fxpress.compiler.dynamo.best_milliseconds", lambda calls: [2.0, 1.0])
+    for cache in ("", "loaded"):
+        torch._dynamo.reset()
+        fxpress.reports(clear=True)
+        compiled = torch.compile(layers(), backend="fxpress")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x()), layers()(x()))
+        (report,) = fxpress.reports()
+        assert (report.runner, report.reason, report.cache) == ("pytorch", "PyTorch was measured to be faster", cache)
+        assert report.milliseconds == {"onnx": 2.0, "pytorch": 1.0}
+
+
 def truncated(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 

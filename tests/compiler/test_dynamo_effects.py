@@ -265,6 +265,35 @@ def test_changed_weight_is_never_stale(change: Callable[[Any], None], backend: s
     assert report.runner == backend
 
 
+class Kept(nn.Module):
+    """Its graph, traced without dynamo, keeps weights and modules as attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = layers()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, v: Tensor) -> tuple[Tensor]:
+        return (self.layers(v) * self.scale,)
+
+
+@pytest.mark.parametrize("backend", ["eager", "onnx"])
+@torch.no_grad()
+def test_weights_kept_as_attributes(backend: str) -> None:
+    from fxpress.compiler.dynamo import fxpress as compiler
+
+    graph = torch.fx.symbolic_trace(Kept().eval())
+    compiled = compiler(graph, [x()], options={"backend": backend})
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x()), graph(x()))
+        graph.scale.mul_(2)
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x()), graph(x()))
+    (report,) = fxpress.reports()
+    assert (report.runner, report.weights, report.weight_changes) == (backend, 5, 2)
+    assert "mlp" in report.rewrites
+
+
 @torch.no_grad()
 def test_lossy_graph_is_remade_at_once() -> None:
     model, given = layers(), x()
