@@ -29,7 +29,7 @@ from .lowerings.table import EXTERN, GENERATORS, KERNELS, POINTWISE, VALUES, VIE
 from .lowerings.views import source_of_view
 from .sizes import Sizes, contiguous, product, reshaped
 
-INLINE = 8  # elementwise operators of a bias that are computed anew for each score
+INLINE = 8  # operators of a bias that are computed anew for each score
 ONE_TILE = 16384  # columns up to which a row that is reduced is one tile
 REACH = 512  # nodes that a group may have: code of more is slow to compile, and registers run out
 
@@ -123,13 +123,13 @@ class Planner:
             here = waiting.pop()
             if kind(here) == "view":
                 waiting.append(source_of_view(here))
-            elif here.target in POINTWISE and here in self._group:
+            elif kind(here) == "fused" and here.target not in REDUCED and here in self._group:
                 chain.add(here)
                 waiting += [used for used in here.all_input_nodes if kind(used) != "size"]
             elif kind(here) != "generator":
                 read.add(here)
         alone = all(reader in chain or reader is node for item in chain for reader in self._readers[item])
-        little = sum(map(self._bytes, read)) * 16 <= self._bytes(bias) or not read
+        little = sum(map(self._bytes, read)) * 8 <= self._bytes(bias)
         if chain and alone and little and len(chain) <= INLINE:
             self.inlined[node] = chain
             for item in chain:

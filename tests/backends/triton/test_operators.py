@@ -70,3 +70,13 @@ def test_a_bias_with_other_readers_is_computed_once() -> None:
 
     runner = agree(program(function, q, k, v), [q, k, v])
     assert "attention_bias_kernel" not in runner.source
+
+
+def test_a_mask_read_from_a_table_is_read_within_attention() -> None:
+    def blocks(self: Any, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+        rows, columns = torch.arange(query.shape[2]) // 4, torch.arange(key.shape[2]) // 4
+        return BY_NAME["attention"](query, key, value, seen[:, :, rows][..., columns])  # type: ignore[operator]
+
+    seen = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)) > 0.4
+    runner = agree(program(blocks, q, k, v, seen), [q, k, v, seen])
+    assert runner.generated.groups == () and "attention_bias_kernel" in runner.source
