@@ -8,6 +8,7 @@ import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -81,6 +82,14 @@ class _Module:
     externs: dict[tuple[str, str], int] = field(default_factory=dict)
     names: dict[fx.Node, str] = field(default_factory=dict)
     launched: dict[int, tuple[str, int]] = field(default_factory=dict)  # by group: its kernel, bytes that it moves
+
+    @cached_property
+    def gpu(self) -> torch.device | None:
+        """Where results are allocated if anything is on a GPU: kernels cannot write elsewhere."""
+        values = [node.meta.get("val") for node in self.program.graph.nodes]
+        return next(
+            (value.device for value in values if isinstance(value, Tensor) and value.device.type == "cuda"), None
+        )
 
     def generate(self) -> Generated:
         self.sizes = Sizes(self.program)
@@ -272,12 +281,12 @@ class _Module:
         names = {self._mark(node): self._variable(node) for node in kernel.inputs if node not in kernel.stored}
         for node in kernel.stored:
             size = ", ".join(text(item) for item in self.sizes.shape(node))
-            device = self._device(node)
+            device = self.gpu or node.meta["val"].device
             self.named[node] = self._name(node)
             names[self._mark(node)] = self.named[node]
             self.lines.append(
                 f"{self.named[node]} = torch.empty(({size}{',' if size and ', ' not in size else ''}), "
-                f"dtype={node.meta['val'].dtype}, device={device})"
+                f"dtype={node.meta['val'].dtype}, device=torch.device({str(device)!r}))"
             )
         moves = sum(map(self._bytes, [*kernel.inputs, *kernel.stored]))
         self.launched[id(group)] = (self._define(kernel), moves)
@@ -289,9 +298,6 @@ class _Module:
     def _mark(self, node: fx.Node) -> str:
         """Stands for a tensor's name in a kernel's call, until what it reads has been computed."""
         return f"\0{node.name}\0"
-
-    def _device(self, node: fx.Node) -> str:
-        return f"torch.device({str(node.meta['val'].device)!r})"
 
     def _define(self, kernel: Kernel) -> str:
         if kernel.body not in self.kernels:

@@ -88,8 +88,14 @@ class TritonRunner:
         check_device(program)
         self.generated = generate(program)
         self._loaded = Loaded(self.generated.source)
-        self._weights = {name: attribute(self.generated.program.module, name) for name in self.generated.weights}
+        self._weights = self._on_one_device()
         self._graphs = Graphs(self._forward)
+
+    def _on_one_device(self) -> dict[str, Tensor]:
+        """The weights by name; constants that the model left on the CPU go to the GPU, where kernels read."""
+        weights = {name: attribute(self.generated.program.module, name) for name in self.generated.weights}
+        gpu = next((weight.device for weight in weights.values() if weight.is_cuda), None)
+        return {name: weight if gpu is None else weight.to(gpu) for name, weight in weights.items()}
 
     @property
     def source(self) -> str:

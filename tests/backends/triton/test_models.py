@@ -80,3 +80,17 @@ def test_equal_layers_share_their_kernels() -> None:
     )
     assert len(re.findall(r"^def layer_norm\w*_kernel\(", compiled.source, flags=re.MULTILINE)) == 1
     assert compiled.source.count("launch_rows(layer_norm_kernel") == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit"])
+def test_families_on_a_gpu(name: str, dtype: str) -> None:
+    """With TRITON_INTERPRET=0. Twice each size, as the second call is captured in a CUDA graph."""
+    family = FAMILIES[name]
+    on_gpu = [{key: item.cuda() for key, item in family.inputs(*size).items()} for size in ((2, 12), (3, 17), (1, 9))]
+    narrow = None if dtype == "float32" else dtype
+    compiled = fxpress.compile(family.model().eval().cuda(), example_inputs=on_gpu[0], backend="triton", dtype=narrow)
+    assert compiled.report.equal
+    for given in on_gpu * 3:
+        assert compiled.verify(given).equal
