@@ -232,6 +232,9 @@ def _to_program(exported: ExportedProgram, positional: Sequence[str], args: Argu
     inputs, constants = [], []
     for path, node in zip(paths, placeholders, strict=True):
         value = node.meta.get("val")
+        if str(copies[node].target) == "torch":  # what torch.fx writes calls of it in the function's body
+            copies[node].target = "torch_"
+            copies[node]._rename("torch_")
         if isinstance(value, Tensor):
             sizes = tuple(stated(size_text(size, symbols)) for size in value.shape)
             dtype = str(value.dtype).removeprefix("torch.")

@@ -479,3 +479,13 @@ def test_masks_of_mask_functions_are_traced_by_broadcasting() -> None:
     for batch, length in ((2, 5), (3, 8)):
         padding = torch.rand(batch, length) > 0.3
         assert torch.equal(program.run([padding])[0], model(padding))
+
+
+def test_an_input_may_be_called_as_what_the_graph_calls() -> None:
+    class Named(nn.Module):
+        def forward(self, torch: Tensor, device: Tensor, inf: Tensor) -> Tensor:
+            return torch @ device + inf
+
+    given = {"torch": torch.randn(2, 3), "device": torch.randn(3, 2), "inf": torch.randn(2)}
+    traced = trace(Named().eval(), ((), given))
+    assert torch.equal(traced(**given), Named()(**given))

@@ -15,9 +15,11 @@ from ..site import Site
 
 @dataclass(frozen=True)
 class Lsh(Kind):
-    """Attention within buckets of a locality-sensitive hash, in several rounds (Reformer: Kitaev et al., 2020).
-    O(N log N). Reformer has one projection for queries and keys; here both are hashed alike, which is an
-    approximation. Sentences of no more tokens than a chunk are exact.
+    """Attention to keys that hash as the query does, in several rounds (Reformer: Kitaev et al., 2020). O(N log N).
+
+    Where it is not causal, a chunk of queries sorted by bucket meets a window of the sorted keys, whatever their
+    bucket; where it is, the earlier keys of the bucket. Reformer has one projection for queries and keys; here both are
+    hashed alike, which is an approximation. Sentences of no more tokens than a chunk are exact.
 
     Attributes:
         chunk: tokens of the sorted order that are met at once.
