@@ -31,6 +31,7 @@ TRITON_TYPES = {
     torch.uint8: "tl.uint8",
     torch.bool: "tl.int1",
 }
+LONGEST = 1000  # lines of a kernel: what is read at several places, over and over, doubles each time
 NARROW = (torch.float16, torch.bfloat16)
 Index = tuple[Any, ...]  # a sympy expression for each axis
 
@@ -233,6 +234,8 @@ class Emitter:
 
     def let(self, name: str, code: str, dtype: torch.dtype, *parts: Value, moving: bool | None = None) -> Value:
         """A new variable, which moves between columns if one of the values in it does."""
+        if self._count > LONGEST:
+            raise CannotFuse(f"it would be more than {LONGEST} lines")
         moving = any(part.moving for part in parts) if moving is None else moving
         variable = f"{name}_{self._count}"
         self._count += 1

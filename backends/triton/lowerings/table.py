@@ -10,6 +10,7 @@ from torch import fx
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as Promotion
 
 from ....ir.ops.attention import attention
+from ....ir.ops.block_attention import block_attention
 from ....ir.ops.quantize import int4_linear
 from ....ir.ops.window_attention import window_attention
 from ..emitter import Emitter, Index, Value
@@ -45,6 +46,7 @@ VIEWS: dict[Any, Where] = {}
 KERNELS: dict[Any, tuple[str, dict[str, str]]] = {
     attention: ("attention", {}),
     window_attention: ("window_attention", {}),
+    block_attention: ("block_attention", {}),
     int4_linear: ("int4_matmul", {"input": "x", "weight": "w", "weight_scale": "scale"}),
 }
 # Operators left to PyTorch's own library kernels, with the reason.
