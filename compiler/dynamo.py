@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
-from ..backends.eager import EagerRunner
 from ..backends.memory import Memory
 from ..ir.equality import compare, run_float64
-from ..ir.errors import FxpressError, LoweringError, TraceError, VerifyError, one_line
+from ..ir.errors import FxpressError, InputError, LoweringError, TraceError, VerifyError, one_line
 from ..ir.graph import Program
 from ..ir.rewrite import Context
 from . import dynamo_training
@@ -48,7 +47,7 @@ from .dynamo_report import GraphReport, described, remember
 from .dynamo_run import Call, Counted, Made, Product, Watched, best_milliseconds, in_pytorch, on_session
 from .pipeline import Passed, counted, run_passes
 from .report import Report
-from .runners import Clock, OnnxRunner, Runner
+from .runners import Clock, OnnxRunner, Runner, best_backend, make_runner
 
 # A graph below it stays with PyTorch: what a call of ONNX Runtime and the making of a session cost is not earned back.
 _SMALL_SECONDS = 5e-4
@@ -189,7 +188,9 @@ class _Compilation:
         Raises:
             Stays: an earlier process found out that PyTorch is the better choice.
         """
-        if self._asked.backend == "eager":
+        if self._asked.backend not in ("auto", "onnx") or any(
+            isinstance(value, Tensor) and value.is_cuda for value in values
+        ):
             return None
         with self._clock("cache"):
             self._key = key_of(self._gm, found, values, self._asked)
@@ -224,7 +225,7 @@ class _Compilation:
             program, binding = make_program(captured, values)
             flat = binding.tensors(values)
             random = [str(node.target) for node in random_calls(program.graph)]
-            backend = self._backend(program, random)
+            backend = self._backend(values, random)
             with self._clock("eager"):
                 measurable = not (random or has_branches(program.graph))
                 if measurable:
@@ -233,12 +234,18 @@ class _Compilation:
                     before = list(program.run(flat))
                 if first:
                     self._check_trace(program, binding, before, values, seeded=bool(random))
-            if first and backend == "auto" and asked.exact and _is_small(program, report.multiplications):
+            if (
+                first
+                and asked.backend == "auto"
+                and backend == "onnx"
+                and asked.exact
+                and _is_small(program, report.multiplications)
+            ):
                 raise Stays(f"it is small: {_work(program, report.multiplications)}")
             expected = (before, run_float64(program, flat)) if measurable else None
             with self._clock("passes"):
                 context = Context(flat, self._calibration(binding, captured), track=track)
-                if backend != "eager":
+                if backend == "onnx":
                     from ..backends.onnx.measure import seconds
 
                     context.seconds = functools.partial(seconds, threads=torch.get_num_threads())
@@ -253,26 +260,33 @@ class _Compilation:
                 leaves = [(leaf.index, leaf.constant) for leaf in runner.leaves]
                 run = on_session(runner.session, program.signature, leaves)
             else:
-                run = in_pytorch(program)
+                run = in_pytorch(program, runner.run)
             if expected is not None:
                 self._judge(program, passed, run(flat), *expected)
             elif not random and asked.exact and not all(map(agree, run(flat), before)):
                 raise VerifyError("the result is not that of the graph")
             product = Made(binding, run, self._usual, report)
             report.runner = runner.name
-            if isinstance(runner, OnnxRunner) and first:
-                if asked.backend == "auto" and asked.exact:
-                    self._race(product, values, binding)
-                if binding.finish.views is None and known == known_sizes(captured.fake_mode.shape_env):
-                    self._store(runner, program, binding)
+            if first and asked.backend == "auto" and asked.exact and runner.name != "eager":
+                self._race(runner.name, product, values, binding)
+            settled = binding.finish.views is None and known == known_sizes(captured.fake_mode.shape_env)
+            if isinstance(runner, OnnxRunner) and first and settled:
+                self._store(runner, program, binding)
         return product, tuple(binding.weights.values())
 
-    def _backend(self, program: Program, random: Sequence[str]) -> str:
-        """The backend that was asked for, as far as it may take a graph at all."""
+    def _backend(self, values: Sequence[Any], random: Sequence[str]) -> str:
+        """The backend that was asked for, as far as it may take a graph at all.
+
+        Raises:
+            LoweringError: it may not.
+        """
         asked = self._asked
+        best = best_backend([value for value in values if isinstance(value, Tensor)])
+        if asked.backend == "onnx" and best == "triton":
+            raise LoweringError("it is on CUDA, and the ONNX backend runs on the CPU")
         if not random:
-            return asked.backend
-        if asked.backend == "onnx" or (asked.backend == "auto" and asked.exact):
+            return best if asked.backend == "auto" else asked.backend
+        if asked.backend in ("onnx", "triton") or (asked.backend == "auto" and asked.exact):
             raise TraceError(f"it draws random numbers ({random[0]}), as only PyTorch draws them")
         return "eager"
 
@@ -280,12 +294,12 @@ class _Compilation:
         """What runs a rewritten program."""
         if backend != "eager":
             try:
-                return OnnxRunner(program, torch.get_num_threads(), self._clock)
-            except LoweringError as error:
-                if backend == "onnx" or self._asked.exact:
+                return make_runner(backend, program, torch.get_num_threads(), self._clock)
+            except (LoweringError, InputError) as error:
+                if self._asked.backend != "auto" or self._asked.exact:
                     raise
                 self._report.reason = one_line(error)
-        return EagerRunner(program)
+        return make_runner("eager", program, None, self._clock)
 
     def _store(self, runner: OnnxRunner, program: Program, binding: Binding) -> None:
         if self._key is None:
@@ -361,8 +375,8 @@ class _Compilation:
         if self._asked.exact and not verdict.equal:
             raise VerifyError(f"the result is not that of the graph: {verdict.reasons[0]}")
 
-    def _race(self, product: Product, values: Sequence[Any], binding: Binding) -> None:
-        """Measure whether ONNX Runtime is faster than PyTorch.
+    def _race(self, name: str, product: Product, values: Sequence[Any], binding: Binding) -> None:
+        """Measure whether a backend is faster than PyTorch.
 
         Raises:
             Stays: it is not.
@@ -370,7 +384,7 @@ class _Compilation:
         own = binding.copies(values)
         with self._clock("race"):
             ours, usual = best_milliseconds([lambda: product(own), lambda: self._usual(own)])
-        self._report.milliseconds = {"onnx": round(ours, 3), "pytorch": round(usual, 3)}
+        self._report.milliseconds = {name: round(ours, 3), "pytorch": round(usual, 3)}
         if ours >= usual:
             raise Stays("PyTorch was measured to be faster")
 
@@ -381,7 +395,7 @@ def _alone() -> Iterator[None]:
     with (
         torch._guards.tracing(None),
         torch._guards.compile_context(None),
-        torch.random.fork_rng(devices=()),
+        torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()),
         torch.autocast("cpu", enabled=False),
     ):
         yield

@@ -141,8 +141,8 @@ def _check_tensor(value: Tensor, name: str) -> None:
         raise TraceError(f"{name} is a {type(value).__name__}, of which fxpress knows nothing")
     if value.layout is not torch.strided or value.is_quantized:
         raise TraceError(f"{name} is a {value.layout} tensor; fxpress takes dense ones")
-    if value.device.type != "cpu":
-        raise TraceError(f"{name} is on {value.device}; through torch.compile fxpress runs on the CPU")
+    if value.device.type not in ("cpu", "cuda"):
+        raise TraceError(f"{name} is on {value.device}; fxpress runs on CPUs and on CUDA")
     if value.is_conj() or value.is_neg() or value.is_complex():
         raise TraceError(f"{name} has complex numbers (or is a view of some)")
 
@@ -159,6 +159,8 @@ def check_graph(gm: fx.GraphModule) -> None:
     Raises:
         TraceError: the reason.
     """
+    if torch.is_autocast_enabled("cuda"):
+        raise TraceError("autocast is on for CUDA: PyTorch chooses the dtype of each operator")
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             target: Any = node.target

@@ -11,7 +11,7 @@ from ..ir.rewrite import Pass
 from ..ir.signature import describe
 from .pipeline import parse_passes
 
-BACKENDS = ("auto", "eager", "onnx")
+BACKENDS = ("auto", "eager", "onnx", "triton")
 FALLBACKS = ("eager", "error", "inductor")
 NAMES = ("backend", "calibration", "dtype", "fallback", "passes")
 
@@ -22,8 +22,8 @@ class Options:
 
     Attributes:
         passes: the passes, canonical spelling first.
-        backend: "auto": ONNX Runtime where it is measured to be faster than PyTorch, else PyTorch; "onnx", "eager":
-            that one, wherever it can take the graph.
+        backend: "auto": ONNX Runtime, or on a GPU generated Triton kernels, where that is measured to be faster than
+            PyTorch, else PyTorch; "onnx", "triton", "eager": that one, wherever it can take the graph.
         fallback: who runs a graph that fxpress does not take: PyTorch ("eager"), "inductor", or nobody ("error").
         calibration: dicts of inputs by the names of the function's arguments.
     """

@@ -198,8 +198,10 @@ def on_session(
     return run
 
 
-def in_pytorch(program: Program) -> Callable[[Sequence[Tensor]], list[Any]]:
-    """A program in PyTorch; its outputs have memory of their own, as those of the graph that it is made of."""
+def in_pytorch(
+    program: Program, runner: Callable[[Sequence[Tensor]], list[Any]]
+) -> Callable[[Sequence[Tensor]], list[Any]]:
+    """A program run by PyTorch; its outputs have memory of their own, as those of the graph that it is made of."""
     outputs = next(iter(reversed(program.graph.nodes))).args[0]
     owners = [owner(node) if isinstance(node, fx.Node) else None for node in outputs]
     shared = [
@@ -210,7 +212,7 @@ def in_pytorch(program: Program) -> Callable[[Sequence[Tensor]], list[Any]]:
 
     def run(tensors: Sequence[Tensor]) -> list[Any]:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):  # casts are part of the program
-            found = list(program.run(tensors))
+            found = list(runner(tensors))
         for place in shared:
             found[place] = found[place].clone()
         return found
@@ -223,13 +225,16 @@ def best_milliseconds(calls: Sequence[Callable[[], Any]], seconds: float = 0.15)
 
     On one thread the clock is the thread's own, so that other programs on the machine do not decide.
     """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_initialized()
+    clock = time.thread_time if alone else time.perf_counter
     best = [float("inf")] * len(calls)
     end = time.perf_counter() + seconds * len(calls)
     for turn in range(50):
         for place, call in enumerate(calls):
             start = clock()
             call()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             best[place] = min(best[place], (clock() - start) * 1e3)
         if turn >= 2 and time.perf_counter() > end:
             break

@@ -18,7 +18,8 @@ class Watch:
 
     A weight is another if its object, its memory or its version is another: assignment, load_state_dict, an optimizer's
     step and every change in place are seen so. A change through `weight.data` has no version; some numbers of
-    each weight are therefore compared too, which shows every change but one of a few numbers.
+    each weight are therefore compared too, which shows every change but one of a few numbers; on a GPU, where looking
+    would wait for all work that was given to it, they are not.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
@@ -47,7 +48,7 @@ def _sampled(weights: Sequence[Tensor]) -> list[list[Tensor]]:
     """Views of some numbers of each weight as integers, those of one size together."""
     found: dict[int, list[Tensor]] = {}
     for weight in weights:
-        if weight.numel() and weight.is_contiguous() and weight.element_size() in _BITS:
+        if weight.numel() and weight.is_cpu and weight.is_contiguous() and weight.element_size() in _BITS:
             flat = weight.detach().view(-1)
             step = max(1, (flat.numel() - 1) // (_SAMPLES - 1)) if flat.numel() > 1 else 1
             size = flat.element_size()

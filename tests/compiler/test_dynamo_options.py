@@ -196,6 +196,13 @@ def test_onnx_is_taken_where_it_is_measured_to_be_faster(monkeypatch: pytest.Mon
         assert report.milliseconds == dict(zip(("onnx", "pytorch"), times, strict=True))
 
 
+def test_triton_backend() -> None:
+    """In Triton's interpreter, or on a GPU."""
+    pytest.importorskip("triton")
+    reports = dynamo.assert_equal(layers(), (x(),), (x(4, 8),), (x(5, 8),), options={"backend": "triton"})
+    assert [report.runner for report in reports] == ["triton", "triton"], str(reports)
+
+
 def test_a_failure_of_ours_is_said_and_pytorch_runs_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise KeyError("planted")
@@ -208,7 +215,9 @@ def test_a_failure_of_ours_is_said_and_pytorch_runs_the_graph(monkeypatch: pytes
 
 
 def test_a_wrong_rewrite_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxpress.compiler.dynamo.in_pytorch", lambda program: lambda tensors: [tensors[0] * 0 + 1])
+    monkeypatch.setattr(
+        "fxpress.compiler.dynamo.in_pytorch", lambda program, runner: lambda tensors: [tensors[0] * 0 + 1]
+    )
     compiled = torch.compile(layers(), backend="fxpress", options={"backend": "eager"})
     with torch.no_grad():
         torch.testing.assert_close(compiled(x()), layers()(x()))
