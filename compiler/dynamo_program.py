@@ -91,11 +91,12 @@ class Binding:
         return any(homes.count(value.untyped_storage().data_ptr()) > 1 for value in changed)
 
 
-def make_program(captured: Captured, values: Sequence[Any]) -> tuple[Program, Binding]:
+def make_program(captured: Captured, values: Sequence[Any], *, live: bool = False) -> tuple[Program, Binding]:
     """The Program of a captured graph, with copies of the weights as they are now, and its binding.
 
     Args:
         values: the arguments of a call; its weights are read.
+        live: weights are inputs of the program too, so that no pass can compute anything of them beforehand.
 
     Raises:
         TraceError: it has no Program, with the reason.
@@ -108,7 +109,7 @@ def make_program(captured: Captured, values: Sequence[Any]) -> tuple[Program, Bi
         raise TraceError("it computes nothing: its outputs are views of its inputs, sizes and constants")
     names: dict[str, int] = {}
     for place, (argument, node) in enumerate(zip(captured.arguments, placeholders, strict=True)):
-        if argument.kind == WEIGHT and place not in changed:
+        if argument.kind == WEIGHT and place not in changed and not live:
             _assign(source, argument.name, values[place])
             with source.graph.inserting_before(node):
                 weight = source.graph.get_attr(argument.name)
@@ -118,7 +119,7 @@ def make_program(captured: Captured, values: Sequence[Any]) -> tuple[Program, Bi
             names[argument.name] = place
         elif place in changed:
             node.meta["may_change"] = True
-    inputs, carriers = _inputs(captured, source, placeholders, changed, values)
+    inputs, carriers = _inputs(captured, source, placeholders, changed, values, live)
     next(iter(reversed(source.graph.nodes))).args = (tuple(results),)
     module, graph = torch.nn.Module(), fx.Graph()
     copies: dict[fx.Node, Any] = {}
@@ -167,11 +168,12 @@ def _inputs(
     placeholders: Sequence[fx.Node],
     changed: Sequence[int],
     values: Sequence[Any],
+    live: bool,
 ) -> tuple[tuple[int, ...], int]:
     """Name the inputs; write sizes as those of tensors, of empty ones where no input has them."""
     inputs = []
     for place, (argument, node) in enumerate(zip(captured.arguments, placeholders, strict=True)):
-        if argument.kind == INPUT or place in changed:
+        if argument.kind == INPUT or place in changed or (live and argument.kind == WEIGHT):
             node.target = argument.name.replace(".", "_")
             inputs.append(place)
     tensors = [placeholders[place] for place in inputs]

@@ -72,16 +72,12 @@ def compiled(
         TraceError: gradients would not be those of the graph, with the reason.
     """
     _check_gradients(captured)
-    with torch._guards.tracing(None), torch._guards.compile_context(None), torch.no_grad():
-        program, binding = make_program(captured, values)
-        own = {name: program.module.get_parameter(name) for name in _parameters(program)}
-        random = [str(node.target) for node in random_calls(program.graph)]
-        with clock("passes"):
-            context = Context(binding.tensors(values), calibration(binding), track=track)
-            report.passes = run_passes(program, asked.passes, context).reports
-        if random != [str(node.target) for node in random_calls(program.graph)]:
-            raise TraceError("the passes would change which random numbers it draws")
-        _check_weights(program, own)
+    try:
+        program, binding = _rewritten(values, captured, asked, report, clock, calibration, live=False)
+    except _NewWeight:
+        if not asked.exact:
+            raise
+        program, binding = _rewritten(values, captured, asked, report, clock, calibration, live=True)
     module: Any = _Live(program, binding, captured.kept)
     sizes: dict[str, int] = {}
 
@@ -120,15 +116,38 @@ def _check_gradients(captured: Captured) -> None:
             raise TraceError(f"a tensor is detached in it{source_of(node)}")
 
 
-def _parameters(program: Program) -> list[str]:
-    return [name for name, _ in program.module.named_parameters()]
+class _NewWeight(TraceError):
+    """A pass made a weight of the model's weights."""
 
 
-def _check_weights(program: Program, own: dict[str, nn.Parameter]) -> None:
-    """Refuse weights that passes made of the model's, which an optimizer would not know."""
-    for name, parameter in program.module.named_parameters():
-        if own.get(name) is not parameter:
-            raise TraceError(f"a pass makes a new weight ({name}) of the model's, which the optimizer does not have")
+def _rewritten(
+    values: Sequence[Any],
+    captured: Captured,
+    asked: Options,
+    report: GraphReport,
+    clock: Clock,
+    calibration: Callable[[Binding], list[list[Tensor]]],
+    live: bool,
+) -> tuple[Program, Binding]:
+    """The graph's program after the passes, every weight that is trained being the model's own.
+
+    Args:
+        live: the weights are inputs of the program, so that passes make no others of them.
+    """
+    with torch._guards.tracing(None), torch._guards.compile_context(None), torch.no_grad():
+        program, binding = make_program(captured, values, live=live)
+        own = dict(program.module.named_parameters())
+        random = [str(node.target) for node in random_calls(program.graph)]
+        with clock("passes"):
+            context = Context(binding.tensors(values), calibration(binding), track=track)
+            report.passes = run_passes(program, asked.passes, context).reports
+        if random != [str(node.target) for node in random_calls(program.graph)]:
+            raise TraceError("the passes would change which random numbers it draws")
+        found = dict(program.module.named_parameters())
+    for name in found.keys() | own.keys():
+        if found.get(name) is not own.get(name):
+            raise _NewWeight(f"a pass makes a new weight of the model's {name}, which the optimizer does not have")
+    return program, binding
 
 
 class _Live(nn.Module):

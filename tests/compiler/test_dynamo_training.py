@@ -123,6 +123,19 @@ def twice_shared(m: Any, v: Tensor) -> Tensor:
     return m(m(v))
 
 
+class Attention(nn.Module):
+    """Projections that inference packs into one weight; training must not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, v: Tensor) -> Tensor:
+        parts = (part(v).unflatten(-1, (2, 4)).transpose(1, 2) for part in (self.query, self.key, self.value))
+        return self.out(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
+
+
 def partly_frozen() -> nn.Module:
     model = Around(lambda m, v: m(v))
     model.block.up.requires_grad_(False)
@@ -132,6 +145,7 @@ def partly_frozen() -> nn.Module:
 TRAINED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "block": (lambda: Around(lambda m, v: m(v)), ""),
     "attention": (lambda: Around(attended), ""),
+    "projections": (Attention, ""),
     "shared": (lambda: Around(twice_shared), ""),
     "frozen part": (partly_frozen, ""),
     "dropout": (lambda: Around(lambda m, v: m(m(v)), drop=0.5), ""),
@@ -165,6 +179,13 @@ def test_training_is_left_to_pytorch_by_itself(name: str) -> None:
     model = TRAINED[name][0]().train()
     reports = dynamo.assert_equal(model, (given.requires_grad_(),), train=True, options={"backend": "auto"})
     assert all("gradients" in report.reason for report in reports)
+
+
+def test_packed_weights_stay_the_models_own() -> None:
+    (report,) = dynamo.assert_equal(Attention(), (x(2, 3, 8),), train=True)
+    assert report.rewrites["attention"] == 1
+    (report,) = dynamo.assert_equal(Attention(), (x(2, 3, 8),))[1:]
+    assert report.rewrites["pack_projections"] == 1
 
 
 def test_onnx_runtime_gives_no_gradients() -> None:
