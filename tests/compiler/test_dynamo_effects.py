@@ -197,6 +197,41 @@ def test_batch_norm_in_training_mode_is_left() -> None:
     assert "running statistics" in report.reason
 
 
+# what dynamo imports for optimizers
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_compiled_step_of_an_optimizer() -> None:
+    """Its graph keeps the parameters as attributes, and changes them."""
+    models = [layers(), layers()]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in models]
+    steps = [torch.compile(optimizers[0].step, backend="fxpress", options=EAGER), optimizers[1].step]
+    for _ in range(4):
+        for model, step in zip(models, steps, strict=True):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            step()
+        for ours, usual in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(ours, usual)
+    reports = fxpress.reports()
+    assert reports
+    assert all(report.runner == "eager" for report in reports), str(reports)
+
+
+def several_changed(v: Tensor, w: Tensor) -> Tensor:
+    torch._foreach_add_([v, w], 1.0)
+    return v + w
+
+
+def written_out(v: Tensor, w: Tensor) -> Tensor:
+    torch.add(v, 1, out=w)
+    return w * 2
+
+
+@pytest.mark.parametrize("function", [several_changed, written_out])
+def test_changes_that_no_program_has_are_left(function: Callable[..., Any]) -> None:
+    (report,) = dynamo.assert_equal(function, (x(), x(seed=1)))
+    assert report.reason
+
+
 # --- weights that change ---------------------------------------------------------------------------------------------
 
 
