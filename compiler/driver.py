@@ -29,7 +29,7 @@ from .onnx_files import onnx_files, write_onnx
 from .pipeline import Passed, has_masks, parameters, parse_passes, run_passes, zeros
 from .precision import half_dtype, narrow_inputs, narrowed, precision_loss
 from .report import Report
-from .runners import Clock, OnnxRunner, Runner, best_backend, make_runner, source_of_runner
+from .runners import Clock, OnnxRunner, Runner, best_backend, generated, make_runner
 from .trace import Arguments, admit_ones, bind_example, plain_attention, trace
 
 BACKENDS = ("auto", "eager", "onnx", "triton")
@@ -117,7 +117,16 @@ class Compiled:
         Raises:
             InputError: another backend was chosen.
         """
-        return source_of_runner(self._product.runner)
+        return generated(self._product.runner, "source")
+
+    @property
+    def plan(self) -> str:
+        """What the triton backend launches after what, in Graphviz's language (`dot -Tsvg`).
+
+        Raises:
+            InputError: another backend was chosen.
+        """
+        return generated(self._product.runner, "plan")
 
     @property
     def traced(self) -> Program:

@@ -97,12 +97,13 @@ def make_runner(backend: str, program: Program, threads: int | None, clock: Cloc
         return TritonRunner(program)
 
 
-def source_of_runner(runner: Runner) -> str:
-    """
+def generated(runner: Runner, what: str) -> str:
+    """The `source` or the `plan` of generated code.
+
     Raises:
-        InputError: it is none of generated code.
+        InputError: the runner has none.
     """
-    source = getattr(runner, "source", None)
-    if source is None:
+    found = getattr(runner, what, None)
+    if found is None:
         raise InputError(f"only the triton backend generates a module, this is {runner.name!r}")
-    return str(source)
+    return str(found)

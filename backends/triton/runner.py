@@ -103,6 +103,11 @@ class TritonRunner:
         return self.generated.source
 
     @property
+    def plan(self) -> str:
+        """The launches and what each waits for, in Graphviz's language."""
+        return self.generated.dot
+
+    @property
     def launches(self) -> list[dict[str, Any]]:
         """What a run launches, for the report."""
         return list(self.generated.launches)

@@ -124,6 +124,14 @@ def _module(function: Any) -> nn.Module:
     return made.eval()  # type: ignore[no-any-return]
 
 
+def test_the_plan_can_be_drawn() -> None:
+    compiled = fxpress.compile(tiny.encoder(), example_inputs=tiny.inputs(), backend="triton", verify=False)
+    lines = compiled.plan.splitlines()
+    assert lines[0] == "digraph {" and lines[-1] == "}"
+    assert sum("->" in line for line in lines) >= 7  # embedding, qkv, attention, two residuals, up, down
+    assert any('label="linear add gelu"' in line for line in lines)
+
+
 def test_only_generated_modules_have_a_source() -> None:
     compiled = fxpress.compile(tiny.encoder(), example_inputs=tiny.inputs(), backend="eager")
     with pytest.raises(InputError, match="only the triton backend generates a module, this is 'eager'"):
