@@ -73,7 +73,7 @@ def read_arguments(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Argu
         source = source_text(node)
         if isinstance(value, Tensor):
             _check_tensor(value, source or str(node.target))
-            weight = isinstance(value, torch.nn.Parameter) or "_buffers[" in source
+            weight = any(part in source for part in ("_parameters[", "_buffers["))  # of a module, not just given
             name = _unique(".".join(_path(source)) if weight else "_".join(_path(source)), node, taken)
             if not isinstance(fake, FakeTensor):
                 fake = mode.from_tensor(value.detach(), static_shapes=True)

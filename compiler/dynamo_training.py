@@ -158,7 +158,7 @@ class _Live(nn.Module):
         self._extra, self._binding = list(extra), binding
         graph = program.module.graph
         places: list[int] = []
-        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+        last = next((node for node in reversed(graph.nodes) if node.op == "placeholder"), graph._root)
         for node in [item for item in graph.nodes if item.op == "get_attr" and str(item.target) in binding.weights]:
             with graph.inserting_after(last):
                 last = graph.placeholder(f"weight_{len(places)}")

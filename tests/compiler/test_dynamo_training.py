@@ -181,6 +181,21 @@ def test_training_is_left_to_pytorch_by_itself(name: str) -> None:
     assert all("gradients" in report.reason for report in reports)
 
 
+def test_a_parameter_that_is_given_is_an_input() -> None:
+    """Another one at each call, as in functional code, is no weight that changes."""
+    compiled = torch.compile(lambda p, v: F.gelu(v @ p) * 2, backend="fxpress", options=EAGER)
+    for seed in range(3):
+        parameter = nn.Parameter(x(8, 8, seed=seed))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(parameter, x()), F.gelu(x() @ parameter) * 2)
+        compiled(parameter, x()).sum().backward()
+        usual = nn.Parameter(x(8, 8, seed=seed))
+        (F.gelu(x() @ usual) * 2).sum().backward()
+        torch.testing.assert_close(parameter.grad, usual.grad)
+    assert [report.weight_changes for report in fxpress.reports()] == [0, 0]
+    assert all(report.runner == "eager" for report in fxpress.reports())
+
+
 def test_packed_weights_stay_the_models_own() -> None:
     (report,) = dynamo.assert_equal(Attention(), (x(2, 3, 8),), train=True)
     assert report.rewrites["attention"] == 1
