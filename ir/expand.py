@@ -57,7 +57,7 @@ def expand(program: Program) -> int:
 
 
 def inline(program: Program, node: fx.Node) -> list[fx.Node]:
-    """Write a call of one of our operators as what its reference calls. The new nodes.
+    """Write a call of one of our operators as what its reference calls, one of ATen's as PyTorch does. The new nodes.
 
     Raises:
         RewriteError: the reference changes a tensor, which a program cannot say.
@@ -65,7 +65,8 @@ def inline(program: Program, node: fx.Node) -> list[fx.Node]:
     before:  %y = fxpress.pool_tokens(%x, %mask)
     after:   the ATen operators that the reference runs, `sum`, `div`, `cat`, ...
     """
-    reference = OPERATORS[node.target].reference  # type: ignore[index]
+    target: Any = node.target
+    reference = OPERATORS[target].reference if target in OPERATORS else target
     nodes = list(node.all_input_nodes)
 
     def run(*values: Any) -> Any:
@@ -74,7 +75,7 @@ def inline(program: Program, node: fx.Node) -> list[fx.Node]:
         return reference(*args, **kwargs)
 
     with program.fake_mode, torch.no_grad(), enable_python_dispatcher():
-        traced = make_fx(run, pre_dispatch=True)(*[used.meta["val"] for used in nodes])
+        traced = make_fx(run, pre_dispatch=target in OPERATORS)(*[used.meta["val"] for used in nodes])
     inside: dict[fx.Node, Any] = {}
     given = iter(nodes)
     for old in traced.graph.nodes:

@@ -33,6 +33,8 @@ def prepare(program: Program) -> Program:
         foreign = [node for node in found.graph.nodes if node.target in OPERATORS and not _known(node.target)]
         for node in foreign:
             inline(found, node)
+    for node in found.calls(aten.einsum.default):
+        inline(found, node)
     for node in found.calls(integer_matmul):
         if dtype(node.args[0]) != torch.int8:
             _wide_integers(found, node)

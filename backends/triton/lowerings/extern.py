@@ -35,7 +35,7 @@ EXTERN.update(
             aten.searchsorted.Tensor, aten.slice_scatter.default, aten.select_scatter.default, aten.pow.Tensor_Scalar,
             aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.index.Tensor, aten.pad.default, aten.constant_pad_nd.default,
             aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.tile.default,
-            aten.einsum.default, aten.group_norm.default, aten.batch_norm.default, aten.meshgrid.default,
+            aten.group_norm.default, aten.batch_norm.default, aten.meshgrid.default,
             aten.movedim.int, aten.real.default, aten.imag.default, aten.view_as_real.default, aten.complex.default,
             aten.view_as_complex.default, aten.outer.default,
         ],

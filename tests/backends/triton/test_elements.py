@@ -163,3 +163,13 @@ def test_what_would_double_without_end_is_parted() -> None:
 
     runner = agree(program(function, normal(2, 5), dynamic=None), [normal(2, 5)])
     assert len(runner.generated.groups) > 1
+
+
+@pytest.mark.parametrize("equation", ["bnd,bmd->bnm", "bnd,bmd->bmn", "bnd,bmd->bd"])
+def test_einsum_is_products_and_views(equation: str) -> None:
+    def function(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        return torch.relu(torch.einsum(equation, x, y))
+
+    x, y = normal(2, 3, 4), normal(2, 5, 4, seed=1)
+    runner = agree(program(function, x, y), [x, y], [x[:1], y[:1]])
+    assert not runner.generated.externs
