@@ -18,7 +18,16 @@ from torch import Tensor, fx
 
 from ...ir.errors import LoweringError
 from ...ir.graph import Program, arguments, describe_value, source_of
-from ...kernels import attention, block_attention, elementwise, int4_matmul, launch, linear_attention, matmul
+from ...kernels import (
+    attention,
+    block_attention,
+    conv_attention,
+    elementwise,
+    int4_matmul,
+    launch,
+    linear_attention,
+    matmul,
+)
 from .kernel import Kernel, attention_with_bias, product_kernel, tile_kernel
 from .lowerings.table import EXTERN, KERNELS
 from .partition import Group, Planner, kind
@@ -346,7 +355,7 @@ FORWARD = '''def forward(inputs, weights):
     """A list of outputs, from tensors in the order of the program's inputs and its weights by name."""
 '''
 LIBRARY: tuple[ModuleType, ...] = (
-    elementwise, launch, matmul, int4_matmul, attention, block_attention, linear_attention,
+    elementwise, launch, matmul, int4_matmul, attention, block_attention, linear_attention, conv_attention,
 )  # fmt: skip
 RESERVED = {"torch", "triton", "tl", "math", "aten", "device", "Tensor", "inputs", "weights", "forward"}
 RESERVED |= {name for module in LIBRARY for name in vars(module)}

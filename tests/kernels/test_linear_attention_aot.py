@@ -1,4 +1,4 @@
-"""The kernels of linear_attention compiled ahead of time, as they are launched: tensor cores, shared memory, registers."""
+"""The kernels of linear_attention compiled ahead of time: tensor cores, shared memory, registers."""
 
 from typing import Any
 

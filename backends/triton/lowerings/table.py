@@ -11,6 +11,7 @@ from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as Promotion
 
 from ....ir.ops.attention import attention
 from ....ir.ops.block_attention import block_attention
+from ....ir.ops.conv_attention import conv_attention
 from ....ir.ops.linear_attention import linear_attention
 from ....ir.ops.quantize import int4_linear
 from ....ir.ops.window_attention import window_attention
@@ -49,6 +50,7 @@ KERNELS: dict[Any, tuple[str, dict[str, str]]] = {
     window_attention: ("window_attention", {}),
     block_attention: ("block_attention", {}),
     linear_attention: ("linear_attention", {}),
+    conv_attention: ("conv_attention", {}),
     int4_linear: ("int4_matmul", {"input": "x", "weight": "w", "weight_scale": "scale"}),
 }
 # Operators left to PyTorch's own library kernels, with the reason.
