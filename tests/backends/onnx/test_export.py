@@ -1,0 +1,83 @@
+"""Exporting: what cannot be exported is listed with its line, and what the exporter has to be given another way."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from fxpress.backends.onnx.export import check, check_supported, save, to_onnx
+from fxpress.backends.onnx.session import Session
+from fxpress.compiler.trace import bind_example, trace
+from fxpress.ir.equality import compare, run_float64
+from fxpress.ir.errors import LoweringError
+from fxpress.ir.graph import Program
+from fxpress.ir.ops.attention import attention
+from fxpress.ir.rewrite import Context
+from fxpress.passes import Canonicalize
+
+# --- check -----------------------------------------------------------------------------------------------------
+
+
+class Unsupported(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        a = torch.digamma(x)
+        b = torch.mode(x).values
+        return a + b
+
+
+def traced(model: nn.Module, *example: Tensor) -> Program:
+    return trace(model.eval(), bind_example(model, example))
+
+
+def test_check_lists_every_unsupported_node_with_its_line() -> None:
+    problems = check(traced(Unsupported(), torch.rand(3, 3)))
+    assert len(problems) == 2
+    for problem, operator in zip(problems, ("aten.digamma", "aten.mode"), strict=True):
+        assert operator in problem and "test_export.py:" in problem
+
+
+def test_unsupported_nodes_are_one_error_of_one_line() -> None:
+    with pytest.raises(LoweringError, match="2 unsupported: ") as caught:
+        check_supported(traced(Unsupported(), torch.rand(3, 3)))
+    assert "\n" not in str(caught.value)
+
+
+def test_bfloat16_is_refused_with_what_to_do() -> None:
+    with pytest.raises(LoweringError, match=r"no bfloat16 kernels on CPU; use model\.float\(\)"):
+        check_supported(traced(nn.Linear(2, 2).bfloat16(), torch.rand(2, 2).bfloat16()))
+
+
+class Supported(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return attention(x, x, x)
+
+
+def test_a_supported_program_has_no_problems() -> None:
+    assert check(traced(Supported(), torch.rand(2, 4, 6, 8))) == []
+
+
+# --- what the exporter is given another way --------------------------------------------------------------------
+
+
+class Respelled(nn.Module):
+    """Thirds of a length, and numbers less tensors, beside an operator that the exporter has to decompose."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, _, last = (1 - x).chunk(3, 1)
+        return torch.rsub(first * last, 2, alpha=3) + torch.nn.functional.softshrink(x)[:, :1]
+
+
+def test_respelled_for_the_exporter(tmp_path: Path) -> None:
+    model = Respelled().eval()
+    length = Dim("third", min=1) * 3
+    program = trace(model, bind_example(model, (torch.rand(2, 6),)), {"x": {1: length}})
+    rewritten = program.copy()
+    Canonicalize().apply(rewritten, Context())
+    save(to_onnx(rewritten, {}), tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx", threads=1)
+    for size in (6, 9):
+        x = torch.rand(2, size)
+        (found,) = session.run([x.numpy()])
+        assert compare([torch.from_numpy(found)], program.run([x]), run_float64(program, [x])).equal
