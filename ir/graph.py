@@ -33,6 +33,7 @@ from .ops import (  # noqa: F401  # the families register their operators
     table,
     window_attention,
 )
+from .ops.shapes import attention_result
 from .signature import Signature
 
 
@@ -222,6 +223,8 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     names: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         names[node] = copied.node_copy(node, lambda used: names[used])
+        if is_current(node):
+            mark_current(names[node])
     return copied
 
 
@@ -285,10 +288,12 @@ def same_value(first: Any, second: Any) -> bool:
 
 def fake_result(program: Program, node: fx.Node) -> Any:
     """What a call gives on the fake values of its arguments."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: used.meta["val"])
+    values: Any = fx.node.map_arg((node.args, node.kwargs), lambda used: used.meta["val"])
+    args, kwargs = values
     assert callable(node.target)
     with program.fake_mode, torch.no_grad(), enable_python_dispatcher():  # the C++ kernels of some take no symbols
-        return node.target(*args, **kwargs)
+        known = attention_result(*args, **kwargs) if node.target is attention.attention else None
+        return node.target(*args, **kwargs) if known is None else known
 
 
 def _is_default(value: Any, default: Any) -> bool:

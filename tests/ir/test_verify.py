@@ -12,7 +12,7 @@ from build import normal, program
 from torch import Tensor, fx
 
 from fxpress.ir.errors import VerifyError
-from fxpress.ir.graph import Program
+from fxpress.ir.graph import Program, fake_result
 from fxpress.ir.verify import verify
 
 aten = torch.ops.aten
@@ -41,6 +41,24 @@ def output(made: Program) -> fx.Node:
 def test_a_traced_program_is_right(made: Program) -> None:
     verify(made)
     verify(made)  # and is taken as checked the second time
+
+
+def test_a_copy_of_what_was_checked_is_taken_as_checked_until_it_changes(
+    made: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fxpress.ir import verify as module
+
+    verify(made)
+    again: list[fx.Node] = []
+    monkeypatch.setattr(module, "fake_result", lambda program, node: again.append(node) or fake_result(program, node))
+    copied = made.copy()
+    verify(copied)
+    assert again == []
+    relu(copied).meta["val"] = weight(copied).meta["val"]
+    with pytest.raises(VerifyError, match=r"^node relu: "):
+        verify(copied)
+    assert again == [relu(copied)]
+    verify(made)
 
 
 def unknown(x: Any) -> Any:

@@ -51,6 +51,7 @@ def inputs(traced: Program, base: int = 3) -> list[Tensor]:
 
 def rewritten(traced: Program, rewrite: Pass, context: Context | None = None) -> tuple[Program, PassResult]:
     """A rewritten copy, verified before and after, and what the pass did."""
+    verify(traced)  # before it is copied: what is checked once stays so in every copy
     after = traced.copy()
     verify(after)
     result = rewrite.apply(after, context or Context())

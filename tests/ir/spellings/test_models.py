@@ -116,8 +116,10 @@ def test_prompts_without_padding_need_no_mask(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "olmo2", "t5", "gptj", "cohere"])
+@pytest.mark.parametrize(("name", "dtype"), [
+    ("llama", torch.bfloat16), ("llama", torch.float16), ("gemma3", torch.bfloat16), ("olmo2", torch.float16),
+    ("t5", torch.float16), ("gptj", torch.float16), ("cohere", torch.bfloat16),
+])  # fmt: skip
 def test_all_are_found_in_half_precision(name: str, dtype: torch.dtype) -> None:
     tiny = model(name).to(dtype)
     before = trace(tiny, bind_example(tiny, text(2, 12)), "auto")
