@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench golden families survey size clean
+.PHONY: help demo test exhaustive check bench golden families survey size clean
 
 BIN := .venv/bin
 READY := .venv/ready
@@ -38,6 +38,9 @@ demo: $(READY) ## compile and compare a pretrained sentence encoder
 
 test: $(READY) ## run every test, with line coverage of ir/ and passes/ (below 90% fails)
 	@$(BIN)/pytest -n 2 --dist=worksteal --slow --cov
+
+exhaustive: $(READY) ## compile every configuration of every kernel for each architecture (after changes of kernels/)
+	@$(BIN)/pytest -n 2 --slow --exhaustive -m exhaustive
 
 check: $(READY) ## lint, format, types, import rules
 	@$(BIN)/ruff check --quiet .

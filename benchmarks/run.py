@@ -22,7 +22,7 @@ own (report_pruned.py). "sparsity" is a table of what single zeros do, by method
 
 "attention-scaling" measures time and memory of each kind of attention by length, with a plot (attention_scaling.py,
 attention_worker.py, report_scaling.py, plot_attention.py); "attention-quality" what the kinds do to trained models,
-without any timing (attention_quality.py).
+without any timing (attention_quality.py). "torch-compile" is MiniLM through torch.compile (through_dynamo.py).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from report_pruned import pruned_section
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from workloads import OTHERS, REPLACED, SCALING, SPARSITY, WORKLOADS, Shape, Workload
+from workloads import OTHERS, REPLACED, SCALING, SPARSITY, THROUGH, WORKLOADS, Shape, Workload
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 SECTIONS = {"exact": section, "quantized": quantized_section, "pruned": pruned_section}
@@ -61,7 +61,9 @@ def main() -> None:
     options = parser.parse_args()
     candidates = [name for name in CANDIDATES if name in options.only]
     every = list(WORKLOADS) if candidates or options.shapes else [*WORKLOADS, *OTHERS]
-    measures = {SPARSITY: measure_sparsity, SCALING: measure_scaling, REPLACED: measure_replaced}
+    measures = {
+        SPARSITY: measure_sparsity, SCALING: measure_scaling, REPLACED: measure_replaced, THROUGH: measure_through,
+    }  # fmt: skip
     for name in [name for name in (*WORKLOADS, *OTHERS) if name in options.only] or every:
         if name in measures:
             measures[name](options.quick)
@@ -124,6 +126,15 @@ def measure_replaced(quick: bool) -> None:
     with progress(REPLACED) as tell:
         found = [(task, attention_quality.measure(task, tell)) for task in tasks]
     publish(REPLACED, attention_quality.section(found), [], whole=not quick)
+
+
+def measure_through(quick: bool) -> None:
+    """MiniLM through torch.compile's backends, and the first calls of processes."""
+    import through_dynamo
+
+    with progress(THROUGH) as tell:
+        found = through_dynamo.measure(tell, quick)
+    publish(THROUGH, through_dynamo.section(found), [], whole=not quick)
 
 
 @contextmanager

@@ -31,7 +31,13 @@ QUANTIZED_PEERS = (DYNAMIC, DYNAMIC_23, DYNAMIC_OPTIMIZED, STATIC, TORCHAO, TORC
 POINTS = (INT8_CLOSE, INT8, INT8_STATIC, INT4, INT4_NEAREST)  # ours, in the order of the plot's line
 CUTS = (CUT70, CUT50)
 SPARSITY, SCALING, REPLACED = "sparsity", "attention-scaling", "attention-quality"
-OTHERS = (SPARSITY, SCALING, REPLACED)  # sections of RESULTS.md that are no workload, each with a file of its own
+THROUGH = "torch-compile"
+OTHERS = (
+    SPARSITY,
+    SCALING,
+    REPLACED,
+    THROUGH,
+)  # sections of RESULTS.md that are no workload, each with a file of its own
 
 
 @dataclass(frozen=True)

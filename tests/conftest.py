@@ -23,6 +23,7 @@ settings.load_profile("fxpress")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--exhaustive", action="store_true", help="also run the tests marked exhaustive (with --slow)")
     parser.addoption("--update-golden", action="store_true", help="write the golden texts instead of comparing")
 
 
@@ -42,6 +43,8 @@ class _RootIsNoTestPackage:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--slow"):
         _skip(items, "slow", "slow: run with --slow")
+    if not config.getoption("--exhaustive"):
+        _skip(items, "exhaustive", "exhaustive: run with --exhaustive")
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
 

@@ -125,10 +125,22 @@ SMALL = {
 }
 
 
+FEW = (
+    "causal, 64", "causal, 128", "key mask, 128", "window, 64", "one query", "parts",
+    "gradient_query_kernel, causal, 64", "gradient_key_value_kernel, causal, 64",
+)  # fmt: skip  # compiled in each run of the tests; the others with --exhaustive
+
+
+def tried(table: dict[str, dict[str, Any]]) -> list[Any]:
+    """The cases of a table, most of them for --exhaustive alone."""
+    return [name if name in FEW else pytest.param(name, marks=pytest.mark.exhaustive) for name in table]
+
+
 def result(table: dict[str, dict[str, Any]], case: str, arch: int) -> dict[str, Any]:
-    """What came of one case; all of its table are compiled together."""
+    """What came of one case; the few of its table, or the others, are compiled together."""
     archs = (89, 120) if table is SMALL else ARCHS
-    jobs = {f"{name}; {arch}": job(arch, **options) for name, options in table.items() for arch in archs}
+    together = {name: options for name, options in table.items() if (name in FEW) == (case in FEW)}
+    jobs = {f"{name}; {arch}": job(arch, **options) for name, options in together.items() for arch in archs}
     return aot.compiled(jobs)[f"{case}; {arch}"][arch]
 
 
@@ -139,7 +151,7 @@ def test_causal_attention_runs_on_tensor_cores() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tried(CASES))
 @pytest.mark.parametrize("arch", ARCHS)
 def test_tensor_cores_and_no_spills(case: str, arch: int) -> None:
     found = result(CASES, case, arch)
@@ -149,7 +161,7 @@ def test_tensor_cores_and_no_spills(case: str, arch: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("case", tried(OTHERS))
 @pytest.mark.parametrize("arch", ARCHS)
 def test_other_sizes_fit(case: str, arch: int) -> None:
     found = result(OTHERS, case, arch)
@@ -159,7 +171,7 @@ def test_other_sizes_fit(case: str, arch: int) -> None:
         assert not {*TENSOR_CORES.values()} & {*found["instructions"]}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", SMALL)
 @pytest.mark.parametrize("arch", [89, 120])
 def test_graphics_cards_have_less_shared_memory(case: str, arch: int) -> None:
@@ -170,7 +182,7 @@ def test_graphics_cards_have_less_shared_memory(case: str, arch: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", GRADIENTS)
+@pytest.mark.parametrize("case", tried(GRADIENTS))
 @pytest.mark.parametrize("arch", ARCHS)
 def test_gradients(case: str, arch: int) -> None:
     found = result(GRADIENTS, case, arch)

@@ -165,7 +165,7 @@ def test_compiled(name: str, arch: int, packed: bool) -> None:
     assert {"mma.sync", "wgmma", "tcgen05"} & set(found["instructions"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_configuration_fits(arch: int) -> None:
     tasks = {}

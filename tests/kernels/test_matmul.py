@@ -487,7 +487,7 @@ def test_the_combining_kernel_compiles(arch: int) -> None:
     assert "ld.global.v4" in found["instructions"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_configuration_fits(kind: str, arch: int) -> None:

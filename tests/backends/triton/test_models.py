@@ -15,8 +15,10 @@ from fxpress.compiler.families import families
 from fxpress.passes import MaskWeights, Quantize, ReplaceAttention
 
 FAMILIES = {family.name: family for family in families()}
+FEW = ("bert", "gpt2", "llama", "vit", "t5", "whisper")
 # nn.Transformer is of a size that takes the interpreter minutes.
-TRIED = ["bert", "gpt2", "llama", "vit", *sorted(FAMILIES.keys() - {"bert", "gpt2", "llama", "vit", "nn.Transformer"})]
+OTHERS = sorted(FAMILIES.keys() - {*FEW, "nn.Transformer"})
+TRIED = [*FEW, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OTHERS)]
 
 
 @pytest.mark.slow
