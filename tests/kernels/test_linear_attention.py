@@ -26,9 +26,9 @@ def equal(query: Tensor, key: Tensor, value: Tensor, small: bool = True, **optio
         return check(op.linear_attention, kernels, query, key, value, blocks=None, **options)
 
 
-def features(query: Tensor, key: Tensor, size: int, heavy: float = 1.0) -> dict[str, Tensor]:
+def features(query: Tensor, key: Tensor, size: int) -> dict[str, Tensor]:
     """Features of queries and keys, not negative."""
-    made = (normal(*x.shape[:3], size, seed=7 + place).mul(heavy).exp() for place, x in enumerate((query, key)))
+    made = (normal(*x.shape[:3], size, seed=7 + place).exp() for place, x in enumerate((query, key)))
     query_features, key_features = (x.to(query.dtype) for x in made)
     return {"query_features": query_features, "key_features": key_features}
 
