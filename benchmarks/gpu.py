@@ -245,6 +245,7 @@ def _attention_rows(bench: Bench, dry: bool, length: int) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from fxpress.kernels.attention import attention, window_attention
+    from fxpress.kernels.linear_attention import linear_attention
 
     dtype = torch.float32 if dry else torch.bfloat16
     heads, size = (2, 16) if dry else (16, 64)
@@ -274,6 +275,12 @@ def _attention_rows(bench: Bench, dry: bool, length: int) -> None:
         "fxpress exact": lambda: lambda: attention(q, k, v),
     }
     bench.measure(Row("attention", f"window 128, batch {batch}, length {length}", flops), windows)
+    features = [torch.rand(batch, heads, length, 64, device=bench.device, dtype=dtype) for _ in range(2)]
+    for causal in (False, True):
+        linear = {"fxpress linear": lambda causal=causal: lambda: linear_attention(q, k, v, *features, causal=causal)}
+        shown = "causal" if causal else "all keys"
+        flops = 4.0 * batch * heads * length * 64 * size
+        bench.measure(Row("attention", f"linear, 64 features, {shown}, batch {batch}, length {length}", flops), linear)
 
 
 # --- ceilings and the table -----------------------------------------------------------------------------------------
