@@ -92,10 +92,37 @@ def _exportable(opset: int) -> Callable[[Any], bool]:
     """Whether torch's exporter translates an operator at an opset."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    with quietly():
-        registry = ONNXRegistry.from_torchlib(opset_version=opset)
-    translates: Callable[[Any], bool] = registry.is_registered
+    translates: Callable[[Any], bool] = _translations(ONNXRegistry.from_torchlib, opset).is_registered
     return translates
+
+
+@functools.cache
+def _translations(read: Callable[..., Any], opset: int) -> Any:
+    """The table of what torch's exporter translates at an opset."""
+    with quietly():
+        return read(opset_version=opset)
+
+
+@contextlib.contextmanager
+def _translations_read_once() -> Iterator[None]:
+    """Give torch's exporter copies of its table, which it would read anew, half a second, at each export."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    described, read = ONNXRegistry.__dict__["from_torchlib"], ONNXRegistry.from_torchlib
+
+    def again(opset_version: int) -> ONNXRegistry:
+        known = _translations(read, opset_version)
+        registry = ONNXRegistry()
+        registry._opset_version = known.opset_version
+        registry.functions = {target: list(found) for target, found in known.functions.items()}
+        return registry
+
+    registries: Any = ONNXRegistry
+    registries.from_torchlib = staticmethod(again)
+    try:
+        yield
+    finally:
+        registries.from_torchlib = described
 
 
 def _decomposable(target: torch._ops.OpOverload) -> bool:
@@ -148,7 +175,7 @@ def write_onnx(
     exported: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int = OPSET
 ) -> onnx_ir.Model:
     """torch's exporter, then what depends on weights alone is computed."""
-    with quietly():
+    with quietly(), _translations_read_once():
         result = torch.onnx.export(
             exported,
             dynamo=True,

@@ -31,7 +31,6 @@ def test_readme_examples_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     examples = "".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     exec(compile(examples, "README.md", "exec"), {})
     assert capsys.readouterr().out.endswith(re.findall(r"```\n(program.*?)```", README, re.DOTALL)[-1] + "\n")
@@ -46,7 +45,6 @@ PAGES = [page.name for page in sorted((ROOT / "docs").glob("*.md")) if "```pytho
 @pytest.mark.parametrize("page", PAGES)
 def test_examples_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     examples = "".join(
         re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
     )

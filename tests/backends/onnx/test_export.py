@@ -81,3 +81,15 @@ def test_respelled_for_the_exporter(tmp_path: Path) -> None:
         x = torch.rand(2, size)
         (found,) = session.run([x.numpy()])
         assert compare([torch.from_numpy(found)], program.run([x]), run_float64(program, [x])).equal
+
+
+def test_the_exporters_table_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.onnx._internal.exporter import _registration
+
+    program = traced(nn.ReLU(), torch.rand(3, 2))
+    first = to_onnx(program, {})
+    described = _registration.ONNXRegistry.__dict__["from_torchlib"]
+    monkeypatch.setattr(_registration, "onnxscript_apis", None)  # reading it again would fail
+    assert [node.op_type for node in to_onnx(program, {}).graph] == [node.op_type for node in first.graph]
+    assert _registration.ONNXRegistry.__dict__["from_torchlib"] is described
+    assert isinstance(described, classmethod)
