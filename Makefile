@@ -39,7 +39,7 @@ demo: $(READY) ## compile and compare a pretrained sentence encoder
 test: $(READY) ## run every test, with line coverage of ir/ and passes/ (below 90% fails)
 	@$(BIN)/pytest -n 2 --dist=worksteal --slow --cov
 
-exhaustive: $(READY) ## compile every configuration of every kernel for each architecture (after changes of kernels/)
+exhaustive: $(READY) ## each of many alike that make test samples: kernels compiled for each architecture, families (after changes of kernels)
 	@$(BIN)/pytest -n 2 --slow --exhaustive -m exhaustive
 
 check: $(READY) ## lint, format, types, import rules

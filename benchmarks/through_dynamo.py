@@ -40,7 +40,7 @@ Results = dict[tuple[str, tuple[int, int]], Found]
 
 def measure(tell: Callable[[str], None], quick: bool) -> Results:
     """All candidates in turn, in several rounds; each round begins with an empty cache."""
-    rounds, seconds = (1, 0.2) if quick else (3, 3.0)
+    rounds, seconds = (1, 0.2) if quick else (2, 2.0)
     results: Results = {(name, shape): Found() for shape in SHAPES for name in CANDIDATES}
     for turn in range(rounds):
         for shape in SHAPES:
@@ -72,7 +72,7 @@ def section(results: Results) -> str:
     from report import environment
 
     lines = [
-        environment("3 rounds of 3 s, each process on one thread"),
+        environment("2 rounds of 2 s, each process on one thread"),
         "",
         "First call: of a process whose cache is empty, imports not counted; second process: the same with what the",
         "first one left. Milliseconds: the median of the rounds' medians.",

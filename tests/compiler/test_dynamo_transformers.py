@@ -34,11 +34,17 @@ def _fresh() -> Iterator[None]:
         yield
 
 
+def _marks(family: str, backend: str) -> Any:
+    """Every family with the eager backend; with ONNX Runtime, which is tested for itself, a few in each run."""
+    if backend == "eager":
+        return () if family in QUICK else pytest.mark.slow
+    return pytest.mark.slow if family in (*QUICK, "llama") else pytest.mark.exhaustive
+
+
 @pytest.mark.parametrize(
     ("family", "backend"),
     [
-        pytest.param(family, backend, id=f"{family.name}-{backend}",
-                     marks=() if family.name in QUICK and backend == "eager" else pytest.mark.slow)
+        pytest.param(family, backend, id=f"{family.name}-{backend}", marks=_marks(family.name, backend))
         for family in FAMILIES.values() for backend in ("eager", "onnx")
     ],
 )  # fmt: skip
