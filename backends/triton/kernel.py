@@ -97,7 +97,6 @@ def product_kernel(
     emitter, stored = planner.emit(group, strides)
     assert group.anchor is not None
     product = product_of(group.anchor)
-    names = parameters(planner.program, planner.sizes, emitter, stored)
     axes = [f"{name} = {emitter.text(place)}" for name, place in emitter.frame.definitions(set(emitter.symbols))]
     names = parameters(planner.program, planner.sizes, emitter, stored)
     widen = [f"{name} = tl.cast({name}, tl.int64)" for name in names.sizes]

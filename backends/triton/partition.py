@@ -77,7 +77,6 @@ class Planner:
 
     program: Program
     sizes: Sizes
-    groups: list[Group] = field(default_factory=list)
     refused: dict[fx.Node, str] = field(default_factory=dict)  # what cannot be fused even alone, and why
     inlined: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)  # by attention: what computes its bias in it
 

@@ -38,8 +38,6 @@ def test_an_encoder_takes_what_the_model_does() -> None:
     compiled = fxpress.compile(model, example_inputs=given, backend="triton")
     assert compiled.report.equal
     torch.testing.assert_close(compiled(**given), model(**given))
-    padded = given["mask"]
-    assert not padded.all()
 
 
 @pytest.mark.parametrize(
