@@ -67,7 +67,7 @@ class Bench:
                 self.synchronize()
                 ready[name] = run
             except Exception as error:  # noqa: BLE001  whatever stops one candidate is that candidate's result
-                row.notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+                row.notes[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:90]}"
             print(f"{row.section}: {row.name}: {name}: ready in {time.monotonic() - start:.1f} s", flush=True)
         rounds: dict[str, list[float]] = {name: [] for name in ready}
         for _ in range(5):

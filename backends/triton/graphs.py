@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ir.errors import one_line
+
 Forward = Callable[[Sequence[Tensor]], list[Any]]
 LIMIT = 8  # graphs: each keeps the memory of all that is computed in it
 
@@ -48,8 +50,8 @@ class Graphs:
             try:
                 self._seen[key] = self._capture(self._forward, tensors)
             except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                warnings.warn(f"no CUDA graph for {[list(tensor.shape) for tensor in tensors]}: {reason}", stacklevel=2)
+                shapes = [list(tensor.shape) for tensor in tensors]
+                warnings.warn(f"no CUDA graph for {shapes}: {one_line(error)}", stacklevel=2)
                 self._seen[key] = self._forward
         replay = self._seen[key]
         assert replay is not None
