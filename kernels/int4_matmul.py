@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .launch import arch_of
-from .matmul import dot_precision
+from .matmul_configs import dot_precision
 
 
 @triton.jit

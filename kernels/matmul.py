@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import arch_of
+from .matmul_configs import dot_precision, first_config, tma_takes
 
 
 @triton.jit
@@ -386,44 +386,6 @@ def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", k
     return out
 
 
-FIRST_CONFIGS = {}  # what `first_config` found, by its arguments
-
-
-def first_config(M, N, K, dtype, device, batch, precision, tma, sums):
-    """The best guess of `matmul_configs` for a device, remembered; as for sm_80 where there is no GPU."""
-    key = (M, N, K, dtype, device, batch, precision, tma, sums)
-    if key not in FIRST_CONFIGS:
-        if len(FIRST_CONFIGS) >= 4096:  # lengths may grow without end
-            FIRST_CONFIGS.clear()
-        FIRST_CONFIGS[key] = matmul_configs(M, N, K, dtype, arch_of(device), batch, precision, tma, sums)[0]
-    return FIRST_CONFIGS[key]
-
-
-def dot_precision(precision, dtype, weight_dtype, device):
-    """What to ask of tl.dot for x of one dtype and a weight of another, which the kernel casts to that of x.
-
-    On sm_100 Triton takes tf32 for "ieee" where an operand is made of narrower numbers (its issue 10176), as if the
-    other operand were of so few bits too: there it is "tf32x3", which has nearly all of float32.
-    """
-    wrong = precision == "ieee" and dtype == torch.float32 != weight_dtype and 100 <= arch_of(device) < 120
-    return "tf32x3" if wrong else precision
-
-
-def tma_takes(x, w):
-    """Whether TMA can load blocks of x [M, K] and w [N, K], or of batches of one: rows contiguous, 16 bytes aligned."""
-    if x.dtype != w.dtype:
-        return False
-    size = x.element_size()
-    for matrix in (x, w):
-        rows, columns = matrix.shape[-2:]
-        step, one = matrix.stride()[-2:]
-        if one != 1 or step <= 0 or step * size % 16 or matrix.data_ptr() % 16:
-            return False
-        if not matrix.numel() == rows * columns > 0:
-            return False
-    return True
-
-
 def linear_rows(x):
     """x [..., K] as [1, 1, M, K], M the product of the other sizes: a view, unless no stride walks over them."""
     return x.reshape(1, 1, x.shape[:-1].numel(), x.shape[-1])
@@ -472,92 +434,3 @@ def batch_strides(batch, matrices, fixed=False):
         strides.append((*pair, *matrix.stride()[-2:]))
         copies.append(matrix)
     return inner, strides, copies
-
-
-def matmul_configs(M, N, K, dtype, arch, batch=1, precision="ieee", tma=False, sums=128):
-    """Configurations of `matmul` for x [batch, M, K] and w [batch, N, K] on sm_`arch`, the best guess first.
-
-    A configuration is a dict: BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT (parts of K, combined by a second kernel), TMA
-    (only where `tma` says that `tma_takes` x and w), num_warps and num_stages. None asks for more shared memory or
-    registers than there are. They are ordered by a model of the time: the tiles that the busiest multiprocessor
-    computes, what it loads for them, and what all of them load. A thread keeps at most `sums` sums.
-    """
-    size = torch.empty((), dtype=dtype, device="meta").element_size()
-    scalar = dtype == torch.float32 and precision == "ieee"  # no tensor cores
-    # wgmma and tcgen05 read their operands from shared memory; Triton has no tcgen05 for integers before 3.9.
-    from_shared = not scalar and 90 <= arch < 120 and (arch < 100 or size > 1)
-    unaligned = K * size % 16 != 0
-    # By the oldest architecture that has it: multiprocessors, bytes of shared memory, and in a microsecond the bytes
-    # from memory, the bytes of one multiprocessor from the L2 cache, its products in 16 bits and in plain float32.
-    machines = {
-        80: (108, 163 * 1024, 1.9e6, 4.5e4, 1.4e6, 0.9e5),
-        86: (84, 99 * 1024, 0.9e6, 3e4, 0.9e6, 2e5),
-        90: (132, 227 * 1024, 4e6, 5.5e4, 3.7e6, 2.5e5),
-        100: (148, 227 * 1024, 7.5e6, 6e4, 7.6e6, 2.5e5),
-        120: (170, 99 * 1024, 1.7e6, 3e4, 1.2e6, 3e5),
-    }
-    processors, shared, memory_rate, cache_rate, tensor_rate, scalar_rate = machines[
-        max((known for known in machines if known <= arch), default=80)
-    ]
-    rate = scalar_rate if scalar else tensor_rate * (2 / size) / (3 if precision == "tf32x3" else 1)
-    # BLOCK_M, BLOCK_N, bytes of BLOCK_K, warps, stages, part of the rate that is reached
-    tiles = (
-        [(16, 64, 128, 4, 3, 0.3), (32, 64, 64, 4, 3, 0.6), (64, 64, 64, 4, 3, 0.8), (64, 128, 64, 8, 3, 0.9)]
-        if scalar
-        else [
-            (16, 32, 64, 4, 4, 0.05),
-            (16, 32, 256, 4, 4, 0.1),
-            (16, 64, 256, 4, 4, 0.15),
-            (16, 128, 128, 4, 4, 0.2),
-            (32, 64, 128, 4, 4, 0.25),
-            (32, 128, 128, 4, 4, 0.35),
-            (64, 64, 32, 4, 4, 0.3),
-            (64, 64, 64, 4, 4, 0.4),
-            (64, 64, 128, 4, 4, 0.5),
-            (64, 128, 128, 4, 4, 0.65),
-            (128, 64, 128, 4, 4, 0.65),
-            (64, 256, 128, 8, 3, 0.7),
-            (128, 128, 64, 8, 4, 0.75),
-            (128, 128, 128, 8, 3, 0.8),
-            (128, 128, 128, 4, 4, 0.85),
-            (128, 256, 64, 8, 4, 0.95),
-            (128, 256, 128, 8, 3, 1.0),
-        ]
-    )
-    found = []
-    for block_m, block_n, depth, warps, stages, reached in tiles:
-        block_k = depth // size
-        if block_k < (32 if size == 1 else 16):  # what tl.dot takes
-            continue
-        if max(stages * (block_m + block_n) * block_k * size, block_m * block_n * 4) > shared:
-            continue
-        # Half of a thread's 255 registers may be sums by default; where operands are there too, of a lesser depth.
-        if block_m * block_n * (1 if from_shared else depth / 64) > sums * 32 * warps:
-            continue
-        # Rows that are not aligned are loaded an element at a time, each with its address; others suit wide blocks.
-        if unaligned:
-            if block_m * block_n + 2 * (block_m + block_n) * block_k > 80 * 32 * warps:
-                continue
-        elif depth < (128 if from_shared else 64):
-            continue
-        # More than half of such a tile would be outside, and there is a smaller one.
-        if (block_m > 16 and block_m >= 2 * M) or (block_n > 64 and block_n >= 2 * N):
-            continue
-        count = -(-M // block_m) * -(-N // block_n) * batch
-        for split in (1, 2, 4, 8, 16):
-            # Parts are for tiles too few to go round; tiles of half the size come first.
-            if split > 1 and (
-                count * split > 2 * processors or 4 * split * block_k > K or block_m * block_n > 64 * 32 * warps
-            ):
-                break
-            busiest = -(-count * split // processors) / split
-            products = busiest * block_m * block_n * K / (rate * reached)
-            loads = busiest * (min(block_m, M) + min(block_n, N)) * K * size / cache_rate
-            bytes_moved = batch * ((M + N) * K + M * N) * size + (split > 1) * 8 * split * batch * M * N
-            time = max(products, loads, bytes_moved / memory_rate) + busiest * split + (3 if split > 1 else 0)
-            names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "SPLIT", "TMA", "num_warps", "num_stages")
-            for described in (True, False) if tma and split == 1 and arch >= 90 and not scalar else (False,):
-                values = (block_m, block_n, block_k, 8, split, described, warps, stages)
-                found.append((time, dict(zip(names, values, strict=True))))
-    found.sort(key=lambda pair: pair[0])
-    return [config for _, config in found]

@@ -27,6 +27,7 @@ from ...kernels import (
     launch,
     linear_attention,
     matmul,
+    matmul_configs,
 )
 from .kernel import Kernel, attention_with_bias, product_kernel, tile_kernel
 from .lowerings.table import EXTERN, KERNELS
@@ -355,7 +356,8 @@ FORWARD = '''def forward(inputs, weights):
     """A list of outputs, from tensors in the order of the program's inputs and its weights by name."""
 '''
 LIBRARY: tuple[ModuleType, ...] = (
-    elementwise, launch, matmul, int4_matmul, attention, block_attention, linear_attention, conv_attention,
+    elementwise, launch, matmul, matmul_configs, int4_matmul, attention, block_attention, linear_attention,
+    conv_attention,
 )  # fmt: skip
 RESERVED = {"torch", "triton", "tl", "math", "aten", "device", "Tensor", "inputs", "weights", "forward"}
 RESERVED |= {name for module in LIBRARY for name in vars(module)}
