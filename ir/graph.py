@@ -21,6 +21,7 @@ from .ops import (  # noqa: F401  # the families register their operators
     attention,
     block_attention,
     conv_attention,
+    float8,
     integer,
     linear,
     linear_attention,

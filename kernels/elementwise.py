@@ -118,3 +118,18 @@ def greater(x, y):
 def smaller(x, y):
     """The smaller; NaN where one is."""
     return tl.where((x < y) | (x != x), x, y)
+
+
+@triton.jit
+def float8_e4m3(x):
+    """The number of float8_e4m3 nearest to x, ties to even, within -448..448; computed in fp32.
+
+    A sum with 1.5 * 2^20 times the power of two in x has room for three bits of fraction, so it need not be an
+    architecture that has the format.
+    """
+    kept = x.to(tl.float32)
+    kept = tl.where(tl.abs(kept) < 448.0, kept, tl.where(kept == kept, tl.where(kept < 0, -448.0, 448.0), kept))
+    exponent = kept.to(tl.int32, bitcast=True) & 0x7F800000
+    exponent = tl.where(exponent > 0x3C800000, exponent, 0x3C800000)  # 2^-6: from there on down steps stay 2^-9
+    edge = exponent.to(tl.float32, bitcast=True) * 1572864.0
+    return ((kept + edge) - edge).to(x.dtype)

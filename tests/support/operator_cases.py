@@ -23,6 +23,10 @@ def int8(*sizes: int, seed: int = 0) -> Tensor:
     return (normal(*sizes, seed=seed) * 40).round().clamp(-128, 127).to(torch.int8)
 
 
+def float8(*sizes: int) -> Tensor:
+    return (normal(*sizes) * 100).to(torch.float8_e4m3fn)
+
+
 def fixed(*sizes: int) -> Tensor:
     """Numbers in fixed point."""
     return (normal(*sizes) * 65536).to(torch.int32)
@@ -82,6 +86,10 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("int8_linear", (int8(3, 16), torch.tensor(0.1), torch.tensor(3.0), int8(7, 16), normal(7, 1).abs(), None), {}),
     ("int4_linear", (x, torch.arange(56).reshape(7, 8).to(torch.uint8) * 4, normal(7, 4).abs(), None, bias), {}),
     ("int4_linear", (x, torch.arange(56).reshape(7, 8).to(torch.uint8), normal(7, 2), int8(7, 2) // 32, None), {}),
+    ("float8_quantize", (x * 50, normal(3, 5, 1).abs()), {}),
+    ("float8_scale", (x,), {}),
+    ("float8_linear", (x, float8(7, 16), normal(7).abs(), bias), {}),
+    ("float8_linear", (x, float8(7, 16), normal(7).abs(), None, True), {}),
     ("requantize", (int8(3, 8), large, 22, None, -128, 127), {}),
     ("integer_add", (int8(3, 8), int8(3, 8, seed=1), large, large // 3, 22, -128, 127), {}),
     ("integer_linear", (int8(3, 5, 16), int8(7, 16, seed=1), torch.arange(7, dtype=torch.int32)), {}),

@@ -11,6 +11,7 @@ from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as Promotion
 from torch._prims_common import elementwise_dtypes
 
 from ....ir.graph import arguments
+from ....ir.ops.float8 import float8_quantize
 from ..emitter import CannotFuse, Emitter, Index, Value, computed, literal
 from .table import POINTWISE, pointwise
 
@@ -248,6 +249,11 @@ for _target, _text in {
     aten.trunc.default: "truncate({x})",
 }.items():
     pointwise(_target)(lambda x, _text=_text: _text.format(x=x) if x.dtype.is_floating_point else str(x))
+
+
+@pointwise(float8_quantize)
+def _float8_quantize(x: Value, scale: Value) -> str:
+    return f"float8_e4m3({x} / {scale})"
 
 
 @pointwise(aten.frac.default)

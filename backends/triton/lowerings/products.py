@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import fx
 
 from ....ir.graph import arguments, describe_value
 from ....ir.ops.integer import integer_linear, integer_matmul
+from ....ir.ops.quantize import int4_linear
 from ..emitter import CannotFuse
 from .table import EXTERN
 
@@ -19,11 +20,23 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Product:
-    """A product of `left` [..., M, K] and `right`, [..., N, K] or, where it is not `transposed`, [..., K, N]."""
+    """A product of `left` [..., M, K] and `right`, [..., N, K] or, where it is not `transposed`, [..., K, N].
+
+    Attributes:
+        function: of kernels/, which launches it.
+        others: what it takes besides, by the names of its parameters, in their order.
+    """
 
     left: fx.Node
     right: fx.Node
     transposed: bool
+    function: str = "matmul"
+    others: Mapping[str, fx.Node] = field(default_factory=dict)
+
+    @property
+    def operands(self) -> tuple[fx.Node, ...]:
+        """All that is multiplied, which must be in memory before."""
+        return (self.left, self.right, *self.others.values())
 
     @property
     def batched(self) -> bool:
@@ -38,8 +51,20 @@ PRODUCTS: dict[Any, Callable[[dict[str, Any]], Product]] = {
     aten.bmm.default: lambda given: Product(given["self"], given["mat2"], False),
     integer_matmul: lambda given: Product(given["input"], given["other"], False),
     integer_linear: lambda given: Product(given["input"], given["weight"], True),
+    int4_linear: lambda given: Product(
+        given["input"],
+        given["weight"],
+        True,
+        "int4_matmul",
+        _given(given, weight_scale="scale", zero_point="zero_point"),
+    ),
 }
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# By function: what it takes as `left` and as `right`, and whether these must be of one dtype.
+DTYPES: dict[str, tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...], bool]] = {
+    "matmul": ((*FLOATS, torch.int8), (*FLOATS, torch.int8), True),
+    "int4_matmul": (FLOATS, (torch.uint8,), False),
+}
 EXTERN.update(
     dict.fromkeys(
         [
@@ -60,13 +85,19 @@ def check_product(node: fx.Node) -> None:
     Raises:
         CannotFuse: if the kernel of products does not take the operands.
     """
-    given = product_of(node)
-    for operand in (given.left, given.right):
-        found = operand.meta["val"]
-        if found.dtype not in DTYPES or found.dtype != given.left.meta["val"].dtype or found.dim() < 2:
+    product = product_of(node)
+    left, right = product.left.meta["val"], product.right.meta["val"]
+    lefts, rights, alike = DTYPES[product.function]
+    for found, allowed in ((left, lefts), (right, rights)):
+        if found.dtype not in allowed or (alike and found.dtype != left.dtype) or found.dim() < 2:
             raise CannotFuse(f"{node.name} multiplies {describe_value(found)}")
 
 
 def product_of(node: fx.Node) -> Product:
     """The operands of a node of `PRODUCTS`."""
     return PRODUCTS[node.target](arguments(node))
+
+
+def _given(given: Mapping[str, Any], **names: str) -> dict[str, fx.Node]:
+    """The arguments of these names that are given, by what the function calls them."""
+    return {name: given[argument] for argument, name in names.items() if given[argument] is not None}

@@ -13,7 +13,6 @@ from ....ir.ops.attention import attention
 from ....ir.ops.block_attention import block_attention
 from ....ir.ops.conv_attention import conv_attention
 from ....ir.ops.linear_attention import linear_attention
-from ....ir.ops.quantize import int4_linear
 from ....ir.ops.window_attention import window_attention
 from ..emitter import Emitter, Index, Value
 
@@ -51,7 +50,6 @@ KERNELS: dict[Any, tuple[str, dict[str, str]]] = {
     block_attention: ("block_attention", {}),
     linear_attention: ("linear_attention", {}),
     conv_attention: ("conv_attention", {}),
-    int4_linear: ("int4_matmul", {"input": "x", "weight": "w", "weight_scale": "scale"}),
 }
 # Operators left to PyTorch's own library kernels, with the reason.
 EXTERN: dict[Any, str] = {}

@@ -10,13 +10,14 @@ from kernels_agree import agree, calling
 from torch import Tensor
 
 from fxpress.backends.triton.lowerings.table import POINTWISE
+from fxpress.ir.ops.float8 import FLOAT8, float8_quantize
 
 aten = torch.ops.aten
 INTEGER = ("bitwise", "shift", "__and__", "__or__", "__xor__")
 FLOAT_ONLY = (
     "relu6", "hardtanh", "hardsigmoid", "hardswish", "silu", "mish", "softplus", "gelu", "elu", "leaky_relu", "frac",
     "lerp", "log", "exp", "sqrt", "sin", "cos", "tanh", "sigmoid", "erf", "reciprocal", "floor", "ceil", "round",
-    "trunc", "addcmul", "isinf", "isnan", "isfinite", "true_divide",
+    "trunc", "float8", "addcmul", "isinf", "isnan", "isfinite", "true_divide",
 )  # fmt: skip
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.5, -3.5, math.inf, -math.inf, math.nan, 1e-4, -1e-4, 30.0, -30.0]
 BOOLEAN = ("logical", "bitwise_and", "bitwise_not")
@@ -71,6 +72,16 @@ def test_equals_eager(target: Any, dtype: torch.dtype) -> None:
     options = {"rounding_mode": "floor"} if str(target).endswith("_mode") else {}
     made, tensors = calling(target, *given, **options)
     agree(made, tensors)
+
+
+def test_float8_is_rounded_as_pytorch_rounds_it() -> None:
+    """Numbers with every exponent and every first seven bits of the fraction, which holds all ties, and their
+    neighbours."""
+    bits = torch.arange(0x7F80, dtype=torch.int32) << 16
+    x = torch.cat([bits, bits[1:] - 1, bits + 1]).view(torch.float32)
+    x = torch.cat([x, -x, torch.tensor([math.inf, -math.inf])])
+    made, tensors = calling(float8_quantize, x, torch.ones(()))
+    assert torch.equal(agree(made, tensors).run(tensors)[0], x.clamp(-448, 448).to(FLOAT8).float())
 
 
 @pytest.mark.parametrize("rounding_mode", ["trunc", "floor"])
