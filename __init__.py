@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .compiler.artifact import LoadedModel, load
     from .compiler.callbacks import mask_callback
     from .compiler.driver import Compiled, compile, export_onnx
-    from .compiler.dynamo_accelerate import register_with_accelerate
-    from .compiler.dynamo_report import reports
+    from .compiler.dynamo.accelerate import register_with_accelerate
+    from .compiler.dynamo.report import reports
     from .ir import errors
     from .ir.pruning.schedule import MaskScheduler
 
@@ -32,8 +32,8 @@ _HOMES = {
     "export_onnx": ".compiler.driver",
     "load": ".compiler.artifact",
     "mask_callback": ".compiler.callbacks",
-    "register_with_accelerate": ".compiler.dynamo_accelerate",
-    "reports": ".compiler.dynamo_report",
+    "register_with_accelerate": ".compiler.dynamo.accelerate",
+    "reports": ".compiler.dynamo.report",
 }
 _FOLDERS = {"errors": ".ir.errors", "passes": ".passes"}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxpress
-from fxpress.compiler.dynamo_report import Reports
+from fxpress.compiler.dynamo.report import Reports
 from fxpress.ir.equality import compare, widen
 
 Call = Callable[..., Any]
