@@ -132,7 +132,9 @@ def int4_matmul_kernel(
     # end
 
 
-def int4_matmul(x, w, scale, zero_point=None, out=None, bias=None, extra=(), config=None, precision="ieee"):
+def int4_matmul(
+    x, w, scale, zero_point=None, out=None, bias=None, extra=(), config=None, precision="ieee", kernels=None
+):
     """x ((w - zero_point) scale)^T + bias for x [..., K]: [..., N].
 
     Args:
@@ -145,6 +147,7 @@ def int4_matmul(x, w, scale, zero_point=None, out=None, bias=None, extra=(), con
         extra: the arguments of a generated epilogue, in place of `bias` and `out`.
         config: one of `int4_configs`; by default its best guess.
         precision: of float32, as that of `matmul`.
+        kernels: a generated one in place of `int4_matmul_kernel`, with the epilogue of `extra`.
 
     Returns:
         `out`, or None if a generated epilogue writes the results.
@@ -171,7 +174,8 @@ def int4_matmul(x, w, scale, zero_point=None, out=None, bias=None, extra=(), con
         config = int4_configs(M, N, K, x.dtype, arch_of(x.device))[0]
     hooks = extra or (bias, out, 0, 0, N, 1)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
-    int4_matmul_kernel[(tiles,)](
+    (kernel,) = kernels or (int4_matmul_kernel,)
+    kernel[(tiles,)](
         rows, w, scale, zero_point, *hooks, M, N, K, *rows.stride(), w.stride(0), *scale.stride(),
         *((0, 0) if zero_point is None else zero_point.stride()),
         GROUP=group, PACKED=packed, PRECISION=dot_precision(precision, x.dtype, w.dtype, x.device),

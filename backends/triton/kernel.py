@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import fx
 
 from ...ir.graph import Program, describe_value
 from ...kernels.attention import attention_kernel
+from ...kernels.int4_matmul import int4_matmul_kernel
 from ...kernels.matmul import matmul_combine_kernel, matmul_descriptor_kernel, matmul_kernel
 from .emitter import Emitter
 from .lowerings.products import product_of
@@ -20,6 +22,12 @@ from .sizes import Sizes, text
 
 INDENT = "    "
 HEAVY = ("tl.erf", "tl.exp", "tl.log", "tl.sin", "tl.cos", "tanh(", "sigmoid(", "power(", "log1p(", "expm1(")
+# By the function of kernels/ that launches a product: the kernels that take an epilogue, in the order in which the
+# function takes them; what is added to the first one's name for the others.
+TEMPLATES: dict[str, dict[str, Any]] = {
+    "matmul": {"": matmul_kernel, "combine": matmul_combine_kernel, "descriptor": matmul_descriptor_kernel},
+    "int4_matmul": {"": int4_matmul_kernel},
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ def tile_kernel(
 def product_kernel(
     planner: Planner, group: Group, strides: Callable[[fx.Node], Any], variable: Callable[[fx.Node], str]
 ) -> Kernel:
-    """A matrix product and what is computed of it, in the kernels of kernels/matmul.py."""
+    """A matrix product and what is computed of it, in the kernels of `TEMPLATES`."""
     emitter, stored = planner.emit(group, strides)
     assert group.anchor is not None
     product = product_of(group.anchor)
@@ -102,18 +110,22 @@ def product_kernel(
     widen = [f"{name} = tl.cast({name}, tl.int64)" for name in names.sizes]
     head = ["batch = tl.full([1, 1], 0, tl.int64) + batch", "row_inside = rows < M", "col_inside = cols < N"]
     epilogue = [*widen, *head, *axes, *emitter.lines()]
-    body = spliced(matmul_kernel, {"parameters": names.lines(), "epilogue": epilogue})
-    others = {
-        name: spliced(kernel, {"parameters": names.lines(), "epilogue": epilogue})
-        for name, kernel in (("combine", matmul_combine_kernel), ("descriptor", matmul_descriptor_kernel))
-    }
-    left = variable(product.left) if product.batched else f"linear_rows({variable(product.left)})"
+    hooks = {"parameters": names.lines(), "epilogue": epilogue}
+    body, *others = (spliced(kernel, hooks) for kernel in TEMPLATES[product.function].values())
+    variants = [variant for variant in TEMPLATES[product.function] if variant]
+    left = variable(product.left)
+    if product.function == "matmul" and not product.batched:
+        left = f"linear_rows({left})"
     right = variable(product.right) + ("" if product.transposed else ".transpose(-1, -2)")
-    extra = ", ".join(names.arguments(variable))
-    call = f"matmul({left}, {right}, extra=({extra},), kernels=({{kernel}}, {{kernel}}_combine, {{kernel}}_descriptor)"
-    call += ", sums=64)" if any(name in line for line in epilogue for name in HEAVY) else ")"
-    reads = dict.fromkeys([product.left, product.right, *emitter.inputs])
-    return Kernel(group.name, body, call, tuple(reads), tuple(stored), others)
+    given = [left, right, *(f"{name}={variable(node)}" for name, node in product.others.items())]
+    given.append(f"extra=({', '.join(names.arguments(variable))},)")
+    kernels = ["{kernel}", *(f"{{kernel}}_{variant}" for variant in variants)]
+    given.append(f"kernels=({', '.join(kernels)}{'' if variants else ','})")
+    if any(name in line for line in epilogue for name in HEAVY) and product.function == "matmul":
+        given.append("sums=64")
+    call = f"{product.function}({', '.join(given)})"
+    reads = dict.fromkeys([*product.operands, *emitter.inputs])
+    return Kernel(group.name, body, call, tuple(reads), tuple(stored), dict(zip(variants, others, strict=True)))
 
 
 def attention_with_bias(
@@ -136,7 +148,7 @@ def attention_with_bias(
 
 def spliced(kernel: Any, hooks: Mapping[str, Sequence[str]]) -> str:
     """The source of a kernel from its parameters on, with generated lines in place of those of its hooks."""
-    source = inspect.getsource(kernel.fn)
+    source = _source(kernel.fn)
     found: list[str] = []
     skipping = False
     for line in source[source.index("(\n") + 2 :].splitlines():
@@ -148,6 +160,11 @@ def spliced(kernel: Any, hooks: Mapping[str, Sequence[str]]) -> str:
         if not skipping and line.strip() != "# end":
             found.append(line)
     return "\n".join(found) + "\n"
+
+
+@functools.cache
+def _source(function: Callable[..., Any]) -> str:
+    return inspect.getsource(function)
 
 
 @dataclass(frozen=True)

@@ -267,8 +267,7 @@ class Planner:
         Raises:
             CannotFuse: if a product multiplies what the same kernel computes.
         """
-        given = product_of(anchor)
-        for operand in (given.left, given.right):
+        for operand in product_of(anchor).operands:
             while kind(operand) == "view":
                 operand = source_of_view(operand)
             if operand in inside:

@@ -15,7 +15,7 @@ from ...ir.expand import expand, inline
 from ...ir.graph import Program, arguments, dtype, shape
 from ...ir.ops.integer import integer_linear, integer_matmul
 from ...ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
-from ...ir.ops.quantize import int8_linear
+from ...ir.ops.quantize import int4_linear, int8_linear
 from ...ir.ops.table import OPERATORS
 from .lowerings.products import PRODUCTS
 from .lowerings.table import KERNELS, POINTWISE, VALUES
@@ -44,7 +44,7 @@ def prepare(program: Program) -> Program:
         _norm(found, node)
     for node in found.calls(int8_linear):
         _int8_linear(found, node)
-    for node in found.calls(aten.linear.default, aten.addmm.default, aten.baddbmm.default, integer_linear):
+    for node in found.calls(aten.linear.default, aten.addmm.default, aten.baddbmm.default, integer_linear, int4_linear):
         _bias(found, node)
     for node in found.calls(aten.unbind.int):
         _unbind(found, node)
@@ -85,9 +85,7 @@ def _bias(program: Program, node: fx.Node) -> None:
     elif given["bias"] is None:
         return
     else:
-        first = list(given)[:2]
-        options = [None] if node.target is integer_linear else []
-        new = program.call(node.target, *(given[name] for name in first), *options, before=node)  # type: ignore[arg-type]
+        new = program.call(node.target, **{**given, "bias": None}, before=node)  # type: ignore[arg-type]
         new = program.call(aten.add.Tensor, new, given["bias"], before=node)
     program.replace(node, new)
 

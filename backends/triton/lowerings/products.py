@@ -88,8 +88,8 @@ def check_product(node: fx.Node) -> None:
     product = product_of(node)
     left, right = product.left.meta["val"], product.right.meta["val"]
     lefts, rights, alike = DTYPES[product.function]
-    for found, allowed in ((left, lefts), (right, rights)):
-        if found.dtype not in allowed or (alike and found.dtype != left.dtype) or found.dim() < 2:
+    for found, allowed, least in ((left, lefts, 2 if product.function == "matmul" else 1), (right, rights, 2)):
+        if found.dtype not in allowed or (alike and found.dtype != left.dtype) or found.dim() < least:
             raise CannotFuse(f"{node.name} multiplies {describe_value(found)}")
 
 
