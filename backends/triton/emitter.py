@@ -220,7 +220,7 @@ class Emitter:
         place = sympy.sympify(place)
         if place.is_number:
             return self.number(place, dtype)
-        if any(str(symbol) in self._moving | self._still for symbol in place.free_symbols):
+        if any(symbol.name in self._moving | self._still for symbol in place.free_symbols):
             return self.let("index", f"({self.text(place)}).to({TRITON_TYPES[dtype]})", dtype, moving=self.moves(place))
         return self.let("size", f"tl.full([1, 1], {self.text(place)}, {TRITON_TYPES[dtype]})", dtype)
 
@@ -343,18 +343,18 @@ class Emitter:
     def text(self, expression: Any) -> str:
         """An expression as text; what it names is noted."""
         expression = sympy.sympify(expression)
-        self.symbols.update(dict.fromkeys(sorted(str(symbol) for symbol in expression.free_symbols)))
+        self.symbols.update(dict.fromkeys(sorted(symbol.name for symbol in expression.free_symbols)))
         written = text(expression)
         return written if expression.is_Atom else f"({written})"
 
     def moves(self, expression: Any) -> bool:
         """Whether an expression differs between columns."""
-        return any(str(symbol) in self._moving for symbol in sympy.sympify(expression).free_symbols)
+        return any(symbol.name in self._moving for symbol in sympy.sympify(expression).free_symbols)
 
     def _load(self, node: fx.Node, index: Index) -> Value:
         source = self.read(node)
         offset = self.frame.offset(index, source.strides)
-        names = {str(symbol) for symbol in sympy.sympify(offset).free_symbols}
+        names = {symbol.name for symbol in sympy.sympify(offset).free_symbols}
         moving, still = bool(names & self._moving), bool(names & self._still)
         masks = ["inside" if moving and still else "col_inside" if moving else "row_inside" if still else ""]
         if self._guards:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import operator
 import re
@@ -76,7 +77,15 @@ def generate(program: Program) -> Generated:
     Raises:
         LoweringError: nodes that the backend has nothing for; all are named.
     """
-    ready = prepare(program)
+    return write(prepare(program))
+
+
+def write(ready: Program) -> Generated:
+    """Generate the module of a prepared program: of one program always the same text.
+
+    Raises:
+        LoweringError: as `generate`.
+    """
     missing = check(ready)
     if missing:
         raise LoweringError(f"{len(missing)} nodes cannot be lowered to Triton: {'; '.join(dict.fromkeys(missing))}")
@@ -368,8 +377,9 @@ def _operators(nodes: Sequence[fx.Node]) -> str:
     return " ".join(str(node.target).split(".")[1] for node in nodes)
 
 
-def _library(code: str) -> Iterator[str]:
-    """The functions and constants of our kernels that some code names, directly or through others, in their order."""
+@functools.cache
+def _parts() -> dict[str, str]:
+    """The functions and constants of our kernels by name."""
     known: dict[str, str] = {}
     for module in LIBRARY:
         source = inspect.getsource(module)
@@ -382,6 +392,12 @@ def _library(code: str) -> Iterator[str]:
                 targets = item.targets if isinstance(item, ast.Assign) else [item.target]
                 for target in targets:
                     known[ast.unparse(target)] = "\n".join(lines[item.lineno - 1 : item.end_lineno])
+    return known
+
+
+def _library(code: str) -> Iterator[str]:
+    """The functions and constants of our kernels that some code names, directly or through others, in their order."""
+    known = _parts()
     needed: set[str] = set()
     waiting = [code]
     while waiting:

@@ -29,6 +29,7 @@ class Sizes:
     def __init__(self, program: Program) -> None:
         self._names = dict(program.symbols)
         self._hints: dict[sympy.Symbol, int] = {}
+        self._renamed: dict[sympy.Expr, sympy.Expr] = {}
 
     def of(self, value: Any) -> sympy.Expr:
         """A size, or a node whose value is one, as an expression."""
@@ -51,6 +52,10 @@ class Sizes:
         known = {symbol: self._hints.get(symbol, HINT) for symbol in size.free_symbols}
         return int(size.xreplace(known)) if known else int(size)
 
+    def known_hints(self) -> dict[sympy.Symbol, int]:
+        """What the example's sizes were, of those that have been asked for."""
+        return dict(self._hints)
+
     def hints(self, shape: Sequence[sympy.Expr]) -> int:
         """How many elements a shape had in the example."""
         return math.prod(self.hint(size) for size in shape)
@@ -65,16 +70,19 @@ class Sizes:
 
     def _named(self, value: torch.SymInt) -> sympy.Expr:
         expression = value.node.expr
+        if expression in self._renamed:
+            return self._renamed[expression]
         renamed = {}
         for symbol in expression.free_symbols:
-            if str(symbol) not in self._names and str(symbol).startswith("u"):
+            if symbol.name not in self._names and symbol.name.startswith("u"):
                 raise LoweringError(
                     f"a size depends on values ({size_text(value)}), which generated kernels cannot have"
                 )
-            renamed[symbol] = sympy.Symbol(self._names.get(str(symbol), str(symbol)), integer=True, nonnegative=True)
+            renamed[symbol] = sympy.Symbol(self._names.get(symbol.name, symbol.name), integer=True, nonnegative=True)
         if isinstance(expression, sympy.Symbol) and value.node.has_hint():
             self._hints[renamed[expression]] = int(value.node.hint)
-        return expression.xreplace(renamed)
+        self._renamed[expression] = expression.xreplace(renamed)
+        return self._renamed[expression]
 
 
 def text(expression: Any) -> str:
