@@ -19,6 +19,7 @@ from ..ir.equality import compare, sqnr_db
 from ..ir.errors import FxpressError, InputError, RewriteError, VerifyError, nearest
 from ..ir.graph import Program, arguments
 from ..ir.ops.attention import attention
+from ..ir.ops.float8 import float8_quantize
 from ..ir.ops.quantize import dequantize, int4_linear, quantize, unpack_int4
 from ..ir.pruning.masks import is_masked, masked
 from ..ir.rewrite import Context, Pass
@@ -270,7 +271,7 @@ def zeros(program: Program) -> float:
         for product in _through(value):
             if is_masked(product):
                 numbers = numbers * program.tensor(product.args[1])  # type: ignore[arg-type]
-        found[id(program.tensor(weight))] = (numbers.numel() - int(numbers.count_nonzero()), numbers.numel())
+        found[id(program.tensor(weight))] = (int((numbers == 0).sum()), numbers.numel())  # float8 has no count_nonzero
     total = sum(size for _, size in found.values())
     return sum(count for count, _ in found.values()) / total if total else 0.0
 
@@ -298,7 +299,7 @@ def _weights(program: Program, *kinds: str) -> Iterator[tuple[fx.Node, fx.Node, 
 def _through(value: Any) -> Iterator[fx.Node]:
     """A value, and what it is made of by quantization and masks."""
     yield value
-    while value.target in (quantize, dequantize) or is_masked(value):
+    while value.target in (quantize, dequantize, float8_quantize) or is_masked(value):
         value = value.args[0]
         yield value
 

@@ -1,4 +1,4 @@
-"""Quantize: weights, and where asked activations, as integers of few bits."""
+"""Quantize: weights, and where asked activations, as numbers of few bits."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..ir.errors import InputError, RewriteError, nearest
 from ..ir.expand import expand
 from ..ir.graph import Program, shape
 from ..ir.layers import name_of
+from ..ir.ops.float8 import float8_linear
 from ..ir.ops.quantize import dequantize, dynamic_quantize, int4_linear, int8_linear, quantize
 from ..ir.pattern import Refusal
 from ..ir.pruning.masks import masked
@@ -28,7 +29,8 @@ from ..ir.quantization.sites import Site, embeddings, least, linear_sites
 from ..ir.rewrite import Applied, Context, Pass, PassResult, Track
 
 aten = torch.ops.aten
-BITS = {"int8": 8, "int4": 4}
+FLOAT8 = "float8_e4m3"
+BITS = {"int8": 8, "int4": 4, FLOAT8: 8}
 RANGES = ("minmax", "average", "percentile", "entropy", "mse")
 IMPROVEMENTS = ("smoothquant", "awq", "gptq", "bias")  # these need calibration data
 COSINE = 0.995  # of the outputs, where no target is given and layers are made finer by their sensitivity
@@ -36,7 +38,7 @@ COSINE = 0.995  # of the outputs, where no target is given and layers are made f
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Quantize linear layers and embeddings to integers, and let real integer matmuls compute the linear layers.
+    """Quantize linear layers and embeddings, and let matmuls of integers or of float8 compute the linear layers.
 
         before:  %y = aten.linear(%x, @w, @b)
         after:   %q, %s, %z = fxpress.dynamic_quantize(%x, 'token', stored=True)
@@ -46,8 +48,9 @@ class Quantize(Pass):
     numbers in eager PyTorch and can be trained; the pass `fold` makes integers of it.
 
     Attributes:
-        weights: "int8", a scale for each output channel; "int4", for each group of a row.
-        activations: "int8"; None: linear layers read floats; "auto": "int8" where the weights are.
+        weights: "int8" or "float8_e4m3", a scale for each output channel; "int4", for each group of a row.
+        activations: "int8", for weights that are; "float8_e4m3", for weights that are, a scale for each token; None:
+            linear layers read floats; "auto": "int8" where the weights are, else None.
         mode: "dynamic": ranges of activations are taken at run time; "static": from calibration data, one for all of
             an activation; "auto": each layer's as the target allows, static ones being the fastest, and dynamic without
             calibration data.
@@ -97,7 +100,7 @@ class Quantize(Pass):
         for name in ("min_cosine", "min_sqnr_db"):
             _of_kind(name, getattr(self, name), float, int, None)
         _one_of("weights", self.weights, BITS)
-        _one_of("activations", self.activations, ("auto", "int8", None))
+        _one_of("activations", self.activations, ("auto", "int8", FLOAT8, None))
         _one_of("mode", self.mode, ("auto", "dynamic", "static"))
         _one_of("granularity", self.granularity, ("auto", "tensor", "token"))
         _one_of("embeddings", self.embeddings, ("int8", None))
@@ -109,8 +112,7 @@ class Quantize(Pass):
         size = self.group_size
         if size is not None and (size < 16 or size & (size - 1)):
             raise InputError(f"group_size must be a power of two of 16 or more, found {size}")
-        if self.weights == "int4" and self.activations == "int8":
-            raise InputError("weights of 4 bits are multiplied by float activations; give activations=None")
+        self._check_kinds()
         if size is not None and self._level != "float":
             raise InputError("int8 matmuls take one scale a row; give activations=None for a group_size")
         if self.mode == "static" and self.granularity == "token":
@@ -124,12 +126,29 @@ class Quantize(Pass):
         if self.sensitive is None and any(item is not None for item in targets):
             raise InputError("a target needs sensitive='auto': layers are made finer until it is reached")
 
+    def _check_kinds(self) -> None:
+        """Refuse activations that no kernel multiplies by the weights, and what float8 has not."""
+        if self.weights == "int4" and self.activations == "int8":
+            raise InputError("weights of 4 bits are multiplied by float activations; give activations=None")
+        if (self.activations == FLOAT8 and self.weights != FLOAT8) or (
+            self.activations == "int8" and self.weights == FLOAT8
+        ):
+            raise InputError(f"activations are {self.activations}, weights {self.weights}: give both alike, or None")
+        if self.weights != FLOAT8:
+            return
+        if self.group_size is not None:
+            raise InputError("weights of float8_e4m3 have one scale a row; leave group_size out")
+        if self.symmetric is False:
+            raise InputError("float8_e4m3 has no zero point; leave symmetric out")
+        if self.activations == FLOAT8 and (self.mode == "static" or self.granularity == "tensor"):
+            raise InputError("activations of float8_e4m3 have a scale for each token; leave mode and granularity out")
+
     def _check_words(self) -> None:
         """Refuse a method that would do nothing."""
         ranges = [word for word in self._words if word in RANGES]
         if len(ranges) > 1:
             raise InputError(f"method has two kinds of range, {ranges[0]!r} and {ranges[1]!r}; give one")
-        if (self.mode == "dynamic" or self._level == "float") and ranges not in ([], ["minmax"]):
+        if (self.mode == "dynamic" or self._level in ("float", "float8")) and ranges not in ([], ["minmax"]):
             raise InputError(f"method {ranges[0]!r} is a static range of activations; give mode='static' too")
         if self._level == "float" and "smoothquant" in self._words:
             raise InputError("method 'smoothquant' is for activations of 8 bits; for weights alone give 'awq'")
@@ -148,7 +167,7 @@ class Quantize(Pass):
 
     def apply(self, program: Program, context: Context) -> PassResult:
         """Rewrite the program in place."""
-        if program.calls(quantize, dequantize, dynamic_quantize, int8_linear, int4_linear):
+        if program.calls(quantize, dequantize, dynamic_quantize, int8_linear, int4_linear, float8_linear):
             raise RewriteError("the program is quantized already; give one Quantize with all options")
         if masked(program):
             raise RewriteError("weights are masked for training; put the pass fold before quantize")
@@ -180,10 +199,12 @@ class Quantize(Pass):
 
     @property
     def _level(self) -> str:
-        """The level of activations that is asked for: "float", "static", "tensor", "token" or "auto"."""
+        """The level of activations that is asked for: "float", "float8", "static", "tensor", "token" or "auto"."""
         activations = self.activations
         if activations is None or (activations == "auto" and self.weights != "int8"):
             return "float"
+        if activations == FLOAT8:
+            return "float8"
         return "static" if self.mode == "static" else self.granularity
 
     def _way(self, level: str, calibrated: bool) -> Way:
@@ -194,7 +215,7 @@ class Quantize(Pass):
         group = self.group_size or (None if bits == 8 else 32)
         return Way(
             level=level,
-            grid=grids.Grid(bits, symmetric if level == "float" else True, group),
+            grid=grids.Grid(bits, symmetric if level == "float" else True, group, self.weights == FLOAT8),
             clip="minmax" if bits == 8 else "mse",
             range=next((word for word in words if word in RANGES), "minmax"),
             symmetric=bool(self.symmetric),

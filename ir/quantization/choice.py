@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.float8 import float8_quantize, float8_scale
 from ..ops.quantize import dequantize, dynamic_quantize, quantize
 from .grid import Quantized
 
@@ -20,7 +21,7 @@ class Activation:
 
     Attributes:
         level: "tensor" or "token": the range is taken at run time, over all of it or for each token; "static": it is
-            fixed; "float": it stays as it is.
+            fixed; "float8": numbers of float8_e4m3, with a scale for each token; "float": it stays as it is.
         low: a number that it is never below: it is subtracted first, and a token's integers need no sign.
         scale, zero_point: of a static one.
     """
@@ -37,6 +38,9 @@ class Activation:
         if self.level == "static":
             assert self.scale is not None
             parts: Sequence[Tensor | None] = (quantize(x, self.scale, self.zero_point), self.scale, self.zero_point)
+        elif self.level == "float8":
+            scale = float8_scale(x)
+            parts = (float8_quantize(x, scale), scale)
         else:
             parts = dynamic_quantize(x, self.level, self.low is not None)
         found: Tensor = dequantize(*parts)

@@ -1,4 +1,4 @@
-"""Folding quantize and dequantize into operators on integers."""
+"""Folding quantize and dequantize into operators on integers, or on float8_e4m3."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import Program, arguments, shape
+from ..graph import Program, arguments, dtype, shape
+from ..ops.float8 import FLOAT8, float8_linear, float8_quantize, float8_scale
 from ..ops.quantize import dequantize, dynamic_quantize, int4_linear, int8_linear, pack_int4, quantize
 from .insert import items
 
@@ -44,6 +45,8 @@ class _Folding:
         weight = _weight(given["weight"])
         if weight is None:
             return None
+        if weight.target is float8_quantize:
+            return self._float8_linear(node, weight)
         call, bits = self.program.call, arguments(weight)["bits"]
         scale, zero_point = arguments(weight)["scale"], arguments(weight)["zero_point"]
         activation = _activation(given["input"])
@@ -58,21 +61,48 @@ class _Folding:
 
     def lookup(self, node: fx.Node) -> fx.Node | None:
         weight = _weight(node.args[0])
-        if weight is None:
+        if weight is None or weight.target is not quantize:
             return None
         tables = _some(self._stored(weight), arguments(weight)["scale"], arguments(weight)["zero_point"])
         rows = [self.program.call(aten.embedding.default, table, node.args[1], before=node) for table in tables]
         return self.program.call(dequantize, *rows, before=node)
 
+    def _float8_linear(self, node: fx.Node, weight: fx.Node) -> fx.Node:
+        """Casts from half precision and back go, too: the operator computes in float32 by itself.
+
+        before:  %x' = _to_copy(%x, float32);  %y' = aten.linear(%x', dequantize(float8_quantize(@w, @s), @s))
+                 %y = _to_copy(%y', float16)
+        after:   %y = float8_linear(%x, @numbers, @scale)
+        """
+        call, given = self.program.call, arguments(node)
+        scale: Any = arguments(weight)["scale"]
+        if (scale, False) not in self._weights:
+            rows = self.program.tensor(scale).detach().squeeze(-1)
+            self._weights[scale, False] = self.program.add_weight(f"{scale.target}_rows", rows, trainable=False)
+        source, quantized = _float8_activation(given["input"])
+        bias = given["bias"]
+        if bias is not None and bias.target is aten._to_copy.default:
+            bias = bias.args[0]
+        parts = (self._stored(weight), self._weights[scale, False], bias, *([True] if quantized else []))
+        if not _is_cast_around(source, node):
+            return call(float8_linear, source, *parts, before=node)
+        new = call(float8_linear, source.args[0], *parts, before=node)
+        for cast in list(node.users):
+            self.program.replace(cast, new)
+        return call(aten._to_copy.default, new, dtype=dtype(node), before=node)  # nothing reads it
+
     def _stored(self, weight: fx.Node, packed: bool = False) -> fx.Node:
-        """The integers of a weight as a constant: int8, or two of 4 bits a byte."""
+        """The integers of a weight as a constant: int8, or two of 4 bits a byte; or float8_e4m3."""
         if (weight, packed) not in self._weights:
             given = arguments(weight)
             constants = {key: value for key, value in given.items() if isinstance(value, fx.Node)}
             tensors = {key: self.program.tensor(value).detach() for key, value in constants.items()}
-            with torch.no_grad():
-                integers = quantize(**{**given, **tensors, "stored": True})
             name = f"{given['input'].target}_{'packed' if packed else 'integers'}"
+            with torch.no_grad():
+                if weight.target is float8_quantize:
+                    integers, name = float8_quantize(**tensors).to(FLOAT8), f"{given['input'].target}_float8"
+                else:
+                    integers = quantize(**{**given, **tensors, "stored": True})
             value = pack_int4(integers) if packed else integers
             self._weights[weight, packed] = self.program.add_weight(name, value, trainable=False)
         return self._weights[weight, packed]
@@ -100,6 +130,8 @@ def _weight(node: Any) -> fx.Node | None:
     if not isinstance(node, fx.Node) or node.target is not dequantize:
         return None
     inner: Any = node.args[0]
+    if inner.target is float8_quantize and inner.args[0].op == "get_attr":
+        return inner if inner.args[1] is node.args[1] and shape(inner.args[1]) == (shape(inner)[0], 1) else None
     if inner.target is not quantize or arguments(inner)["stored"] or inner.args[0].op != "get_attr":
         return None
     same = all(arguments(inner)[name] is arguments(node)[name] for name in ("scale", "zero_point"))
@@ -116,3 +148,23 @@ def _activation(node: Any) -> fx.Node | None:
         return node if given["bits"] == 8 and not shape(given["scale"]) and given["input"].op != "get_attr" else None
     is_item = inner.target is operator.getitem and inner.args[1] == 0
     return node if is_item and inner.args[0].target is dynamic_quantize else None
+
+
+def _float8_activation(node: fx.Node) -> tuple[Any, bool]:
+    """What was rounded to float8_e4m3 with a scale for each token, and True; else the node itself, and False."""
+    if node.target is dequantize:
+        inner, scale = node.args[:2]
+        is_rounded = inner.target is float8_quantize and inner.args[1] is scale  # type: ignore[union-attr]
+        if is_rounded and scale.target is float8_scale and scale.args[0] is inner.args[0]:  # type: ignore[union-attr]
+            return inner.args[0], True  # type: ignore[union-attr]
+    return node, False
+
+
+def _is_cast_around(source: fx.Node, node: fx.Node) -> bool:
+    """Whether a linear reads a cast of half precision, and all that reads it is casts back."""
+    if source.target is not aten._to_copy.default or dtype(node) is not torch.float32:
+        return False
+    before = dtype(source.args[0])
+    return before in (torch.float16, torch.bfloat16) and all(
+        user.target is aten._to_copy.default and dtype(user) is before for user in node.users
+    )

@@ -1,4 +1,4 @@
-"""Weights on a grid of integers: the grid, a quantized weight, and rounding to nearest."""
+"""Weights on a grid of integers or of float8_e4m3: the grid, a quantized weight, and rounding to nearest."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..ops.float8 import FLOAT8, LARGEST
+
 Clip = Literal["minmax", "mse"]
 
 # Ranges that "mse" tries, relative to the largest magnitude. Two bits on Gaussian rows want about .4 of it.
@@ -16,32 +18,41 @@ _SHRUNKEN = [1 - step / 50 for step in range(41)]
 
 @dataclass(frozen=True)
 class Grid:
-    """What integers a weight's rows are rounded to.
+    """What integers a weight's rows are rounded to, or what numbers of float8_e4m3.
 
     Attributes:
         bits: 2 to 8.
         symmetric: no zero point; with 8 bits -128 stays unused, so that the negative of each value is on the grid too.
         group: how many numbers along the last axis share a scale, None for the whole row; the last group of a row may
             be shorter.
+        float8: the numbers of float8_e4m3, which have 8 bits and no zero point.
 
     Raises:
-        ValueError: bits or group are out of range.
+        ValueError: bits or group are out of range, or do not go with float8.
     """
 
     bits: int = 8
     symmetric: bool = True
     group: int | None = None
+    float8: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"grid has {self.bits} bits, expected 2 to 8")
         if self.group is not None and self.group < 1:
             raise ValueError(f"grid has groups of {self.group}, expected 1 or more, or None")
+        if self.float8 and (self.bits != 8 or not self.symmetric):
+            raise ValueError("grid of float8 has other bits or a zero point, expected 8 bits and symmetric=True")
 
     @property
     def limits(self) -> tuple[int, int]:
-        """The smallest and the largest integer."""
-        return limits(self.bits, self.symmetric)
+        """The smallest and the largest number."""
+        return (-int(LARGEST), int(LARGEST)) if self.float8 else limits(self.bits, self.symmetric)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its numbers are stored as."""
+        return FLOAT8 if self.float8 else torch.int8
 
 
 def limits(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -58,7 +69,7 @@ class Quantized:
     """A quantized weight: value = (integer - zero_point) * scale.
 
     Attributes:
-        integers: int8 [N, K], within the grid's limits.
+        integers: int8 [N, K], within the grid's limits; float8_e4m3fn on the grid of float8.
         scale: float [N, G], positive, one for each group of a row; fp64 if the weight was, else fp32.
         zero_point: int8 [N, G], within the grid's limits; None for zero.
         group: how many numbers of a row share a scale; None for all of them (G = 1).
@@ -100,11 +111,13 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gri
     columns = values.shape[1]
     zeros = None if zero_point is None else spread(zero_point, grid.group, columns)
     integers = to_integers(values, spread(scale, grid.group, columns), zeros, grid)
-    return Quantized(integers.to(torch.int8), scale, zero_point, grid.group)
+    return Quantized(integers.to(grid.dtype), scale, zero_point, grid.group)
 
 
 def to_integers(values: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
     """The integers of values, still as floats; scale and zero point broadcast against them."""
+    if grid.float8:
+        return (values / scale).clamp(*grid.limits).to(grid.dtype).to(values.dtype)
     integers = (values / scale).round()  # torch rounds ties to even
     return (integers if zero_point is None else integers + zero_point).clamp(*grid.limits)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import Program, arguments, dtype
+from ..ops.float8 import FLOAT8, float8_quantize, float8_scale
 from ..ops.quantize import dequantize, dynamic_quantize, quantize
 from .choice import Activation, Choice
 from .grid import Quantized
@@ -20,6 +21,8 @@ aten = torch.ops.aten
 class Insertion:
     """Writes quantize and dequantize into a program; a weight that several nodes read is quantized once.
 
+    But of a table that a linear reads as float8 there are integers, too: no backend looks up float8.
+
     Linears of half precision take and give it, with float32 in between: scales need its digits.
 
     Args:
@@ -28,7 +31,7 @@ class Insertion:
 
     def __init__(self, program: Program, bits: int) -> None:
         self.program, self.bits = program, bits
-        self._weights: dict[fx.Node, fx.Node] = {}
+        self._weights: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
     def linears(self, site: Site, choice: Choice) -> None:
         """Let the linears of a site read the quantized activation and their quantized weights.
@@ -61,8 +64,9 @@ class Insertion:
 
     def weight(self, stored: fx.Node, weight: Quantized, bits: int) -> fx.Node:
         """The dequantized integers of a weight, whose floats become what the integers stand for."""
-        if stored in self._weights:
-            return self._weights[stored]
+        key = stored, weight.integers.dtype
+        if key in self._weights:
+            return self._weights[key]
         program, name = self.program, str(stored.target)
         first = next(node for node in program.graph.nodes if node.op == "call_function")
         values = program.add_weight(name, weight.dequantize(), trainable=program.tensor(stored).requires_grad)
@@ -70,9 +74,10 @@ class Insertion:
         if weight.zero_point is not None:
             constants.append(program.add_weight(f"{name}_zero_point", weight.zero_point))
         options: dict[str, Any] = {} if bits == 8 else {"bits": bits}
-        integers = program.call(quantize, values, *constants, before=first, **options)
-        self._weights[stored] = program.call(dequantize, integers, *constants, before=first)
-        return self._weights[stored]
+        to = float8_quantize if weight.integers.dtype is FLOAT8 else quantize
+        integers = program.call(to, values, *constants, before=first, **options)
+        self._weights[key] = program.call(dequantize, integers, *constants, before=first)
+        return self._weights[key]
 
     def _activation(self, source: fx.Node, choice: Choice, before: fx.Node) -> fx.Node:
         program, activation, x = self.program, choice.activation, self._cast(source, torch.float32, before)
@@ -94,6 +99,10 @@ class Insertion:
             constants = [program.add_weight(label, value) for label, value in zip(names, known, strict=False)]
             integers = program.call(quantize, x, *constants, before=before)
             return program.call(dequantize, integers, *constants, before=before)
+        if activation.level == "float8":
+            scale = program.call(float8_scale, x, before=before)
+            numbers = program.call(float8_quantize, x, scale, before=before)
+            return program.call(dequantize, numbers, scale, before=before)
         unsigned: dict[str, Any] = {"unsigned": True} if activation.low is not None else {}
         parts: Any = program.call(dynamic_quantize, x, activation.level, before=before, **unsigned)
         return program.call(dequantize, *items(program, parts, before), before=before)

@@ -67,7 +67,7 @@ def cost(site: Site, choice: Choice) -> float:
     smoothing = width if choice.smooth is not None else 0
     if choice.activation.level == "float":
         return float(smoothing + (0.065 if choice.weights is not None else 0.075) * width * outputs)
-    ranging = {"tensor": width / 2, "token": 2 * (width + outputs)}
+    ranging = {"tensor": width / 2, "token": 2 * (width + outputs), "float8": 2 * (width + outputs)}
     return float(smoothing + ranging.get(choice.activation.level, 0))
 
 

@@ -13,6 +13,7 @@ from ....ir.ops import (
     attention,
     block_attention,
     conv_attention,
+    float8,
     integer,
     linear,
     linear_attention,
@@ -29,6 +30,7 @@ from . import attention as attentions
 from . import banded, block_tables, causal, padded, portable
 from . import block_attention as block_attentions
 from . import conv_attention as conv_attentions
+from . import float8 as floats8
 from . import integer as integers
 from . import linear as linears
 from . import linear_attention as linear_attentions
@@ -62,6 +64,9 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     quantize.dynamic_quantize: quantizes.DYNAMIC_QUANTIZE,
     quantize.int8_linear: quantizes.INT8_LINEAR,
     quantize.int4_linear: quantizes.INT4_LINEAR,
+    float8.float8_quantize: floats8.FLOAT8_QUANTIZE,
+    float8.float8_scale: floats8.FLOAT8_SCALE,
+    float8.float8_linear: floats8.FLOAT8_LINEAR,
     conv_attention.conv_attention: conv_attentions.CONV_ATTENTION,
     lsh_attention.lsh_attention: lsh_attentions.LSH_ATTENTION,
     align.align_tokens: aligns.ALIGN_TOKENS,

@@ -201,3 +201,34 @@ def test_unknown_clip_is_an_error() -> None:
 def test_grid_that_does_not_exist_is_an_error(bits: int, group: int | None) -> None:
     with pytest.raises(ValueError, match="grid has"):
         Grid(bits, group=group)
+
+
+# --- float8 ----------------------------------------------------------------------------------------------------
+
+
+def test_float8_brings_the_largest_of_a_row_to_448() -> None:
+    quantized = nearest(torch.tensor([[-224.0, 1.0, 1.1], [0.5, 0.25, 0.0]]), Grid(float8=True))
+    assert quantized.integers.dtype is torch.float8_e4m3fn and quantized.zero_point is None
+    assert quantized.integers.tolist() == [[-448, 2, 2.25], [448, 224, 0]]
+    torch.testing.assert_close(quantized.scale, torch.tensor([[0.5], [0.5 / 448]]))
+
+
+def test_dequantizing_float8_undoes_the_rounding_only() -> None:
+    grid = Grid(float8=True)
+    once = nearest(normal(20, 50), grid)
+    again = quantize(once.dequantize(), once.scale, once.zero_point, grid)
+    assert torch.equal(again.integers.float(), once.integers.float())
+
+
+def test_float8_keeps_small_numbers_beside_a_large_one() -> None:
+    """Of integers with the same scale they would be no more than a few."""
+    weight = torch.cat([torch.full((1, 1), 100.0), normal(1, 200)], 1)
+    small = weight[:, 1:]
+    found, integers = (nearest(weight, Grid(float8=each)).dequantize()[:, 1:] - small for each in (True, False))
+    assert found.norm() < 0.25 * integers.norm()
+
+
+@pytest.mark.parametrize("options", [{"bits": 4}, {"symmetric": False}], ids=str)
+def test_float8_has_8_bits_and_no_zero_point(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="grid of float8 has other bits or a zero point"):
+        Grid(float8=True, **options)  # type: ignore[arg-type]
