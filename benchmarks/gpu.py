@@ -191,8 +191,10 @@ def bench_linears(bench: Bench, dry: bool) -> None:
 
 
 def _linear_rows(bench: Bench, dry: bool, rows: int, width: int, inner: int) -> None:
+    from fxpress.ir.ops.sparse import pack_sparse24
     from fxpress.kernels.int4_matmul import int4_matmul
     from fxpress.kernels.matmul import matmul
+    from fxpress.kernels.sparse24_matmul import sparse24_matmul
 
     dtype = torch.float32 if dry else torch.bfloat16
     x = torch.randn(rows, inner, device=bench.device, dtype=dtype)
@@ -220,14 +222,18 @@ def _linear_rows(bench: Bench, dry: bool, rows: int, width: int, inner: int) -> 
         "cuBLAS, bfloat16": lambda: lambda: F.linear(x, w),
     }
     bench.measure(Row("linear layers", f"int4 weights {name}", flops, float(packed.numel() + 2 * x.numel())), weights)
+    half = x.half() if dry else x  # no kernel for 2:4 weights takes float32
+    sparse = w.to(half.dtype, copy=True)
+    sparse.view(-1, 4)[:, 2:] = 0
+    values, positions = pack_sparse24(sparse)
+    made = {
+        "fxpress": lambda: lambda: sparse24_matmul(half, values, positions),
+        "cuBLAS, dense": lambda: lambda: F.linear(half, sparse),
+    }
     if not dry:
-        sparse = w.clone()
-        sparse.view(-1, 4)[:, 2:] = 0
-        made = {
-            "2:4, PyTorch": lambda: _semi_structured(x, sparse),
-            "cuBLAS, dense": lambda: lambda: F.linear(x, w),
-        }
-        bench.measure(Row("linear layers", f"2:4 {name}", flops), made)
+        made["2:4, PyTorch"] = lambda: _semi_structured(x, sparse)
+    moved = 2.0 * (x.numel() + values.numel() + rows * width) + positions.numel()
+    bench.measure(Row("linear layers", f"2:4 weights {name}", flops, moved), made)
 
 
 def _semi_structured(x: Tensor, weight: Tensor) -> Run:

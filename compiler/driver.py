@@ -368,7 +368,9 @@ def _rewritten(
         ]  # fmt: skip
         report.bytes_after = sum(file.stat().st_size for file in runner.files.iterdir())
     else:
-        report.bytes_after = weight_bytes(program)
+        written = getattr(runner, "generated", None)  # the triton backend's weights may be compressed
+        report.choices = [] if written is None else list(written.choices)
+        report.bytes_after = weight_bytes(program if written is None else written.program)
     if expected is not None:
         with clock("verify"):
             lossy = not all(item.exact for item in settings.passes)

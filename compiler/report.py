@@ -81,7 +81,9 @@ class Report:
             passes.add_row(item.name, rewrites, str(len(item.refusals)), error, f"{item.seconds:.2f}")
         parts: list[Any] = [passes]
         if self.choices:
-            choices = Table(title="lowerings, by measured time (ms at the example's sizes)", title_justify="left")
+            timed = any(choice["milliseconds"] for choice in self.choices)
+            title = "lowerings, by measured time (ms at the example's sizes)" if timed else "lowerings"
+            choices = Table(title=title, title_justify="left")
             for column in ("operator", "nodes", "chosen", "candidates"):
                 choices.add_column(column, justify="right" if column == "nodes" else "left")
             for choice in self.choices:
@@ -132,7 +134,11 @@ class Report:
         if numbers is not None:
             parts.append(f"parameters: {_changed(self.parameters_before, self.parameters_after)}")
         lines = ["; ".join(parts)] if parts else []
-        if self.zeros is not None and self.zeros >= _NOTICED:
+        compressed = sum(choice["nodes"] for choice in self.choices if choice["chosen"].startswith("sparse24_linear"))
+        if compressed:
+            layers = sum(choice["nodes"] for choice in self.choices)
+            lines.append(f"2:4 sparse: {compressed} of {layers} linear layers with so many zeros read them compressed")
+        elif self.zeros is not None and self.zeros >= _NOTICED:
             fewer = macs if macs is not None else numbers
             further = "further " if fewer is not None and fewer <= 1 - _NOTICED else ""
             text = f"no {further}speed-up here, masks kept: {self.zeros:.0%} of the weights are zero"

@@ -31,6 +31,7 @@ from .ops import (  # noqa: F401  # the families register their operators
     pool,
     quantize,
     rotary,
+    sparse,
     table,
     window_attention,
 )

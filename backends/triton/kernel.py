@@ -15,6 +15,7 @@ from ...ir.graph import Program, describe_value
 from ...kernels.attention import attention_kernel
 from ...kernels.int4_matmul import int4_matmul_kernel
 from ...kernels.matmul import matmul_combine_kernel, matmul_descriptor_kernel, matmul_kernel
+from ...kernels.sparse24_matmul import sparse24_matmul_kernel
 from .emitter import Emitter
 from .lowerings.products import product_of
 from .partition import Group, Planner
@@ -27,7 +28,9 @@ HEAVY = ("tl.erf", "tl.exp", "tl.log", "tl.sin", "tl.cos", "tanh(", "sigmoid(", 
 TEMPLATES: dict[str, dict[str, Any]] = {
     "matmul": {"": matmul_kernel, "combine": matmul_combine_kernel, "descriptor": matmul_descriptor_kernel},
     "int4_matmul": {"": int4_matmul_kernel},
+    "sparse24_matmul": {"": sparse24_matmul_kernel},
 }
+DENSE = {"whole": matmul_kernel, "combine": matmul_combine_kernel, "descriptor": matmul_descriptor_kernel}
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,9 @@ def product_kernel(
     head = ["batch = tl.full([1, 1], 0, tl.int64) + batch", "row_inside = rows < M", "col_inside = cols < N"]
     epilogue = [*widen, *head, *axes, *emitter.lines()]
     hooks = {"parameters": names.lines(), "epilogue": epilogue}
-    body, *others = (spliced(kernel, hooks) for kernel in TEMPLATES[product.function].values())
-    variants = [variant for variant in TEMPLATES[product.function] if variant]
+    templates = TEMPLATES[product.function] | (DENSE if "dense" in product.others else {})
+    body, *others = (spliced(kernel, hooks) for kernel in templates.values())
+    variants = [variant for variant in templates if variant]
     left = variable(product.left)
     if product.function == "matmul" and not product.batched:
         left = f"linear_rows({left})"

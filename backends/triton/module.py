@@ -8,7 +8,7 @@ import inspect
 import operator
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import ModuleType
 from typing import Any
@@ -29,12 +29,14 @@ from ...kernels import (
     linear_attention,
     matmul,
     matmul_configs,
+    sparse24_matmul,
 )
 from .kernel import Kernel, attention_with_bias, product_kernel, tile_kernel
 from .lowerings.table import EXTERN, KERNELS
 from .partition import Group, Planner, kind
 from .prepare import prepare
 from .sizes import Sizes, contiguous, text
+from .sparse import compress
 
 INDENT = "    "
 
@@ -51,6 +53,7 @@ class Generated:
         externs: what PyTorch's own kernels run: operator, reason, how often.
         launches: all of it, equal ones together: what runs, by what, how often, megabytes at the example's sizes.
         dot: what is launched after what, as a graph in Graphviz's language.
+        choices: what became of products with sparse weights: operator, sizes, chosen, milliseconds, nodes.
     """
 
     program: Program
@@ -60,6 +63,7 @@ class Generated:
     externs: tuple[tuple[str, str, int], ...]
     launches: tuple[dict[str, Any], ...]
     dot: str
+    choices: tuple[dict[str, Any], ...] = ()
 
 
 def check(program: Program) -> list[str]:
@@ -77,7 +81,9 @@ def generate(program: Program) -> Generated:
     Raises:
         LoweringError: nodes that the backend has nothing for; all are named.
     """
-    return write(prepare(program))
+    ready = prepare(program)
+    choices = compress(ready)
+    return replace(write(ready), choices=tuple(choices))
 
 
 def write(ready: Program) -> Generated:
@@ -365,8 +371,8 @@ FORWARD = '''def forward(inputs, weights):
     """A list of outputs, from tensors in the order of the program's inputs and its weights by name."""
 '''
 LIBRARY: tuple[ModuleType, ...] = (
-    elementwise, launch, matmul, matmul_configs, int4_matmul, attention, block_attention, linear_attention,
-    conv_attention,
+    elementwise, launch, matmul, matmul_configs, int4_matmul, sparse24_matmul, attention, block_attention,
+    linear_attention, conv_attention,
 )  # fmt: skip
 RESERVED = {"torch", "triton", "tl", "math", "aten", "device", "Tensor", "inputs", "weights", "forward"}
 RESERVED |= {name for module in LIBRARY for name in vars(module)}

@@ -16,12 +16,16 @@ from ...ir.graph import Program, arguments, dtype, shape
 from ...ir.ops.integer import integer_linear, integer_matmul
 from ...ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from ...ir.ops.quantize import int4_linear, int8_linear
+from ...ir.ops.sparse import sparse24_linear
 from ...ir.ops.table import OPERATORS
 from .lowerings.products import PRODUCTS
 from .lowerings.table import KERNELS, POINTWISE, VALUES
 
 aten = torch.ops.aten
 HERE = (add_layer_norm, add_rms_norm, int8_linear, integer_linear)  # written anew below
+BIASED = (
+    aten.linear.default, aten.addmm.default, aten.baddbmm.default, integer_linear, int4_linear, sparse24_linear,
+)  # fmt: skip
 DEPTH = 4  # references that call operators of ours in turn
 
 
@@ -44,7 +48,7 @@ def prepare(program: Program) -> Program:
         _norm(found, node)
     for node in found.calls(int8_linear):
         _int8_linear(found, node)
-    for node in found.calls(aten.linear.default, aten.addmm.default, aten.baddbmm.default, integer_linear, int4_linear):
+    for node in found.calls(*BIASED):
         _bias(found, node)
     for node in found.calls(aten.unbind.int):
         _unbind(found, node)

@@ -8,6 +8,7 @@ import torch
 from build import normal
 from torch import Tensor
 
+from fxpress.ir.ops.sparse import pack_sparse24
 from fxpress.ir.ops.table import OPERATORS
 
 BY_NAME = {entry.name: target for target, entry in OPERATORS.items()}
@@ -25,6 +26,12 @@ def int8(*sizes: int, seed: int = 0) -> Tensor:
 
 def float8(*sizes: int) -> Tensor:
     return (normal(*sizes) * 100).to(torch.float8_e4m3fn)
+
+
+def sparse24(*sizes: int, seed: int = 0) -> Tensor:
+    """Of each four neighbours, two are zero."""
+    fours = normal(*sizes, seed=seed).half().reshape(-1, 4)
+    return fours.scatter(-1, fours.abs().argsort(-1)[:, :2], 0.0).reshape(sizes)
 
 
 def fixed(*sizes: int) -> Tensor:
@@ -86,6 +93,8 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("int8_linear", (int8(3, 16), torch.tensor(0.1), torch.tensor(3.0), int8(7, 16), normal(7, 1).abs(), None), {}),
     ("int4_linear", (x, torch.arange(56).reshape(7, 8).to(torch.uint8) * 4, normal(7, 4).abs(), None, bias), {}),
     ("int4_linear", (x, torch.arange(56).reshape(7, 8).to(torch.uint8), normal(7, 2), int8(7, 2) // 32, None), {}),
+    ("sparse24_linear", (x.half(), *pack_sparse24(sparse24(7, 16)), bias.half()), {}),
+    ("sparse24_linear", (normal(70, 20).half(), *pack_sparse24(w20 := sparse24(7, 20)), None, w20), {}),
     ("float8_quantize", (x * 50, normal(3, 5, 1).abs()), {}),
     ("float8_scale", (x,), {}),
     ("float8_linear", (x, float8(7, 16), normal(7).abs(), bias), {}),

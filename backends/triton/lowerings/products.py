@@ -12,6 +12,7 @@ from torch import fx
 from ....ir.graph import arguments, describe_value
 from ....ir.ops.integer import integer_linear, integer_matmul
 from ....ir.ops.quantize import int4_linear
+from ....ir.ops.sparse import sparse24_linear
 from ..emitter import CannotFuse
 from .table import EXTERN
 
@@ -58,12 +59,20 @@ PRODUCTS: dict[Any, Callable[[dict[str, Any]], Product]] = {
         "int4_matmul",
         _given(given, weight_scale="scale", zero_point="zero_point"),
     ),
+    sparse24_linear: lambda given: Product(
+        given["input"],
+        given["values"],
+        True,
+        "sparse24_matmul",
+        _given(given, positions="positions", dense="dense"),
+    ),
 }
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # By function: what it takes as `left` and as `right`, and whether these must be of one dtype.
 DTYPES: dict[str, tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...], bool]] = {
     "matmul": ((*FLOATS, torch.int8), (*FLOATS, torch.int8), True),
     "int4_matmul": (FLOATS, (torch.uint8,), False),
+    "sparse24_matmul": (FLOATS[1:], FLOATS[1:], True),
 }
 EXTERN.update(
     dict.fromkeys(
