@@ -11,12 +11,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from ..ir.errors import ArtifactError, FxpressError, InputError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+    from ..ir.rewrite import Pass
+    from .calibration_files import CalibrationFile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,6 +42,14 @@ Passes = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; left out: one a core.")]
 Batch = Annotated[int, typer.Option(min=1, help="Batch size of the example (it stays dynamic).")]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Typical inputs, for passes that fit or measure something on data: .txt, one text a line, read by the "
+        "tokenizer in MODEL_DIR; or .safetensors, a tensor for each input, its first axis counting samples.",
+    ),
+]
 RECORD = Path("docs/families.jsonl")
 Length = Annotated[int, typer.Option(min=1, help="Length in tokens of the example (it stays dynamic).")]
 
@@ -56,6 +71,7 @@ def compile_command(
     model_dir: ModelDir,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make for the compiled model.")],
     passes: Passes = None,
+    calibration: Calibration = None,
     heatmap: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw what pruning left of each layer, as .png or .svg; needs matplotlib."),
@@ -69,13 +85,16 @@ def compile_command(
     from .driver import compile
 
     chosen = _passes(passes)
+    data = _calibration(calibration, chosen)
     artifact.check_new(output)
     if heatmap is not None:
         _check_heatmap(heatmap, output, chosen)
     with _stage("loading the model"):
         model = hf.load_model(model_dir)
-    with _stage("compiling"):
-        compiled = compile(model, chosen, hf.example_inputs(model, batch, length), backend="onnx", threads=threads)
+    inputs = hf.example_inputs(model, batch, length)
+    batches = _batches(data, model_dir, model, inputs)
+    with _nothing() if batches else _stage("compiling"):  # a bar shows how far calibration is
+        compiled = compile(model, chosen, inputs, backend="onnx", calibration=batches, threads=threads)
         compiled.save(output)
     out.print(compiled.report)
     out.print(f"saved to {output}")
@@ -88,6 +107,7 @@ def compile_command(
 def inspect(
     model_dir: ModelDir,
     passes: Passes = None,
+    calibration: Calibration = None,
     explain: Annotated[
         str | None,
         typer.Option(
@@ -107,9 +127,12 @@ def inspect(
     chosen = _passes(passes)
     if explain is not None:
         check_name(explain)
+    data = _calibration(calibration, chosen)
     model = hf.load_model(model_dir)
-    with _stage("tracing"):
-        compiled = compile(model, chosen, hf.example_inputs(model, batch, length), backend="eager", verify=False)
+    inputs = hf.example_inputs(model, batch, length)
+    batches = _batches(data, model_dir, model, inputs)
+    with _nothing() if batches else _stage("tracing"):
+        compiled = compile(model, chosen, inputs, backend="eager", calibration=batches, verify=False)
     if explain is None:
         out.print(print_program(compiled.program), markup=False, highlight=False, soft_wrap=True, end="")
         return
@@ -120,7 +143,12 @@ def inspect(
 
 @app.command()
 def bench(
-    model_dir: ModelDir, passes: Passes = None, batch: Batch = 2, length: Length = 128, threads: Threads = 1
+    model_dir: ModelDir,
+    passes: Passes = None,
+    calibration: Calibration = None,
+    batch: Batch = 2,
+    length: Length = 128,
+    threads: Threads = 1,
 ) -> None:
     """Measure a model's latency compiled and in eager PyTorch, in turn, and the error beside it."""
     from . import hf
@@ -128,10 +156,12 @@ def bench(
     from .driver import compile
 
     chosen = _passes(passes)
+    data = _calibration(calibration, chosen)
     model = hf.load_model(model_dir)
     inputs = hf.example_inputs(model, batch, length)
-    with _stage("compiling"):
-        compiled = compile(model, chosen, inputs, backend="onnx", threads=threads)
+    batches = _batches(data, model_dir, model, inputs)
+    with _nothing() if batches else _stage("compiling"):
+        compiled = compile(model, chosen, inputs, backend="onnx", calibration=batches, threads=threads)
     with _stage("measuring"):
         eager, ours = race([lambda: model(**inputs), lambda: compiled(**inputs)], threads)
     out.print(compiled.report.summary(), highlight=False)
@@ -210,7 +240,7 @@ def _survey(names: list[str], write: Path | None, record: Path, resume: bool, wo
         raise FxpressError(f"wrong results or bugs: {', '.join(sorted(wrong))}")
 
 
-def _check_heatmap(path: Path, output: Path, passes: Sequence[object]) -> None:
+def _check_heatmap(path: Path, output: Path, passes: Sequence[Pass]) -> None:
     """Refuse a heatmap that cannot be drawn, before any work is done."""
     from ..passes import MaskWeights
     from .heatmap import check
@@ -222,7 +252,30 @@ def _check_heatmap(path: Path, output: Path, passes: Sequence[object]) -> None:
         raise InputError("--heatmap draws what pruning left: give --passes with mask_weights")
 
 
-def _passes(given: str | None) -> Sequence[object]:
+def _calibration(path: Path | None, passes: Sequence[Pass]) -> CalibrationFile | None:
+    """What a file holds, checked before the model is loaded; passes that need data and get none are refused."""
+    from .calibration_files import read
+
+    needed = next((item for item in passes if item.needs_calibration), None)
+    if path is not None:
+        if all(item.exact for item in passes):
+            raise InputError("--calibration is for passes that fit something on data: give --passes with one of them")
+        return read(path)
+    if needed is not None:
+        raise InputError(f"pass {needed}: {needed.needs_calibration} needs calibration data; give --calibration FILE")
+    return None
+
+
+def _batches(data: CalibrationFile | None, folder: Path, model: Module, example: Any) -> list[dict[str, Tensor]]:
+    """The calibration data as inputs of the model; says what they are made of."""
+    if data is None:
+        return []
+    made = data.batches(folder, model, example)
+    out.print(f"calibration: {made.summary}", highlight=False)
+    return made.batches
+
+
+def _passes(given: str | None) -> Sequence[Pass]:
     """The passes of an option, checked before any work is done."""
     from .pipeline import parse_passes
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -65,6 +66,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 HEATMAP = ["compile", "empty", "-o", "out", "--passes", "mask_weights(0.5)", "--heatmap"]
+STATIC = ["compile", "empty", "-o", "out", "--passes", "quantize(mode=static)"]
 BAD = {
     "no such folder": (["compile", "nowhere", "-o", "out"], "'nowhere' is no directory"),
     "a folder that is no model": (["compile", "empty", "-o", "out"], "is no model: it has no config.json"),
@@ -77,6 +79,10 @@ BAD = {
     "a heatmap without a parent": ([*HEATMAP, "a/map.png"], "'a' is no directory"),
     "a heatmap in place of the model": ([*HEATMAP, "x.png", "-o", "x.png"], "--heatmap and --output are both 'x.png'"),
     "a heatmap without pruning": (["compile", "empty", "-o", "out", "--heatmap", "map.png"], "give --passes with mask"),
+    "a pass without the data it needs": ([*STATIC], "ranges of activations needs calibration data; give --calibration"),
+    "no such data": ([*STATIC, "--calibration", "none.txt"], "there is no file 'none.txt'"),
+    "data of another kind": ([*STATIC, "--calibration", "x.csv"], "must end in .txt or .safetensors, found 'x.csv'"),
+    "data that nothing reads": (["compile", "empty", "-o", "out", "--calibration", "x.txt"], "is for passes that fit"),
     "an unknown pass to explain": (["inspect", "empty", "--explain", "fuze"], "did you mean 'fuse'?"),
     "an unknown family": (["families", "brt"], "did you mean 'bert'?"),
     "an unknown family of the survey": (["families", "--all", "llamma"], "did you mean 'llama'?"),
@@ -140,6 +146,20 @@ def test_compile_draws_what_pruning_left(model_dir: Path, tmp_path: Path) -> Non
     assert "what pruning left" in done.stdout and "no speed-up here, masks kept: 50% of the weights" in done.stdout
     assert done.stdout.endswith("saved to out\nheatmap in map.svg\n")
     assert "<svg" in (tmp_path / "map.svg").read_text()
+
+
+@pytest.mark.slow
+def test_calibration_data_reach_the_passes(model_dir: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    ids = torch.arange(20 * 6).reshape(20, 6) % 99
+    save_file({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tmp_path / "x.safetensors")
+    options = ["--passes", "quantize(mode=static, method=minmax, sensitive=None)", "--calibration", "x.safetensors"]
+    done = run("compile", model_dir, "-o", "out", *options, "--threads", 1, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "calibration: 20 samples in batches of 16" in done.stdout and "linear (static)" in done.stdout
+    other = run("inspect", model_dir, *options[:-1], "y.safetensors", cwd=tmp_path)
+    assert (other.returncode, other.stderr) == (2, "fxpress: there is no file 'y.safetensors'\n")
 
 
 @pytest.mark.slow
