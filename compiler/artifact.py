@@ -1,7 +1,8 @@
-"""Artefacts: a compiled model as a folder that can be checked before it is used. Loading imports no torch.
+"""Artefacts: a compiled model as a folder that can be checked before it is used.
 
-manifest.json       format, signature, SHA-256 and size of every other file
-model.onnx          the graph
+manifest.json       format, backend, signature, SHA-256 and size of every other file
+model.onnx          the graph, for the onnx backend; loading it imports no torch
+program.json        the graph, for the triton backend: triton_files.py
 model.safetensors   its weights (ONNX external data; also readable by itself)
 program.txt         the rewritten program as text
 report.json         the report of the compilation
@@ -29,6 +30,9 @@ from .report import Report
 
 FORMAT, VERSION = "fxpress-artifact", 1
 MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
+PROGRAM, WEIGHTS = "program.json", "model.safetensors"
+NEEDED = {"onnx": {MODEL, REPORT}, "triton": {PROGRAM, WEIGHTS, REPORT}}  # files, by backend
+SPARE = (".cubin.json", ".cubin")  # files that can be made anew
 
 
 class Outputs(dict[str, Any]):
@@ -49,15 +53,20 @@ class LoadedModel:
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int | None) -> None:
+        self._read(folder, manifest)
+        check_weight_files(folder / MODEL, set(manifest["files"]))
+        self.session = Session(folder / MODEL, threads)
+        self._check_leaves(folder, len(self.session.outputs))
+
+    def _read(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.signature = Signature.from_dict(manifest["signature"])
         self.report = Report.from_dict(json.loads((folder / REPORT).read_text(encoding="utf-8")))
         self.leaves: list[tuple[int | None, Any]] = [(item["index"], item["constant"]) for item in manifest["outputs"]]
         self._structure: str | None = manifest["structure"]
-        self.session = Session(folder / MODEL, threads)
+
+    def _check_leaves(self, folder: Path, count: int) -> None:
         places = [index for index, _ in self.leaves if index is not None]
-        if len(self.leaves) != len(self.signature.outputs) or any(
-            not 0 <= index < len(self.session.outputs) for index in places
-        ):
+        if len(self.leaves) != len(self.signature.outputs) or any(not 0 <= index < count for index in places):
             raise ArtifactError(f"{str(folder)!r} names outputs that its model does not have")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,9 +81,9 @@ class LoadedModel:
             return self._rebuild([torch.from_numpy(item) for item in self.run([_to_numpy(value) for value in values])])
         return Outputs(zip(self.signature.outputs, self._place(self.run(values)), strict=True))
 
-    def run(self, arrays: Sequence[numpy.ndarray[Any, Any]]) -> list[numpy.ndarray[Any, Any]]:
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
         """Run on flat arrays, in the order of `signature.inputs`."""
-        return self.session.run(arrays)
+        return list(self.session.run(arrays))
 
     def _place(self, found: Sequence[Any]) -> list[Any]:
         return [constant if index is None else found[index] for index, constant in self.leaves]
@@ -94,27 +103,56 @@ def _to_numpy(value: Any) -> numpy.ndarray[Any, Any]:
     return found
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None) -> LoadedModel:
+def load(path: str | os.PathLike[str], threads: int | None = None, device: str | None = None) -> LoadedModel:
     """Load an artefact that `Compiled.save` wrote; every file is checked before it is used.
 
     Args:
         path: the folder.
-        threads: threads inside one operator; None: one a physical core.
+        threads: threads inside one operator, for the onnx backend; None: one a physical core.
+        device: where a model of the triton backend is to run, "cuda:1"; None: where it was compiled, if that is here,
+            else on the GPU.
 
     Raises:
         ArtifactError: no artefact there, or a file that is missing, truncated or altered.
+        InputError: it cannot run here, or an option is that of another backend.
     """
     folder = Path(path)
     manifest = _read_manifest(folder)
-    for name, entry in manifest["files"].items():
-        _check_file(folder, name, entry)
-    check_weight_files(folder / MODEL, set(manifest["files"]))
+    backend = manifest.get("backend", "onnx")
+    damaged = [problem for name, entry in manifest["files"].items() if (problem := _spare_problem(folder, name, entry))]
     try:
-        return LoadedModel(folder, manifest, threads)
+        if backend == "onnx":
+            if device is not None:
+                raise InputError(
+                    f"{str(folder)!r} is a model of the onnx backend, which runs on the CPU; give no device"
+                )
+            return LoadedModel(folder, manifest, threads)
+        if threads is not None:
+            raise InputError(f"{str(folder)!r} is of the triton backend, whose work is not the CPU's; give no threads")
+        return _load_kernels(folder, manifest, damaged, device)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise ArtifactError(f"{str(folder)!r} has a {MANIFEST} or {REPORT} of another form: {error!r}") from error
+
+
+def _load_kernels(folder: Path, manifest: Mapping[str, Any], damaged: Sequence[str], device: str | None) -> LoadedModel:
+    try:
+        from .triton_files import LoadedKernels
+    except ModuleNotFoundError as error:
+        raise InputError(f"a model of the triton backend needs the package {error.name}: pip install it") from error
+    return LoadedKernels(folder, manifest, damaged, device)
+
+
+def _spare_problem(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file that can be made anew; a fault of another one is an error."""
+    try:
+        _check_file(folder, name, entry)
+    except ArtifactError as error:
+        if not name.endswith(SPARE) or name != Path(name).name:
+            raise
+        return str(error)
+    return None
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -134,13 +172,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     if manifest.get("sha256") != _digest_of(body):
         raise ArtifactError(f"{str(file)!r} is altered: its own SHA-256 does not fit; compile and save again")
-    files = manifest.get("files")
+    backend, files = manifest.get("backend", "onnx"), manifest.get("files")
+    if backend not in NEEDED:
+        raise ArtifactError(f"{str(file)!r} is of a backend {backend!r}; this fxpress reads {', '.join(NEEDED)}")
     if not (
         isinstance(files, dict)
-        and {MODEL, REPORT} <= files.keys()
+        and NEEDED[backend] <= files.keys()
         and all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values())
     ):
-        raise ArtifactError(f"{str(file)!r} does not list {MODEL} and {REPORT} with sizes and digests")
+        wanted = " and ".join(sorted(NEEDED[backend]))
+        raise ArtifactError(f"{str(file)!r} does not list {wanted} with sizes and digests")
     return manifest
 
 
@@ -173,12 +214,13 @@ def write(
     structure: str | None,
     report: Report,
     program: str,
+    backend: str = "onnx",
 ) -> None:
     """Write an artefact: all of it appears at once, or nothing.
 
     Args:
         folder: the folder to make; it must not exist.
-        files: a folder with model.onnx and its weights, which are copied.
+        files: a folder with the graph and its weights, which are copied.
 
     Raises:
         InputError: the folder exists, or cannot be written.
@@ -191,6 +233,7 @@ def write(
         body = {
             "format": FORMAT,
             "version": VERSION,
+            "backend": backend,
             "signature": json.loads(json.dumps(signature.as_dict())),
             "outputs": list(outputs),
             "structure": structure,

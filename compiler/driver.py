@@ -20,16 +20,15 @@ from torch.utils import _pytree as pytree
 from ..ir.equality import Comparison, compare, run_float64
 from ..ir.errors import FxpressError, InputError, VerifyError, nearest, one_line
 from ..ir.graph import Program
-from ..ir.printer import print_program
 from ..ir.rewrite import Context, Pass
 from ..ir.signature import describe, leaves
-from . import artifact, hf, pretrained, structure
+from . import artifact, hf, pretrained
 from .calibration import check_batches, track
 from .onnx_files import onnx_files, write_onnx
 from .pipeline import Passed, has_masks, parameters, parse_passes, run_passes, zeros
 from .precision import half_dtype, narrow_inputs, narrowed, precision_loss
 from .report import Report
-from .runners import Clock, OnnxRunner, Runner, best_backend, generated, make_runner
+from .runners import Clock, OnnxRunner, Runner, best_backend, generated, make_runner, save_runner
 from .trace import Arguments, admit_ones, bind_example, plain_attention, trace
 
 BACKENDS = ("auto", "eager", "onnx", "triton")
@@ -139,22 +138,25 @@ class Compiled:
             raise InputError("the model was compiled with verify=False, which keeps nothing to judge by")
         return self._product.traced
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(
+        self, path: str | os.PathLike[str], archs: Sequence[int] | None = None, examples: Iterable[Any] = ()
+    ) -> None:
         """Save as a new folder that `fxpress.load` reads.
 
+        Args:
+            archs: of GPUs (90: sm_90) for which the triton backend compiles the kernels, so that Triton does not do so
+                when the model first runs there; none of them need be here. None: the GPU that is here, if there is one.
+            examples: inputs of other sizes than the example's, for which it compiles kernels too.
+
         Raises:
-            InputError: the folder exists or cannot be written, or the backend is not onnx.
+            InputError: the folder exists or cannot be written, the backend is neither onnx nor triton, or an option is
+                of no use to it.
+            LoweringError: a kernel cannot be compiled for one of the GPUs.
         """
-        runner, made = self._onnx_runner(), self._product
-        artifact.write(
-            Path(path),
-            runner.files,
-            made.program.signature,
-            [{"index": leaf.index, "constant": leaf.constant} for leaf in runner.leaves],
-            structure.dump(made.program.out_spec),
-            made.report,
-            print_program(made.program),
-        )
+        made = self._product
+        given = [narrow_inputs(_as_arguments(item), self._settings.dtype) for item in examples]
+        bound = [made.program.signature.bind(*item) for item in given]
+        save_runner(made.runner, Path(path), made.program, made.report, made.flat, archs, bound, self._settings.dtype)
 
     def to_onnx(self, path: str | os.PathLike[str], form: str = "runtime") -> None:
         """Write the ONNX model as a file, with its weights beside it: `model.onnx`, `model.safetensors`.

@@ -17,7 +17,9 @@ from torch import Tensor
 from ..backends.eager import EagerRunner
 from ..ir.errors import InputError
 from ..ir.graph import Program
-from . import artifact
+from ..ir.printer import print_program
+from . import artifact, structure
+from .report import Report
 
 
 class Clock:
@@ -95,6 +97,42 @@ def make_runner(backend: str, program: Program, threads: int | None, clock: Cloc
         raise InputError(f"backend 'triton' needs the package {error.name}: pip install triton") from error
     with clock("lower"):
         return TritonRunner(program)
+
+
+def save_runner(
+    runner: Runner,
+    path: Path,
+    program: Program,
+    report: Report,
+    example: Sequence[Tensor],
+    archs: Sequence[int] | None,
+    others: Sequence[Sequence[Any]],
+    dtype: torch.dtype | None,
+) -> None:
+    """Write what a backend made of a program as an artefact.
+
+    Args:
+        example: flat inputs.
+        archs, others: of the triton backend: GPUs to compile for, and more flat inputs to compile for.
+        dtype: that float inputs are cast to.
+
+    Raises:
+        InputError: the path exists or cannot be written, or the backend has no artefacts, or not these options.
+        LoweringError: a kernel cannot be compiled for one of the GPUs.
+    """
+    described = (program.signature, structure.dump(program.out_spec), report, print_program(program))
+    if runner.name == "triton":
+        from . import triton_files
+
+        batches = [example, *([torch.as_tensor(item) for item in batch] for batch in others)]
+        triton_files.write(path, runner, batches, triton_files.check_archs(archs), dtype, *described)
+        return
+    if archs or others:
+        raise InputError(f"archs and examples are for kernels of the triton backend, this is {runner.name!r}")
+    if not isinstance(runner, OnnxRunner):
+        raise InputError(f"only the onnx and triton backends can be saved, this is {runner.name!r}")
+    leaves = [{"index": leaf.index, "constant": leaf.constant} for leaf in runner.leaves]
+    artifact.write(path, runner.files, described[0], leaves, *described[1:])
 
 
 def generated(runner: Runner, what: str) -> str:

@@ -70,10 +70,19 @@ def launches(module: ModuleType, tensors: Sequence[Tensor], weights: Mapping[str
             are made of it.
     """
     noted: list[Launch] = []
-    for name, item in list(vars(module).items()):
-        if hasattr(item, "fn") and hasattr(item, "run"):
-            setattr(module, name, _Recorder(name, item, noted))
+    for name, kernel in kernels_of(module).items():
+        setattr(module, name, _Recorder(name, kernel, noted))
+    run_as_on(module, tensors, weights, arch)
+    return noted
+
+
+def kernels_of(module: ModuleType) -> dict[str, Any]:
+    """The kernels of a generated module, and the functions that they call, by name."""
+    return {name: item for name, item in vars(module).items() if hasattr(item, "fn") and hasattr(item, "run")}
+
+
+def run_as_on(module: ModuleType, tensors: Sequence[Tensor], weights: Mapping[str, Tensor], arch: int) -> None:
+    """Run `module.forward`, whose kernels do nothing, as on a GPU of compute capability `arch`."""
     vars(module)["arch_of"] = lambda device: arch
     vars(module)["torch"] = _Zeroed()
     module.forward(list(tensors), weights)
-    return noted

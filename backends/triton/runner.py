@@ -9,7 +9,7 @@ import sys
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -23,12 +23,31 @@ from torch import Tensor
 from ...ir.errors import InputError
 from ...ir.graph import Program, attribute
 from .graphs import Graphs
-from .module import generate
+from .machine_code import Code, build, use
+from .module import Generated, generate, write
+from .serial import dump
 
 
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def triton_version() -> str:
+    """The version of Triton that is here."""
+    return str(triton.__version__)
+
+
+def arch_here(device: torch.device | None = None) -> int | None:
+    """The compute capability, 90 for sm_90, of the GPU on which kernels run; None: they are interpreted.
+
+    Args:
+        device: of the model; None: the current one.
+    """
+    if interpreted() or not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def check_device(program: Program) -> None:
@@ -86,8 +105,26 @@ class TritonRunner:
 
     def __init__(self, program: Program) -> None:
         check_device(program)
-        self.generated = generate(program)
-        self._loaded = Loaded(self.generated.source)
+        self._take(generate(program), {})
+
+    @classmethod
+    def restored(cls, ready: Program, code: Mapping[str, Code]) -> TritonRunner:
+        """The kernels of a prepared program, `serial.restore`d, with machine code that is known of them.
+
+        Raises:
+            InputError: they could not run where the weights are.
+            LoweringError: the program is none that `prepare` gives.
+        """
+        check_device(ready)
+        found = cls.__new__(cls)
+        found._take(write(ready), code)
+        return found
+
+    def _take(self, generated: Generated, code: Mapping[str, Code]) -> None:
+        self.generated = generated
+        self._loaded = Loaded(generated.source)
+        if code:
+            use(self._loaded.module, code)
         self._weights = self._on_one_device()
         self._graphs = Graphs(self._forward)
 
@@ -96,6 +133,26 @@ class TritonRunner:
         weights = {name: attribute(self.generated.program.module, name) for name in self.generated.weights}
         gpu = next((weight.device for weight in weights.values() if weight.is_cuda), None)
         return {name: weight if gpu is None else weight.to(gpu) for name, weight in weights.items()}
+
+    def program(self) -> dict[str, Any]:
+        """The prepared program as data, for `serial.restore`.
+
+        Raises:
+            LoweringError: something in it has no form as data.
+        """
+        return dump(self.generated.program)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by the name under which the module reads them."""
+        return dict(self._weights)
+
+    def machine_code(self, batches: Iterable[Sequence[Tensor]], archs: Sequence[int]) -> dict[int, dict[str, Code]]:
+        """The machine code of what these inputs lead to on GPUs of compute capability `archs`, 90 for sm_90.
+
+        Raises:
+            LoweringError: a kernel cannot be compiled.
+        """
+        return build(self.source, batches, self._weights, archs)
 
     @property
     def source(self) -> str:

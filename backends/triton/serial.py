@@ -6,6 +6,7 @@ expressions, names must be identifiers and texts words, so that none of them can
 
 from __future__ import annotations
 
+import json
 import keyword
 import math
 import operator
@@ -16,9 +17,6 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions
 
@@ -28,7 +26,7 @@ from ...ir.signature import Signature
 from .lowerings.products import PRODUCTS
 from .lowerings.table import EXTERN, GENERATORS, KERNELS, POINTWISE, VALUES, VIEWS
 from .partition import kind
-from .sizes import Sizes
+from .sizes import HINT, Described, Size, Sizes
 
 _EXPRESSIONS: dict[str, Any] = {
     item.__name__: item
@@ -122,8 +120,6 @@ class _Writer:
         raise LoweringError(f"{node.name} cannot be saved: it gives {value!r}, which is neither a tensor nor a size")
 
     def _size(self, size: Any, node: fx.Node) -> Any:
-        if isinstance(size, int):
-            return size
         expression = self.sizes.of(size)
         self.symbols.update(map(str, expression.free_symbols))
         return _tree(expression, node)
@@ -171,31 +167,26 @@ class _Reader:
 
     def __init__(self, symbols: Mapping[str, int | None], weights: Mapping[str, Tensor], device: Any) -> None:
         self._weights, self._device = weights, device
-        self._shapes = ShapeEnv()
-        self._mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
         self._operators = operators()
+        self._described: dict[str, Described] = {}
         self._nodes: dict[str, fx.Node] = {}
         self._symbols: dict[str, sympy.Symbol] = {}
         self._hints: dict[sympy.Symbol, int] = {}
         for name, hint in symbols.items():
             if not _SYMBOL.fullmatch(name):
                 raise ArtifactError(f"the saved program has a size of the name {name!r}")
-            symbol: Any = self._shapes.create_symbol(
-                2 if hint is None else int(hint), ConstantSource(name), DimDynamic.DYNAMIC,
-                do_not_specialize_zero_one=True,
-            )  # fmt: skip
-            self._symbols[name], self._hints[symbol] = symbol, 2 if hint is None else int(hint)
+            symbol = sympy.Symbol(name, integer=True, nonnegative=True)
+            self._symbols[name], self._hints[symbol] = symbol, HINT if hint is None else int(hint)
 
     def program(self, entries: Sequence[Mapping[str, Any]], signature: Signature) -> Program:
         graph = fx.Graph()
-        with self._mode:
-            for entry in entries:
-                name = self._name(entry["name"])
-                node = self._node(graph, entry, name)
-                if node.name != name or name in self._nodes:
-                    raise ArtifactError(f"the saved program names a node {name!r}, which is taken")
-                self._nodes[name] = node
-        taken = [node.name for node in graph.nodes if node.op == "placeholder"]
+        for entry in entries:
+            name = self._name(entry["name"])
+            node = self._node(graph, entry, name)
+            if node.name != name or name in self._nodes:
+                raise ArtifactError(f"the saved program names a node {name!r}, which is taken")
+            self._nodes[name] = node
+        taken = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
         if taken != [item.name for item in signature.inputs]:
             raise ArtifactError(f"the saved program takes {taken}, its signature says otherwise")
         outputs = [node for node in graph.nodes if node.op == "output"]
@@ -203,8 +194,7 @@ class _Reader:
             raise ArtifactError("the saved program gives no list of outputs")
         graph.lint()
         spec = pytree.tree_structure([0] * len(outputs[0].args[0]))
-        symbols = {str(symbol): name for name, symbol in self._symbols.items()}
-        return Program(fx.GraphModule(self._module(), graph), signature, spec, symbols)
+        return Program(fx.GraphModule(self._module(), graph), signature, spec, {name: name for name in self._symbols})
 
     def _node(self, graph: fx.Graph, entry: Mapping[str, Any], name: str) -> fx.Node:
         op, target = entry["op"], entry["target"]
@@ -271,16 +261,21 @@ class _Reader:
             return [self._value(item) for item in value]
         if "size" in value:
             return self._size(value["size"])
+        key = json.dumps(value, sort_keys=True)  # the layers of a model have the same ones
+        if key not in self._described:
+            self._described[key] = self._tensor(value)
+        return self._described[key]
+
+    def _tensor(self, value: Mapping[str, Any]) -> Described:
         shape, stride = ([self._size(item) for item in value[name]] for name in ("shape", "stride"))
         dtype, device = self._plain("dtype", value["dtype"]), self._device or torch.device(value["device"])
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        return Described(shape, stride, dtype, device)
 
-    def _size(self, data: Any) -> Any:
-        if isinstance(data, int):
-            return data
+    def _size(self, data: Any) -> int:
         expression = self._expression(data)
-        hint = expression.xreplace(self._hints)
-        return self._shapes.create_symintnode(expression, hint=int(hint))
+        if expression.is_Integer:
+            return int(expression)
+        return Size(expression, int(expression.xreplace(self._hints)))
 
     def _expression(self, data: Any) -> sympy.Expr:
         if isinstance(data, int) and not isinstance(data, bool):

@@ -8,15 +8,64 @@ from typing import Any
 
 import sympy
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 from torch.utils._sympy.printers import PythonPrinter
 
 from ...ir.errors import LoweringError
-from ...ir.graph import Program, size_text
+from ...ir.graph import Program, short_dtype, size_text
 
 _PRINTER = PythonPrinter()
 HINT = 64  # of a size that no example shows
+
+
+class Size(int):
+    """A size of a program that was read from data: what it was in the example, and what it is."""
+
+    expression: sympy.Expr
+
+    def __new__(cls, expression: sympy.Expr, hint: int) -> Size:
+        """`hint` is the size in the example."""
+        found = super().__new__(cls, hint)
+        found.expression = expression
+        return found
+
+    def __str__(self) -> str:
+        return str(self.expression)
+
+
+class Described(Tensor):
+    """A tensor of a program that was read from data: dtype, sizes, strides and device are known, and nothing else.
+
+    PyTorch's fake tensors can be computed with, too: for that they load modules for a second, and an environment of
+    shapes for each program.
+    """
+
+    _sizes: tuple[int, ...]
+    _steps: tuple[int, ...]
+
+    @staticmethod
+    def __new__(
+        cls, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Described:
+        """Sizes and strides, in elements, are an int or a `Size` each."""
+        hints, steps = [int(size) for size in shape], [int(step) for step in stride]
+        found: Described = torch.Tensor._make_wrapper_subclass(cls, hints, strides=steps, dtype=dtype, device=device)
+        found._sizes, found._steps = tuple(shape), tuple(stride)
+        return found
+
+    @property
+    def shape(self) -> Any:  # type: ignore[override]
+        """The sizes, an int or a `Size` each."""
+        return self._sizes
+
+    def stride(self, *args: Any) -> Any:
+        """The strides, an int or a `Size` each."""
+        return self._steps[args[0]] if args else self._steps
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise NotImplementedError(f"{func} of a tensor that is only described")
 
 
 class Sizes:
@@ -37,6 +86,10 @@ class Sizes:
             value = value.meta["val"]
         if isinstance(value, torch.SymInt):
             return self._named(value)
+        if isinstance(value, Size):
+            if isinstance(value.expression, sympy.Symbol):
+                self._hints[value.expression] = int(value)
+            return value.expression
         return sympy.sympify(value)
 
     def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
@@ -46,6 +99,14 @@ class Sizes:
     def strides(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
         """The strides of a node's tensor as PyTorch computed them."""
         return tuple(self.of(size) for size in node.meta["val"].stride())
+
+    def describe(self, value: Any) -> str:
+        """`f32[d0, 384]` for a tensor, `d0` for a size, `(a, b)` for several."""
+        if isinstance(value, Tensor):
+            return f"{short_dtype(value.dtype)}[{', '.join(str(self.of(size)) for size in value.shape)}]"
+        if isinstance(value, tuple | list):
+            return f"({', '.join(map(self.describe, value))})"
+        return str(self.of(value))
 
     def hint(self, size: sympy.Expr) -> int:
         """What a size was in the example."""

@@ -13,6 +13,7 @@ from torch._prims_common import elementwise_dtypes
 from ....ir.graph import arguments
 from ....ir.ops.float8 import float8_quantize
 from ..emitter import CannotFuse, Emitter, Index, Value, computed, literal
+from ..sizes import Size
 from .table import POINTWISE, pointwise
 
 aten = torch.ops.aten
@@ -26,6 +27,7 @@ def lower_pointwise(emitter: Emitter, node: fx.Node, index: Index) -> Value:
     given = arguments(node)
     elements = {name: item for name, item in given.items() if name not in rule.numbers and _is_element(item)}
     facts = [item.meta["val"] if isinstance(item, fx.Node) else item for item in elements.values()]
+    facts = [int(fact) if isinstance(fact, Size) else fact for fact in facts]
     dtype, result = elementwise_dtypes(*facts, type_promotion_kind=rule.promotion)
     if result.is_complex or dtype.is_complex:
         raise CannotFuse(f"{node.name} is of complex numbers")

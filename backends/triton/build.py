@@ -1,0 +1,34 @@
+"""A process that compiles a generated module for GPUs that are not here: `machine_code.build` starts it.
+
+Triton's interpreter, with which the calling process may run kernels, excludes its compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from .machine_code import compiled, empty
+from .runner import Loaded
+
+
+def main() -> None:
+    """Read a task from standard input; write `ARCH/KEY.json` and `ARCH/KEY.cubin` below the folder that is given."""
+    task, folder = json.load(sys.stdin), Path(sys.argv[1])
+    weights = {name: empty(shape) for name, shape in task["weights"].items()}
+    with torch.no_grad():
+        for arch in task["archs"]:
+            place = folder / str(arch)
+            place.mkdir()
+            for batch in task["batches"]:
+                module = Loaded(task["source"]).module
+                for key, code in compiled(module, [empty(shape) for shape in batch], weights, arch).items():
+                    (place / f"{key}.json").write_text(code.metadata, encoding="utf-8")
+                    (place / f"{key}.cubin").write_bytes(code.binary)
+
+
+if __name__ == "__main__":
+    main()
