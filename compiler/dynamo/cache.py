@@ -29,9 +29,9 @@ from ...backends.memory import cache_folder, check_owner, processor
 from ...ir.errors import ArtifactError, FxpressError, InputError, one_line
 from .. import artifact
 from ..report import Report
+from .binding import Binding, Finish
 from .graph import WEIGHT, Argument
 from .options import Options
-from .program import Binding, Finish
 
 ENTRY = "graph.json"
 LIMIT = 4 * 2**30  # bytes of all graphs; the oldest go first
@@ -154,7 +154,7 @@ def _read(model: artifact.LoadedModel, folder: Path) -> Entry:
 
 def key_of(gm: fx.GraphModule, found: Sequence[Argument], values: Sequence[Any], asked: Options) -> str | None:
     """What a compiled graph depends on, as a digest; None: the graph calls what is not PyTorch's and may change."""
-    lines = [f"format {_FORMAT}", _code(), _versions(), repr(asked.passes), asked.backend]
+    lines = [f"format {_FORMAT}", _code(), _versions(), repr(asked.given), asked.backend]
     lines.append(f"threads {torch.get_num_threads()}, default {torch.get_default_dtype()}")
     around = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     lines.append(f"autocast {around}")

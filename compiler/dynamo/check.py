@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 
-def agree(value: Any, usual: Any) -> bool:
-    """Whether two outputs are the same but for rounding."""
+def agree(value: Any, usual: Any, inner: torch.dtype | None = None) -> bool:
+    """Whether two outputs are the same but for rounding.
+
+    Args:
+        inner: the dtype in which they were computed; None: their own.
+    """
     if not isinstance(usual, Tensor):
         return type(value) is type(usual) and value == usual
     if not isinstance(value, Tensor) or value.shape != usual.shape or value.dtype != usual.dtype:
         return False
     if usual.dtype.is_floating_point or usual.dtype.is_complex:
-        share = _SHARE.get(usual.dtype, 1e-5)
+        share = _SHARE.get(inner or usual.dtype, 1e-5)
         return torch.allclose(value, usual, rtol=share, atol=share * _peak(usual), equal_nan=True)
     return torch.equal(value, usual)
 

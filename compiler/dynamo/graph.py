@@ -18,6 +18,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from ...ir.errors import TraceError, one_line
 from ...ir.graph import arguments, attribute, identifier, source_of
 from ...ir.signature import describe
+from .mixed import mixed
 from .plain import PlainInterpreter
 
 aten = torch.ops.aten
@@ -153,7 +154,7 @@ def autocasting(gm: fx.GraphModule) -> bool:
     return around or any(getattr(node.target, "__name__", "") == "_enter_autocast" for node in gm.graph.nodes)
 
 
-def check_graph(gm: fx.GraphModule) -> None:
+def check_graph(gm: fx.GraphModule, dtype: torch.dtype | None) -> None:
     """Refuse what can be seen in dynamo's graph before it is traced.
 
     Raises:
@@ -161,6 +162,8 @@ def check_graph(gm: fx.GraphModule) -> None:
     """
     if torch.is_autocast_enabled("cuda"):
         raise TraceError("autocast is on for CUDA: PyTorch chooses the dtype of each operator")
+    if dtype is not None and autocasting(gm):
+        raise TraceError("autocast is on, which chooses the dtypes, and the option dtype would choose others")
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             target: Any = node.target
@@ -174,8 +177,13 @@ def _transforms(gm: fx.GraphModule) -> bool:
     return any(home.startswith(("torch._functorch", "torch._C._functorch")) for home in homes)
 
 
-def capture(gm: fx.GraphModule, found: Sequence[Argument], mode: FakeTensorMode) -> Captured:
+def capture(
+    gm: fx.GraphModule, found: Sequence[Argument], mode: FakeTensorMode, dtype: torch.dtype | None = None
+) -> Captured:
     """Trace dynamo's graph to ATen operators before decomposition; composite ones stay whole.
+
+    Args:
+        dtype: of its matrix products; None: as they are.
 
     Raises:
         TraceError: it cannot be traced, or holds what a Program cannot; with the reason.
@@ -185,7 +193,7 @@ def capture(gm: fx.GraphModule, found: Sequence[Argument], mode: FakeTensorMode)
 
     def run(*values: Any) -> Any:
         with _reparametrize_module(gm, dict(zip(attributes, values[count:], strict=True))):
-            return PlainInterpreter(gm).run(*values[:count])
+            return mixed(gm, PlainInterpreter(gm).run, dtype)(*values[:count])
 
     try:
         with torch.no_grad(), mode, fx.traceback.preserve_node_meta():

@@ -29,6 +29,7 @@ class GraphReport:
         cache: "", "stored", or "loaded" from the disk.
         seconds: of each stage of the compilation.
         milliseconds: measured, by runner.
+        precision: with the option dtype, that and the SQNR and cosine of the worst output with the graph in its own.
         sqnr_db: against the graph in fp64, the worst output; None: not measured.
         calls, weight_changes: how often it ran; how often a weight was found changed.
         notes: what happened to it since, in order.
@@ -48,6 +49,7 @@ class GraphReport:
     seconds: dict[str, float] = field(default_factory=dict)
     milliseconds: dict[str, float] = field(default_factory=dict)
     multiplications: int | None = None
+    precision: dict[str, Any] = field(default_factory=dict)
     sqnr_db: float | None = None
     calls: int = 0
     weight_changes: int = 0
@@ -101,7 +103,8 @@ def _story(item: GraphReport) -> str:
     recompiled = f"compiled again: {item.recompiled}" if item.recompiled else ""
     times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in item.milliseconds.items())
     from_disk = "from the cache" if item.cache == "loaded" else ""
-    return "; ".join(filter(None, [item.reason, times, recompiled, from_disk, *item.notes])) or "-"
+    half = "{dtype}: {sqnr_db} dB, cosine {cosine}".format(**item.precision) if item.precision else ""
+    return "; ".join(filter(None, [item.reason, times, half, recompiled, from_disk, *item.notes])) or "-"
 
 
 _GRAPHS: list[GraphReport] = []  # of this process, in the order of their compilation

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ...backends.onnx.session import Session
 from ...ir.errors import FxpressError, one_line
-from ...ir.graph import Program
 from ...ir.signature import Signature
-from .program import Binding, owner
+from .binding import Binding
 from .report import GraphReport
 from .weights import Watch
 
@@ -196,46 +194,3 @@ def on_session(
         return outputs
 
     return run
-
-
-def in_pytorch(
-    program: Program, runner: Callable[[Sequence[Tensor]], list[Any]]
-) -> Callable[[Sequence[Tensor]], list[Any]]:
-    """A program run by PyTorch; its outputs have memory of their own, as those of the graph that it is made of."""
-    outputs = next(iter(reversed(program.graph.nodes))).args[0]
-    owners = [owner(node) if isinstance(node, fx.Node) else None for node in outputs]
-    shared = [
-        place
-        for place, node in enumerate(owners)
-        if node is not None and (node.op != "call_function" or node in owners[:place])
-    ]
-
-    def run(tensors: Sequence[Tensor]) -> list[Any]:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):  # casts are part of the program
-            found = list(runner(tensors))
-        for place in shared:
-            found[place] = found[place].clone()
-        return found
-
-    return run
-
-
-def best_milliseconds(calls: Sequence[Callable[[], Any]], seconds: float = 0.15) -> list[float]:
-    """The best time of each call; they take turns, three at least.
-
-    On one thread the clock is the thread's own, so that other programs on the machine do not decide.
-    """
-    alone = torch.get_num_threads() == 1 and not torch.cuda.is_initialized()
-    clock = time.thread_time if alone else time.perf_counter
-    best = [float("inf")] * len(calls)
-    end = time.perf_counter() + seconds * len(calls)
-    for turn in range(50):
-        for place, call in enumerate(calls):
-            start = clock()
-            call()
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            best[place] = min(best[place], (clock() - start) * 1e3)
-        if turn >= 2 and time.perf_counter() > end:
-            break
-    return best

@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 
 from ...ir.errors import TraceError
 from ...ir.graph import Program, source_of
 from ...ir.rewrite import Context
 from ..calibration import track
 from ..pipeline import run_passes
-from ..runners import Clock
+from .binding import Binding
 from .graph import Captured, random_calls
-from .options import Options
-from .program import Binding, make_program
-from .report import GraphReport
+from .make import calibration
+from .program import make_program
+from .work import Work
 
 aten = torch.ops.aten
 _CHECKPOINT = "tag_activation_checkpoint"
@@ -31,9 +33,6 @@ def recomputes(gm: fx.GraphModule) -> bool:
 
 def checkpointed(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """The graph in PyTorch, with what is checkpointed in it computed again in the backward pass."""
-    from torch._dynamo.backends.common import aot_autograd  # half a second, which inference does not pay
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-
     backend = aot_autograd(
         fw_compiler=_as_it_is,
         bw_compiler=_as_it_is,
@@ -54,34 +53,23 @@ def _as_it_is(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., An
     return run
 
 
-def compiled(
-    inputs: Sequence[Any],
-    values: Sequence[Any],
-    captured: Captured,
-    asked: Options,
-    report: GraphReport,
-    clock: Clock,
-    calibration: Callable[[Binding], list[list[Tensor]]],
-) -> Callable[..., Any]:
+def compiled(work: Work, values: Sequence[Any], captured: Captured) -> Callable[..., Any]:
     """The graph rewritten by the passes, its forward and backward pass in PyTorch; its weights stay the model's own.
 
     Args:
-        inputs: the graph's arguments as dynamo gives them, sizes symbolic.
-        values: them as the first call has them, and the tensors that the graph keeps.
+        values: the arguments of the first call, and the tensors that the graph keeps.
 
     Raises:
         TraceError: gradients would not be those of the graph, with the reason.
     """
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.partitioners import default_partition
-
+    report = work.report
     _check_gradients(captured)
     try:
-        program, binding = _rewritten(values, captured, asked, report, clock, calibration, live=False)
+        program, binding = _rewritten(work, values, captured, live=False)
     except _NewWeight:
-        if not asked.exact:
+        if not work.asked.exact:
             raise
-        program, binding = _rewritten(values, captured, asked, report, clock, calibration, live=True)
+        program, binding = _rewritten(work, values, captured, live=True)
     module: Any = _Live(program, binding, captured.kept)
     sizes: dict[str, int] = {}
 
@@ -100,8 +88,8 @@ def compiled(
         partition_fn=default_partition,
         keep_inference_input_mutations=True,
     )
-    with clock("AOTAutograd"):
-        found = backend(module, list(inputs))
+    with work.clock("AOTAutograd"):
+        found = backend(module, list(work.inputs))
     report.runner = "eager"
 
     def run(*args: Any) -> Any:
@@ -124,15 +112,7 @@ class _NewWeight(TraceError):
     """A pass made a weight of the model's weights."""
 
 
-def _rewritten(
-    values: Sequence[Any],
-    captured: Captured,
-    asked: Options,
-    report: GraphReport,
-    clock: Clock,
-    calibration: Callable[[Binding], list[list[Tensor]]],
-    live: bool,
-) -> tuple[Program, Binding]:
+def _rewritten(work: Work, values: Sequence[Any], captured: Captured, live: bool) -> tuple[Program, Binding]:
     """The graph's program after the passes, every weight that is trained being the model's own.
 
     Args:
@@ -142,9 +122,9 @@ def _rewritten(
         program, binding = make_program(captured, values, live=live)
         own = dict(program.module.named_parameters())
         random = [str(node.target) for node in random_calls(program.graph)]
-        with clock("passes"):
-            context = Context(binding.tensors(values), calibration(binding), track=track)
-            report.passes = run_passes(program, asked.passes, context).reports
+        with work.clock("passes"):
+            context = Context(binding.tensors(values), calibration(work.asked, binding, captured), track=track)
+            work.report.passes = run_passes(program, work.asked.passes, context).reports
         if random != [str(node.target) for node in random_calls(program.graph)]:
             raise TraceError("the passes would change which random numbers it draws")
         found = dict(program.module.named_parameters())

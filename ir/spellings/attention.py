@@ -11,7 +11,7 @@ from torch import fx
 
 from .. import pattern as p
 from ..graph import Program, arguments, dtype, same_sizes, shape
-from ..ops.attention import ABSORBING, attention
+from ..ops.attention import ABSORBING, attention, wide
 from ..pattern import Match, Refusal, Rule
 from .numbers import number
 from .scores import Reading, Term, find
@@ -26,7 +26,7 @@ def _sdpa_condition(found: Match) -> Any:
     if found["dropout_p"] != 0:
         return Refusal(f"dropout {found['dropout_p']} on the attention weights")
     mask, query = found["mask"], found["query"]
-    if mask is not None and dtype(mask) not in (torch.bool, dtype(query)):
+    if mask is not None and dtype(mask) not in (torch.bool, dtype(query), wide(dtype(query))):
         return Refusal(f"a mask of dtype {dtype(mask)}")
     scores = (*shape(found.root)[:-1], shape(found["key"])[-2])
     terms = [Term(mask, scores, fill=-math.inf if dtype(mask) is torch.bool else None)] if mask is not None else []
@@ -138,7 +138,8 @@ def _mask_problem(reading: Reading) -> str | None:
 
 
 def _dtype_problem(reading: Reading) -> str | None:
-    """Half-precision queries and keys may be upcast before their product: the operator computes in fp32 anyway."""
+    """The operator computes in fp32 anyway: half-precision queries and keys may be upcast before their product, and
+    masks be in fp32."""
     wanted = dtype(reading.value)
     if not wanted.is_floating_point:
         return f"a value of dtype {wanted}"
@@ -146,7 +147,7 @@ def _dtype_problem(reading: Reading) -> str | None:
         if dtype(item) is not wanted and not _is_upcast(item, wanted):
             return f"a {name} of dtype {dtype(item)} and a value of dtype {wanted}"
     for term in reading.terms:
-        if dtype(term.tensor) not in (torch.bool, wanted) and not _is_upcast(term.tensor, wanted):
+        if dtype(term.tensor) not in (torch.bool, wanted, wide(wanted)) and not _is_upcast(term.tensor, wanted):
             return f"a mask of dtype {dtype(term.tensor)} and a value of dtype {wanted}"
     return None
 
@@ -212,8 +213,8 @@ class _Emit:
             query = self.call(aten.mul.Tensor, query, reading.multiplier)
         if reading.transposed:
             key = self.call(aten.transpose.int, key, -2, -1)
-        wide = dtype(query) is not dtype(reading.value)
-        if wide:
+        upcast = dtype(query) is not dtype(reading.value)
+        if upcast:
             query, key = (self.call(aten._to_copy.default, item, dtype=dtype(reading.value)) for item in (query, key))
         options: dict[str, Any] = {"bias": self.bias(), "right": reading.right, "scale": reading.scale}
         options |= {"softcap": reading.softcap or None, "sinks": reading.sinks, "empty": self.empty()}
@@ -298,7 +299,7 @@ class _Emit:
             mask = self.call(aten.ne.Scalar, mask, 0)
         if term.fill is not None and not term.keeps:
             mask = self.inverse(mask)
-        if term.fill is None and dtype(mask) is not dtype(self.reading.value):
+        if term.fill is None and _is_upcast(mask, dtype(self.reading.value)):
             mask = self.call(aten._to_copy.default, mask, dtype=dtype(self.reading.value))
         if term.fill is None and term.factor != 1:
             mask = self.call(aten.mul.Tensor, mask, term.factor)

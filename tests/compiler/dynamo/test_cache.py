@@ -137,9 +137,9 @@ def test_branches_are_in_the_key(tmp_path: Path) -> None:
 
 
 def test_that_pytorch_is_faster_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxpress.compiler.dynamo._WORTH_SECONDS", 0.0)
-    monkeypatch.setattr("fxpress.compiler.dynamo._SMALL_SECONDS", 0.0)
-    monkeypatch.setattr("fxpress.compiler.dynamo.best_milliseconds", lambda calls: [2.0, 1.0])
+    monkeypatch.setattr("fxpress.compiler.dynamo.backend._WORTH_SECONDS", 0.0)
+    monkeypatch.setattr("fxpress.compiler.dynamo.make._SMALL_SECONDS", 0.0)
+    monkeypatch.setattr("fxpress.compiler.dynamo.make.best_milliseconds", lambda calls: [2.0, 1.0])
     for cache in ("", "loaded"):
         torch._dynamo.reset()
         fxpress.reports(clear=True)

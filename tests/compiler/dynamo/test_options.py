@@ -56,12 +56,13 @@ print(report.runner, report.reason)
         ({"backend": "onx"}, "did you mean 'onnx'?"),
         ({"fallback": "egaer"}, "did you mean 'eager'?"),
         ({"passes": "fuze"}, "did you mean 'fuse'?"),
-        ({"dtype": torch.bfloat16}, "option dtype='bfloat16' is not built"),
+        ({"dtype": "float61"}, "did you mean 'float16'?"),
+        ({"dtype": "bfloat16", "backend": "onnx"}, "kernels are of float32"),
         ({"passes": "quantize(int8, mode=static)"}, "calibration"),
         ({"calibration": [(x(),)]}, "dicts of inputs by the names"),
         ("fuse", "must be a dict"),
     ],
-    ids=["option", "backend", "fallback", "pass", "dtype", "no data", "data", "no options"],
+    ids=["option", "backend", "fallback", "pass", "dtype", "dtype of onnx", "no data", "data", "no options"],
 )
 def test_wrong_options_are_refused(options: Any, message: str) -> None:
     with pytest.raises(InputError, match=message.replace("?", r"\?").replace("(", r"\(")):
@@ -187,7 +188,7 @@ def test_onnx_is_taken_where_it_is_measured_to_be_faster(monkeypatch: pytest.Mon
     for times, runner in (([1.0, 2.0], "onnx"), ([2.0, 1.0], "pytorch")):
         torch._dynamo.reset()
         fxpress.reports(clear=True)
-        monkeypatch.setattr("fxpress.compiler.dynamo.best_milliseconds", lambda calls, times=times: times)
+        monkeypatch.setattr("fxpress.compiler.dynamo.make.best_milliseconds", lambda calls, times=times: times)
         compiled = torch.compile(model, backend="fxpress")
         with torch.no_grad():
             compiled(x(64 + len(runner), 256))
@@ -207,7 +208,7 @@ def test_a_failure_of_ours_is_said_and_pytorch_runs_the_graph(monkeypatch: pytes
     def fail(*_: Any) -> None:
         raise KeyError("planted")
 
-    monkeypatch.setattr("fxpress.compiler.dynamo.make_program", fail)
+    monkeypatch.setattr("fxpress.compiler.dynamo.make.make_program", fail)
     compiled = torch.compile(layers(), backend="fxpress", options={"backend": "eager"})
     with torch.no_grad(), pytest.warns(RuntimeWarning, match="planted"):
         torch.testing.assert_close(compiled(x()), layers()(x()))
@@ -216,7 +217,7 @@ def test_a_failure_of_ours_is_said_and_pytorch_runs_the_graph(monkeypatch: pytes
 
 def test_a_wrong_rewrite_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "fxpress.compiler.dynamo.in_pytorch", lambda program, runner: lambda tensors: [tensors[0] * 0 + 1]
+        "fxpress.compiler.dynamo.make.in_pytorch", lambda program, runner: lambda tensors: [tensors[0] * 0 + 1]
     )
     compiled = torch.compile(layers(), backend="fxpress", options={"backend": "eager"})
     with torch.no_grad():
