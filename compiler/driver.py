@@ -29,6 +29,7 @@ from .pipeline import Passed, has_masks, parameters, parse_passes, run_passes, z
 from .precision import half_dtype, narrow_inputs, narrowed, precision_loss
 from .report import Report
 from .runners import Clock, OnnxRunner, Runner, best_backend, generated, make_runner, save_runner
+from .statistics import statistics_file
 from .trace import Arguments, admit_ones, bind_example, plain_attention, trace
 
 BACKENDS = ("auto", "eager", "onnx", "triton")
@@ -348,7 +349,7 @@ def _rewritten(
             expected = (eager, run_float64(program, flat))
     with clock("passes"):
         calibration = [program.signature.bind(*_as_arguments(batch)) for batch in settings.calibration]
-        context = Context(flat, calibration, settings.max_rewrites, track=track)
+        context = Context(flat, calibration, settings.max_rewrites, track=track, statistics=statistics_file)
         if backend == "onnx":
             from ..backends.onnx.measure import seconds
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
+from .calibration.statistics import Open, refused
 from .graph import Program, module_path, source_of
 from .pattern import Match, Refusal, Rule, search
 
@@ -27,10 +28,10 @@ class Context:
     """What a pass may use besides the program.
 
     `inputs` are flat example tensors, `calibration` such tensors by batch; `track(items, title)` gives the items and
-    shows how far their work is; `seconds(program)` is the time that a program takes at the example's sizes on the
-    backend that the product is for, None where that cannot be measured; `max_rewrites` is a budget over the whole
-    pipeline (None: no limit) that is used up one rewrite at a time, so that bisecting it finds the rewrite that breaks
-    a model.
+    shows how far their work is; `statistics` opens what calibration found before; `seconds(program)` is the time that a
+    program takes at the example's sizes on the backend that the product is for, None where that cannot be measured;
+    `max_rewrites` is a budget over the whole pipeline (None: no limit) that is used up one rewrite at a time, so that
+    bisecting it finds the rewrite that breaks a model.
     """
 
     inputs: Sequence[Tensor] = ()
@@ -38,6 +39,7 @@ class Context:
     max_rewrites: int | None = None
     rewrites: int = 0
     track: Track = untracked
+    statistics: Open = refused
     seconds: Callable[[Program], float] | None = None
 
     def take(self) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from ..ir.calibration.lockstep import Lockstep
+from ..ir.calibration.statistics import Nothing, fingerprints
 from ..ir.calibration.target import Metric, Target
 from ..ir.errors import InputError, RewriteError, nearest
 from ..ir.expand import expand
@@ -23,8 +25,9 @@ from ..ir.quantization import grid as grids
 from ..ir.quantization.choice import UNTOUCHED, Choice
 from ..ir.quantization.fold import fold
 from ..ir.quantization.insert import Insertion
-from ..ir.quantization.options import Data, Way, options, plain, refined
+from ..ir.quantization.options import Data, Way, options, plain, refined, rounded
 from ..ir.quantization.precision import applied, search
+from ..ir.quantization.record import Record
 from ..ir.quantization.sites import Site, embeddings, least, linear_sites
 from ..ir.rewrite import Applied, Context, Pass, PassResult, Track
 
@@ -72,6 +75,8 @@ class Quantize(Pass):
             or signal to noise in dB; the worst output counts. Neither: 0.995.
         metric, min_metric: instead, a score of (outputs, the model's outputs) that is to be reached.
         fold: whether integers are stored and multiplied, or quantize and dequantize left for training.
+        statistics: a `.safetensors` file that keeps what calibration found: a run that was interrupted goes on where it
+            stopped, one that is repeated calibrates no more. It is of one model, calibration data and options.
     """
 
     exact: ClassVar[bool] = False
@@ -91,10 +96,12 @@ class Quantize(Pass):
     metric: Metric | None = field(default=None, repr=False)
     min_metric: float = 0.0
     fold: bool = True
+    statistics: str | None = None
 
     def __post_init__(self) -> None:
         _of_kind("method", self.method, str)
         _of_kind("fold", self.fold, bool)
+        _of_kind("statistics", self.statistics, str, None)
         _of_kind("symmetric", self.symmetric, bool, None)
         _of_kind("group_size", self.group_size, int, None)
         for name in ("min_cosine", "min_sqnr_db"):
@@ -118,6 +125,12 @@ class Quantize(Pass):
         if self.mode == "static" and self.granularity == "token":
             raise InputError("static ranges are of the whole tensor; give granularity='tensor' or mode='dynamic'")
         self._check_words()
+        if self.statistics is not None:
+            place = Path(self.statistics)
+            if place.suffix != ".safetensors" or not place.parent.is_dir():
+                raise InputError(
+                    f"statistics must be a .safetensors file in a folder that exists, found {self.statistics!r}"
+                )
         targets = [self.min_cosine, self.min_sqnr_db, self.metric]
         if sum(item is not None for item in targets) > 1:
             raise InputError("give one of min_cosine, min_sqnr_db and metric")
@@ -163,7 +176,9 @@ class Quantize(Pass):
         if self._has_target:
             return "a target for the outputs"
         used = [word for word in self._words if word in IMPROVEMENTS]
-        return f"method {used[0]!r}" if used else None
+        if used:
+            return f"method {used[0]!r}"
+        return "statistics" if self.statistics is not None else None
 
     def apply(self, program: Program, context: Context) -> PassResult:
         """Rewrite the program in place."""
@@ -235,17 +250,35 @@ class Quantize(Pass):
                 raise InputError(f"{self.needs_calibration} needs calibration data; give compile() calibration=batches")
             way = self._way("token" if level == "auto" else level, False)
             return {site: plain(way, _weights(program, site), least(site.source)) for site in sites}
-        fitting, judging = _split(batches)
+        if self.statistics is None:
+            return self._calibrated(program, sites, context, result, Record(Nothing(), sites))
+        belongs = fingerprints(program, batches, self._recorded)
+        with context.statistics(self.statistics, belongs) as statistics:
+            return self._calibrated(program, sites, context, result, Record(statistics, sites))
+
+    @property
+    def _recorded(self) -> str:
+        """The options that statistics depend on; a metric goes by its name."""
+        metric = getattr(self.metric, "__qualname__", type(self.metric).__name__)
+        return str(replace(self, fold=True, embeddings="int8", statistics=None, metric=None)) + f", metric {metric}"
+
+    def _calibrated(
+        self, program: Program, sites: list[Site], context: Context, result: PassResult, record: Record
+    ) -> Mapping[Site, Choice]:
+        level = self._level
+        fitting, judging = _split(context.calibration)
         coarse = "tensor" if self.mode == "dynamic" else "static"
         levels = (coarse, "token") if level == "auto" else (level,)
-        found = self._options(program, sites, fitting, [self._way(item, True) for item in levels], context.track)
-        fitter = _Fitter(self, program, fitting, context.track)
+        found = self._options(
+            program, sites, fitting, [self._way(item, True) for item in levels], record, context.track
+        )
+        fitter = _Fitter(self, program, fitting, record, context.track)
         if self.sensitive is None or not (level == "auto" or self._has_target):
             return fitter({site: min(choices, key=lambda item: item.noise) for site, choices in found.items()})
         cosine = COSINE if self.min_sqnr_db is None and self.min_cosine is None else self.min_cosine
         target = Target(cosine, self.min_sqnr_db, self.metric, self.min_metric)
         finest = {site: [*choices, UNTOUCHED] for site, choices in found.items()}
-        outcome = search(program, finest, judging, target, fitter, context.track)
+        outcome = search(program, finest, judging, target, fitter, context.track, record.error)
         detail = f"{target}: error {outcome.error:.2g} on the calibration data"
         if outcome.reached:
             result.matches.append(Applied("target", "output", detail))
@@ -263,22 +296,36 @@ class Quantize(Pass):
         sites: list[Site],
         batches: Sequence[Sequence[torch.Tensor]],
         ways: Sequence[Way],
+        record: Record,
         track: Track,
     ) -> dict[Site, list[Choice]]:
         """Every way in which each site may be quantized, on what it reads in the model as it is."""
         lockstep = Lockstep(program, batches, track, "calibrating")
         found: dict[Site, list[Choice]] = {}
+        by_level = {way.level: way for way in ways}
 
         def choose(site: Site) -> Choice:
-            weights = _weights(program, site)
+            weights, low = _weights(program, site), least(site.source)
+
+            def make() -> list[Choice]:
+                data = Data(lockstep.rows_as_read(site.source))
+                return [choice for way in ways for choice in options(_for(way, site), weights, low, data)]
+
             with _blaming(site):
-                data = Data(lockstep.rows(site.source))
                 found[site] = [
-                    choice for way in ways for choice in options(_for(way, site), weights, least(site.source), data)
+                    *record.options(
+                        site,
+                        make,
+                        lambda choice: rounded(choice, _for(by_level[choice.activation.level], site), weights),
+                    )
                 ]
             return UNTOUCHED
 
-        lockstep.run(applied(program, lockstep, choose, sites))
+        if record.has_options(sites):
+            for site in sites:
+                choose(site)
+        else:
+            lockstep.run(applied(program, lockstep, choose, sites))
         return found
 
     def _tables(self, program: Program, insertion: Insertion, context: Context, result: PassResult) -> None:
@@ -307,6 +354,7 @@ class _Fitter:
     rewrite: Quantize
     program: Program
     batches: Sequence[Sequence[torch.Tensor]]
+    record: Record
     track: Track
     known: dict[int, Choice] = field(default_factory=dict)
 
@@ -321,14 +369,22 @@ class _Fitter:
                 fits = choice is not UNTOUCHED and (way.gptq or way.correct)
                 weights = _weights(self.program, site)
                 with _blaming(site):
-                    data = Data(lockstep.rows(site.source)) if fits else None
-                    self.known[id(choice)] = choice if data is None else refined(choice, way, weights, data)
+                    self.known[id(choice)] = self._fitted(choice, way, weights, lockstep, site) if fits else choice
             found[site] = self.known[id(choice)]
             return found[site]
 
         if any(id(choice) not in self.known for choice in chosen.values()):
             lockstep.run(applied(self.program, lockstep, choose, chosen))
         return {site: self.known[id(choice)] for site, choice in chosen.items()}
+
+    def _fitted(
+        self, choice: Choice, way: Way, weights: Sequence[torch.Tensor], lockstep: Lockstep, site: Site
+    ) -> Choice:
+        found = self.record.fitted(choice)
+        if found is None:
+            found = refined(choice, way, weights, Data(lockstep.rows_as_read(site.source)))
+            self.record.put_fitted(choice, found)
+        return found
 
 
 def _split(batches: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:

@@ -2,7 +2,8 @@
 
 At each node the values of all batches are there, computed from whatever the nodes before were replaced by: what methods
 need that go from layer to layer (GPTQ), and what statistics of activations are taken from. A value is kept until its
-last reader has run, so that the memory is that of the widest place in the graph, times the batches.
+last reader has run, so that what is kept is the widest place in the graph, times the batches; beyond 2 GiB it lies in
+files.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from ..graph import Program, arguments, attribute
 from ..ops.table import OPERATORS
 from ..rewrite import Track, untracked
+from .spill import LIMIT, Spill
 
 Visit = Callable[[fx.Node], list[Any] | None]
 
@@ -26,6 +28,7 @@ class Lockstep:
     Args:
         batches: flat inputs, one list of tensors a batch.
         track, title: how the progress over the nodes is shown, see `Context.track`.
+        memory: bytes that values may take; those beyond lie in temporary files.
     """
 
     def __init__(
@@ -34,8 +37,10 @@ class Lockstep:
         batches: Sequence[Sequence[Tensor]],
         track: Track | None = None,
         title: str = "",
+        memory: int = LIMIT,
     ) -> None:
         self.program, self.batches = program, batches
+        self._spill = Spill(memory)
         self._track, self._title = track or untracked, title
         self._values: dict[fx.Node, list[Any]] = {}
         self._masks = [_computed(program, mask, batches) for mask in _key_masks(program)]
@@ -69,6 +74,14 @@ class Lockstep:
         """An activation [..., K] as rows [tokens, K], by batch, without the tokens that attention masks as padding."""
         return [self.unpadded(value, index) for index, value in enumerate(self._values[node])]
 
+    def rows_as_read(self, node: fx.Node) -> Sequence[Tensor]:
+        """`rows`, each computed when it is read, which has to be while the node's values are there."""
+        return _Rows(self, self._values[node])
+
+    def hold(self, value: Any) -> Any:
+        """A value that is to be kept for a while: as it is, or in a file where memory is short."""
+        return self._spill.hold(value)
+
     def unpadded(self, value: Tensor, index: int) -> Tensor:
         """A value [..., K] of a batch as rows [tokens, K], without padding where its sizes are those of a mask."""
         mask = self.mask(value.shape[:-1], index)
@@ -81,10 +94,22 @@ class Lockstep:
 
     def _call(self, node: fx.Node, index: int) -> Any:
         assert callable(node.target)
-        return node.target(*self._arguments(node.args, index), **self._arguments(node.kwargs, index))
+        found = node.target(*self._arguments(node.args, index), **self._arguments(node.kwargs, index))
+        return self._spill.hold(found, *(self._values[used][index] for used in node.all_input_nodes))
 
     def _arguments(self, given: Any, index: int) -> Any:
         return fx.node.map_arg(given, lambda used: self._values[used][index])
+
+
+class _Rows(Sequence[Tensor]):
+    def __init__(self, lockstep: Lockstep, values: Sequence[Any]) -> None:
+        self._lockstep, self._values = lockstep, values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._lockstep.unpadded(self._values[index], index)
 
 
 def _key_masks(program: Program) -> list[fx.Node]:

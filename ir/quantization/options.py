@@ -32,10 +32,16 @@ class Data:
 
     def sample(self) -> Tensor:
         """Some of the rows, evenly spread."""
-        every = torch.cat(list(self.rows)).float()
-        if not len(every):
+        counts = [len(rows) for rows in self.rows]
+        total = sum(counts)
+        if not total:
             raise ValueError("there is no token that is not padding")
-        return every[torch.linspace(0, len(every) - 1, min(_ROWS, len(every))).round().long()]
+        places = torch.linspace(0, total - 1, min(_ROWS, total)).round().long()
+        found, start = [], 0
+        for rows, count in zip(self.rows, counts, strict=True):
+            found.append(rows[places[(places >= start) & (places < start + count)] - start].float())
+            start += count
+        return torch.cat(found)
 
     def top(self) -> Tensor:
         """The largest magnitude of each channel, [K]."""
@@ -74,7 +80,13 @@ class Way:
 def plain(way: Way, weights: Sequence[Tensor], low: float | None) -> Choice:
     """Weights rounded to nearest, nothing known of the activation but its least value."""
     activation = Activation(way.level, low if way.level == "token" else None)
-    return Choice(activation, None, tuple(nearest(weight.float(), way.grid, clip=way.clip) for weight in weights))
+    return rounded(Choice(activation), way, weights)
+
+
+def rounded(choice: Choice, way: Way, weights: Sequence[Tensor]) -> Choice:
+    """The choice with the weights, smoothed as it says, rounded to nearest."""
+    scaled = [weight.float() if choice.smooth is None else weight.float() * choice.smooth for weight in weights]
+    return replace(choice, weights=tuple(nearest(weight, way.grid, clip=way.clip) for weight in scaled))
 
 
 def options(way: Way, weights: Sequence[Tensor], low: float | None, data: Data) -> list[Choice]:
@@ -84,8 +96,7 @@ def options(way: Way, weights: Sequence[Tensor], low: float | None, data: Data) 
     first = measured(_ranged(plain(way, weights, low), way, data), weights, sample)
     tried = []
     for smooth in _scales(way, weights, data, sample):
-        scaled = tuple(nearest(weight * smooth, way.grid, clip=way.clip) for weight in weights)
-        choice = _ranged(replace(first, smooth=smooth, weights=scaled), way, data)
+        choice = _ranged(rounded(replace(first, smooth=smooth), way, weights), way, data)
         tried.append(measured(choice, weights, sample))
     best = min(tried, key=lambda choice: choice.noise, default=first)
     return [first, best] if best.noise < first.noise else [first]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -43,11 +44,11 @@ def applied(
         site, index = places[node]
         if site not in chosen:
             chosen[site] = choose(site) or UNTOUCHED
-            inputs[site] = [chosen[site].inputs(value) for value in lockstep.values(site.source)]
+            inputs[site] = [lockstep.hold(chosen[site].inputs(value)) for value in lockstep.values(site.source)]
         given = arguments(node)
         weight = program.tensor(given["weight"])
         bias = None if given["bias"] is None else program.tensor(given["bias"])
-        found: list[Any] = [chosen[site].output(value, index, weight, bias) for value in inputs[site]]
+        found: list[Any] = [lockstep.hold(chosen[site].output(value, index, weight, bias)) for value in inputs[site]]
         if node is site.linears[-1]:
             del inputs[site]
         return found
@@ -71,6 +72,7 @@ def cost(site: Site, choice: Choice) -> float:
     return float(smoothing + ranging.get(choice.activation.level, 0))
 
 
+Remember = Callable[[Choice, Callable[[], float]], float]
 Finish = Callable[[Mapping[Site, Choice]], Mapping[Site, Choice]]
 
 
@@ -90,6 +92,7 @@ def search(
     wanted: Target,
     finish: Finish,
     track: Track,
+    remember: Remember = lambda choice, measure: measure(),
 ) -> Search:
     """The cheapest options with which the outputs reach the target, each site's from the cheapest on as needed.
 
@@ -97,13 +100,18 @@ def search(
         options: of each site.
         batches: on which errors are measured; better not those that the options were fitted to.
         finish: what is done with the options chosen before they are used; it may lower their error.
+        remember: gives an option's error, which is measured only if it is not known already.
     """
     few = target.few(batches)
     truth = run(program, few, {})
+
+    def error(alone: Mapping[Site, Choice]) -> float:
+        return wanted.error(run(program, few, alone), truth)
+
     pairs = [(site, choice) for site, found in options.items() for choice in found if choice is not UNTOUCHED]
     errors = {(site, id(UNTOUCHED)): 0.0 for site in options}
     for site, choice in track(pairs, "measuring the sensitivity of layers"):
-        errors[site, id(choice)] = wanted.error(run(program, few, {site: choice}), truth)
+        errors[site, id(choice)] = remember(choice, partial(error, {site: choice}))
     whole = truth if few is batches else run(program, batches, {})
     best: Search | None = None
     budget = wanted.budget

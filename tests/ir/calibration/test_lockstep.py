@@ -37,6 +37,21 @@ def test_outputs_are_those_of_the_program_by_batch() -> None:
         assert torch.equal(outputs[0], traced.run(batch)[0])
 
 
+def test_without_memory_the_outputs_are_the_same() -> None:
+    traced = program(lambda m, x: (F.linear(x, m.w).t().relu() + 1).exp(), normal(64, 80), w=normal(48, 80))
+    batches = [[normal(64, 80, seed=seed)] for seed in range(3)]
+    held: list[str | None] = []
+    lockstep = Lockstep(traced, batches, memory=0)
+
+    def visit(node: fx.Node) -> None:
+        if node.target is aten.exp.default:
+            held.extend(value.untyped_storage().filename for value in lockstep.values(node.args[0]))  # type: ignore[arg-type]
+
+    for batch, outputs in zip(batches, lockstep.run(visit), strict=True):
+        assert torch.equal(outputs[0], traced.run(batch)[0])
+    assert len(held) == 3 and None not in held
+
+
 def test_every_call_is_visited_in_order_once_for_all_batches() -> None:
     seen: list[str] = []
     Lockstep(chain(), BATCHES).run(lambda node: seen.append(node.name))
