@@ -180,11 +180,13 @@ def test_what_was_put_is_read_back(tmp_path: Path) -> None:
     assert all(bool((found[key] == value).all()) and found[key].dtype is value.dtype for key, value in given.items())
 
 
-def test_it_is_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "SECONDS", -1.0)
+def test_it_is_written_every_thirty_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(statistics.time, "monotonic", lambda: now)
     with statistics_file(str(tmp_path / "x.safetensors"), OF) as file:
-        file.put("one", {"a": normal(3)})
-        assert list(load_file(tmp_path / "x.safetensors")) == ["one/a"]
+        for now, written in ((29.0, []), (31.0, ["one/a"]), (60.0, ["one/a"]), (62.0, ["one/a"])):
+            file.put("one", {"a": normal(3)})
+            assert list(load_file(tmp_path / "x.safetensors")) == written
 
 
 def test_a_failed_writing_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
