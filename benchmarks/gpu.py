@@ -185,13 +185,14 @@ def _copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def bench_linears(bench: Bench, dry: bool) -> None:
-    """Linear layers in bfloat16, int8 and (PyTorch's alone) float8: TFLOP/s beside the largest product's."""
+    """Linear layers in bfloat16, int8, float8, and with compressed weights: TFLOP/s beside the largest product's."""
     for rows, width, inner in [(16, 32, 32)] if dry else [(16, 4096, 4096), (4096, 4096, 4096), (8192, 3072, 768)]:
         _linear_rows(bench, dry, rows, width, inner)
 
 
 def _linear_rows(bench: Bench, dry: bool, rows: int, width: int, inner: int) -> None:
     from fxpress.ir.ops.sparse import pack_sparse24
+    from fxpress.kernels.float8_matmul import float8_matmul
     from fxpress.kernels.int4_matmul import int4_matmul
     from fxpress.kernels.matmul import matmul
     from fxpress.kernels.sparse24_matmul import sparse24_matmul
@@ -211,12 +212,22 @@ def _linear_rows(bench: Bench, dry: bool, rows: int, width: int, inner: int) -> 
     integers = {"fxpress": lambda: lambda: matmul(x8, w8)}
     if not dry and rows > 16:
         integers["torch._int_mm"] = lambda: lambda: torch._int_mm(x8, w8.t())
+    bench.measure(Row("linear layers", f"int8 {name}", flops, float(x8.numel() + w8.numel())), integers)
+    x_f8, w_f8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+    floats = {"fxpress": lambda: lambda: matmul(x_f8, w_f8)}
+    if not dry and rows > 16:
         one = torch.ones((), device=bench.device)
-        x_f8, w_f8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
-        integers["float8, torch._scaled_mm"] = lambda: (
+        floats["torch._scaled_mm"] = lambda: (
             lambda: torch._scaled_mm(x_f8, w_f8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
         )
-    bench.measure(Row("linear layers", f"int8 {name}", flops, float(x8.numel() + w8.numel())), integers)
+    moved = float(x_f8.numel() + w_f8.numel() + 4 * rows * width)
+    bench.measure(Row("linear layers", f"float8 {name}", flops, moved), floats)
+    ones = torch.ones(width, device=bench.device)
+    singles = {
+        "fxpress": lambda: lambda: float8_matmul(x, w_f8, ones),
+        "cuBLAS, bfloat16": lambda: lambda: F.linear(x, w),
+    }
+    bench.measure(Row("linear layers", f"float8 weights {name}", flops, float(w_f8.numel() + 2 * x.numel())), singles)
     weights = {
         "fxpress": lambda: lambda: int4_matmul(x, packed, scale),
         "cuBLAS, bfloat16": lambda: lambda: F.linear(x, w),

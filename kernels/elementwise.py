@@ -132,4 +132,5 @@ def float8_e4m3(x):
     exponent = kept.to(tl.int32, bitcast=True) & 0x7F800000
     exponent = tl.where(exponent > 0x3C800000, exponent, 0x3C800000)  # 2^-6: from there on down steps stay 2^-9
     edge = exponent.to(tl.float32, bitcast=True) * 1572864.0
-    return ((kept + edge) - edge).to(x.dtype)
+    found = ((kept + edge) - edge).to(tl.int32, bitcast=True) | (kept.to(tl.int32, bitcast=True) & -0x80000000)
+    return found.to(tl.float32, bitcast=True).to(x.dtype)  # what becomes 0 keeps its sign, too

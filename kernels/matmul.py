@@ -9,13 +9,16 @@ The lines of an epilogue read
     inside                  bool [BLOCK_M, BLOCK_N]: which of them exist
     acc                     float32 or int32 [BLOCK_M, BLOCK_N]: the sums over K
 
-Sums are float32, or int32 where x is int8.
+Sums are float32, or int32 where x is int8. Numbers of float8_e4m3 are multiplied as such from sm_89 on; elsewhere they
+come as bytes and become float16, exactly.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from .float8 import float8_value
+from .launch import arch_of
 from .matmul_configs import dot_precision, first_config, tma_takes
 
 
@@ -62,7 +65,8 @@ def sums_of_products(
     """sum over k in start..stop of x[row, k] w[col, k], [BLOCK_M, BLOCK_N], for matrices x [M, K] and w [N, K].
 
     rows and cols are int64 [BLOCK_M, 1] and [1, BLOCK_N]: a tensor may have more than 2^31 elements. `start` is a
-    multiple of BLOCK_K; so is `stop` if EVEN_K. A w of another dtype than x is cast to that of x.
+    multiple of BLOCK_K; so is `stop` if EVEN_K. A w of another dtype than x is cast to that of x; bytes (uint8) are
+    numbers of float8_e4m3.
     """
     # Pointers of rows alone move: those of all elements would take the registers where loads are not of 16 bytes.
     steps = tl.arange(0, BLOCK_K)
@@ -74,16 +78,27 @@ def sums_of_products(
     row_exists = rows < M
     col_exists = cols < N
     advance = tl.full((), BLOCK_K, tl.int64)
+    # Hopper adds products of float8 in some 14 bits of a number: every 128 of them go to sums in float32.
+    PARTIAL: tl.constexpr = 128 if BLOCK_K > 128 else BLOCK_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32)
     for first in range(start, stop, BLOCK_K):
         if EVEN_K:
-            left = tl.load(x_at + x_steps, mask=row_exists, other=0)
-            right = tl.load(w_at + w_steps, mask=col_exists, other=0)
+            left = tl.load(x_at + x_steps, mask=row_exists, other=0.0)
+            right = tl.load(w_at + w_steps, mask=col_exists, other=0.0)
         else:
             within = steps < stop - first
-            left = tl.load(x_at + x_steps, mask=row_exists & within[None, :], other=0)
-            right = tl.load(w_at + w_steps, mask=col_exists & within[:, None], other=0)
-        acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION, out_dtype=acc.dtype)
+            left = tl.load(x_at + x_steps, mask=row_exists & within[None, :], other=0.0)
+            right = tl.load(w_at + w_steps, mask=col_exists & within[:, None], other=0.0)
+        if x.dtype.element_ty == tl.uint8:
+            left, right = float8_value(left), float8_value(right)
+        acc = tl.dot(
+            left,
+            right.to(left.dtype),
+            acc,
+            input_precision=PRECISION,
+            max_num_imprecise_acc=PARTIAL,
+            out_dtype=acc.dtype,
+        )
         x_at += advance * stride_xk
         w_at += advance * stride_wk
     return acc
@@ -189,11 +204,19 @@ def matmul_descriptor_kernel(
     outer, inner = batch // Q, batch % Q
     rows = (first_row.to(tl.int64) + tl.arange(0, BLOCK_M))[:, None]
     cols = (first_col.to(tl.int64) + tl.arange(0, BLOCK_N))[None, :]
+    PARTIAL: tl.constexpr = 128 if BLOCK_K > 128 else BLOCK_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if x.dtype == tl.int8 else tl.float32)
     for first in range(0, K, BLOCK_K):
         left = x.load([first_row, first])
         right = w.load([first_col, first])
-        acc = tl.dot(left, tl.trans(right), acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        acc = tl.dot(
+            left,
+            tl.trans(right),
+            acc,
+            input_precision=PRECISION,
+            max_num_imprecise_acc=PARTIAL,
+            out_dtype=acc.dtype,
+        )
     inside = (rows < M) & (cols < N)
     # hook: epilogue (batch, outer, inner, rows, cols, inside, acc)
     if bias is not None:
@@ -311,9 +334,10 @@ def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", k
     """x w^T + bias for x [..., M, K] and w [..., N, K], whose leading axes broadcast to a batch: [..., M, N].
 
     Args:
-        x: float16, bfloat16, float32 or int8, of any strides: nothing is copied where two strides walk over the batch.
+        x: float16, bfloat16, float32, int8 or float8_e4m3fn, of any strides: nothing is copied where two strides walk
+            over the batch.
         w: of x's dtype, or of one that is cast to it.
-        out: where to write; by default a new tensor of x's dtype, int32 for int8.
+        out: where to write; by default a new tensor of x's dtype, int32 for int8 and float32 for float8_e4m3fn.
         bias: [N], contiguous.
         extra: the arguments of a generated epilogue, in place of `bias` and `out`. Its `inner` is the index on the last
             axis of the batch, `outer` the flat index on the others.
@@ -330,13 +354,14 @@ def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", k
         raise ValueError(f"x {list(x.shape)} and w {list(w.shape)} must end in axes of one size")
     (M, K), N = x.shape[-2:], w.shape[-2]
     batch = x.shape[:-2] if w.dim() == 2 else torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
-    exact = x.dtype == torch.int8
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.int8):
-        raise ValueError(f"x must be float16, bfloat16, float32 or int8, found {x.dtype}")
-    if exact and w.dtype != torch.int8:
-        raise ValueError(f"w must be int8 as x is, found {w.dtype}")
+    exact, eight = x.dtype == torch.int8, x.dtype == torch.float8_e4m3fn
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn):
+        raise ValueError(f"x must be float16, bfloat16, float32, int8 or float8_e4m3fn, found {x.dtype}")
+    if (exact or eight) and w.dtype != x.dtype:
+        raise ValueError(f"w must be {str(x.dtype).removeprefix('torch.')} as x is, found {w.dtype}")
     if out is None and not extra:
-        out = torch.empty(*batch, M, N, dtype=torch.int32 if exact else x.dtype, device=x.device)
+        made = torch.int32 if exact else torch.float32 if eight else x.dtype
+        out = torch.empty(*batch, M, N, dtype=made, device=x.device)
     count = batch.numel()
     if count * M * N == 0:
         return out
@@ -346,6 +371,8 @@ def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", k
     else:
         inner, strides, matrices = batch_strides(batch, matrices, fixed=bool(extra))
     x, w = matrices[:2]
+    if eight and arch_of(x.device) < 89:
+        x, w = x.view(torch.uint8), w.view(torch.uint8)
     target = None if extra else matrices[2]
     precision = dot_precision(precision, x.dtype, w.dtype, x.device)
     whole, combine, *described = kernels or (matmul_kernel, matmul_combine_kernel, matmul_descriptor_kernel)
@@ -361,7 +388,7 @@ def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", k
     }  # fmt: skip
     tiles = -(-M // block_m) * -(-N // block_n) * count
     even = K % block_k == 0
-    if config["TMA"] and described and tma_takes(x, w):
+    if config["TMA"] and described and x.dtype != torch.uint8 and tma_takes(x, w):
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         left = TensorDescriptor(x, [M, K], list(x.stride()[-2:]), [block_m, block_k])

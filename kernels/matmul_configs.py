@@ -52,8 +52,11 @@ def matmul_configs(M, N, K, dtype, arch, batch=1, precision="ieee", tma=False, s
     """
     size = torch.empty((), dtype=dtype, device="meta").element_size()
     scalar = dtype == torch.float32 and precision == "ieee"  # no tensor cores
+    bytes_as_half = dtype == torch.uint8  # float8_e4m3 where there is no such format: float16 in registers
+    if dtype == torch.float8_e4m3fn and 90 <= arch < 100:
+        sums //= 2  # those of 128 products each are kept beside
     # wgmma and tcgen05 read their operands from shared memory; Triton has no tcgen05 for integers before 3.9.
-    from_shared = not scalar and 90 <= arch < 120 and (arch < 100 or size > 1)
+    from_shared = not scalar and 90 <= arch < 120 and (arch < 100 or dtype != torch.int8)
     unaligned = K * size % 16 != 0
     # By the oldest architecture that has it: multiprocessors, bytes of shared memory, and in a microsecond the bytes
     # from memory, the bytes of one multiprocessor from the L2 cache, its products in 16 bits and in plain float32.
@@ -67,7 +70,11 @@ def matmul_configs(M, N, K, dtype, arch, batch=1, precision="ieee", tma=False, s
     processors, shared, memory_rate, cache_rate, tensor_rate, scalar_rate = machines[
         max((known for known in machines if known <= arch), default=80)
     ]
-    rate = scalar_rate if scalar else tensor_rate * (2 / size) / (3 if precision == "tf32x3" else 1)
+    rate = (
+        scalar_rate
+        if scalar
+        else tensor_rate * (1 if bytes_as_half else 2 / size) / (3 if precision == "tf32x3" else 1)
+    )
     # BLOCK_M, BLOCK_N, bytes of BLOCK_K, warps, stages, part of the rate that is reached
     tiles = (
         [(16, 64, 128, 4, 3, 0.3), (32, 64, 64, 4, 3, 0.6), (64, 64, 64, 4, 3, 0.8), (64, 128, 64, 8, 3, 0.9)]
@@ -100,7 +107,7 @@ def matmul_configs(M, N, K, dtype, arch, batch=1, precision="ieee", tma=False, s
         if max(stages * (block_m + block_n) * block_k * size, block_m * block_n * 4) > shared:
             continue
         # Half of a thread's 255 registers may be sums by default; where operands are there too, of a lesser depth.
-        if block_m * block_n * (1 if from_shared else depth / 64) > sums * 32 * warps:
+        if block_m * block_n * (1 if from_shared else depth * (2 if bytes_as_half else 1) / 64) > sums * 32 * warps:
             continue
         # Rows that are not aligned are loaded an element at a time, each with its address; others suit wide blocks.
         if unaligned:

@@ -17,6 +17,7 @@ import sympy
 import torch
 from torch import fx
 
+from ...ir.ops.float8 import FLOAT8
 from .sizes import Sizes, contiguous, product, text, unflatten
 
 TRITON_TYPES = {
@@ -32,7 +33,7 @@ TRITON_TYPES = {
     torch.bool: "tl.int1",
 }
 LONGEST = 1000  # lines of a kernel: what is read at several places, over and over, doubles each time
-NARROW = (torch.float16, torch.bfloat16)
+NARROW = (torch.float16, torch.bfloat16, FLOAT8)
 Index = tuple[Any, ...]  # a sympy expression for each axis
 
 
@@ -246,7 +247,8 @@ class Emitter:
         """A value as it is after a cast to `dtype` that the model asks for: half precision rounds."""
         if dtype in NARROW:
             kept = computed(value.dtype)
-            code = f"{value}.to({TRITON_TYPES[dtype]}).to(tl.float32)"
+            code = f"{value}.to({TRITON_TYPES.get(dtype)}).to(tl.float32)"
+            code = f"float8_e4m3({value}.to(tl.float32))" if dtype is FLOAT8 else code
             return self.let("rounded", code, torch.float32, value) if kept != dtype else value
         return self.cast(value, dtype)
 
@@ -317,7 +319,7 @@ class Emitter:
     def store(self, name: str, value: Value, offset: Any, dtype: torch.dtype) -> None:
         """Store a value at an offset into an output, in every column or once a row."""
         mask = "inside" if self.moves(offset) else "row_inside"
-        converted = self.cast(value, dtype)
+        converted = f"float8_bits({value})" if dtype is FLOAT8 else self.cast(value, dtype)
         place = self.text(offset) if sympy.sympify(offset).free_symbols else "rows"  # one number: row 0
         line = f"tl.store({name} + {place}, {converted}, mask={mask})"
         (self._tile if self.moves(offset) else self._top).lines.append(line)
@@ -361,14 +363,16 @@ class Emitter:
             masks = [mask for mask in masks if mask] + [guard.text for guard in self._guards]
         masks = [mask for mask in masks if mask]
         dtype = node.meta["val"].dtype
-        if dtype not in TRITON_TYPES:
+        if dtype not in (*TRITON_TYPES, FLOAT8):
             raise CannotFuse(f"{node.name} has dtype {dtype}, which generated kernels do not read")
-        other = "0.0" if dtype.is_floating_point else "0"
+        other = "0.0" if dtype.is_floating_point and dtype is not FLOAT8 else "0"
         mask = f", mask={' & '.join(masks)}, other={other}" if masks else ""
         code = f"tl.load({source.name} + {self.text(offset)}{mask})"
         if not names:  # one number: the same shape as every other value
             code = f"tl.load({source.name} + tl.full([1, 1], {self.text(offset)}, tl.int32){mask})"
-        if dtype in NARROW:
+        if dtype is FLOAT8:  # as bytes: not every architecture has such numbers
+            code = f"float8_value({code}).to(tl.float32)"
+        elif dtype in NARROW:
             code += ".to(tl.float32)"
         elif dtype is torch.bool:
             code += ".to(tl.int1)"

@@ -12,11 +12,14 @@ import torch
 from torch import fx
 
 from ...ir.graph import Program, describe_value
+from ...ir.ops.float8 import FLOAT8
 from ...kernels.attention import attention_kernel
+from ...kernels.float8_matmul import float8_matmul_kernel
 from ...kernels.int4_matmul import int4_matmul_kernel
 from ...kernels.matmul import matmul_combine_kernel, matmul_descriptor_kernel, matmul_kernel
 from ...kernels.sparse24_matmul import sparse24_matmul_kernel
 from .emitter import Emitter
+from .lowerings.elements import result_dtype
 from .lowerings.products import product_of
 from .partition import Group, Planner
 from .sizes import Sizes, text
@@ -29,6 +32,7 @@ TEMPLATES: dict[str, dict[str, Any]] = {
     "matmul": {"": matmul_kernel, "combine": matmul_combine_kernel, "descriptor": matmul_descriptor_kernel},
     "int4_matmul": {"": int4_matmul_kernel},
     "sparse24_matmul": {"": sparse24_matmul_kernel},
+    "float8_matmul": {"": float8_matmul_kernel},
 }
 DENSE = {"whole": matmul_kernel, "combine": matmul_combine_kernel, "descriptor": matmul_descriptor_kernel}
 
@@ -196,8 +200,8 @@ class Parameters:
 
     def arguments(self, variable: Callable[[fx.Node], str]) -> list[str]:
         """What is given for them in `forward`."""
-        found = [variable(source.node) for source in self.emitter.inputs.values()]
-        found += [variable(node) for node in self.stored]
+        nodes = [*(source.node for source in self.emitter.inputs.values()), *self.stored]
+        found = [variable(node) + (".view(torch.uint8)" if result_dtype(node) is FLOAT8 else "") for node in nodes]
         found += self.sizes
         found += [
             f"{variable(source.node)}.stride({axis})"

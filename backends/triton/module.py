@@ -24,6 +24,8 @@ from ...kernels import (
     block_attention,
     conv_attention,
     elementwise,
+    float8,
+    float8_matmul,
     int4_matmul,
     launch,
     linear_attention,
@@ -371,8 +373,8 @@ FORWARD = '''def forward(inputs, weights):
     """A list of outputs, from tensors in the order of the program's inputs and its weights by name."""
 '''
 LIBRARY: tuple[ModuleType, ...] = (
-    elementwise, launch, matmul, matmul_configs, int4_matmul, sparse24_matmul, attention, block_attention,
-    linear_attention, conv_attention,
+    elementwise, float8, launch, matmul, matmul_configs, int4_matmul, sparse24_matmul, float8_matmul, attention,
+    block_attention, linear_attention, conv_attention,
 )  # fmt: skip
 RESERVED = {"torch", "triton", "tl", "math", "aten", "device", "Tensor", "inputs", "weights", "forward"}
 RESERVED |= {name for module in LIBRARY for name in vars(module)}

@@ -13,6 +13,7 @@ from torch import fx
 
 from ...ir.expand import expand, inline
 from ...ir.graph import Program, arguments, dtype, shape
+from ...ir.ops.float8 import FLOAT8, float8_linear, float8_products, float8_quantize, float8_scale
 from ...ir.ops.integer import integer_linear, integer_matmul
 from ...ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from ...ir.ops.quantize import int4_linear, int8_linear
@@ -33,6 +34,7 @@ def prepare(program: Program) -> Program:
     """The program in the operators of this backend's table; the one that is given stays as it is."""
     found = program.copy()
     expand(found)
+    _float8_linears(found)
     for _ in range(DEPTH):
         foreign = [node for node in found.graph.nodes if node.target in OPERATORS and not _known(node.target)]
         for node in foreign:
@@ -118,6 +120,43 @@ def _int8_linear(program: Program, node: fx.Node) -> None:
     if dtype(found) != narrow:
         found = call(aten._to_copy.default, found, dtype=narrow)
     program.replace(node, found)
+
+
+def _float8_linears(program: Program) -> None:
+    """Inputs of float8_e4m3 are stored once for all that multiply them; scales of theirs are applied to the sums.
+
+    before:  %y = float8_linear(%x, @w, @s, @b, True)
+    after:   %r = float8_scale(%x);  %q = to(float8_quantize(%x, %r), float8);
+             %y = add(mul(float8_products(%q, @w), mul(%r, @s)), @b)
+    """
+    stored: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    for node in program.calls(float8_linear):
+        given, narrow = arguments(node), dtype(node)
+        if narrow == torch.float64:
+            inline(program, node)
+            continue
+
+        def call(target: Any, *args: Any, before: fx.Node = node, **options: Any) -> fx.Node:
+            return program.call(target, *args, before=before, **options)
+
+        x, weight, scale = given["input"], given["weight"], given["weight_scale"]
+        if given["quantize_input"]:
+            if x not in stored:
+                wide = x if narrow == torch.float32 else call(aten._to_copy.default, x, dtype=torch.float32)
+                rows = call(float8_scale, wide)
+                stored[x] = rows, call(aten._to_copy.default, call(float8_quantize, wide, rows), dtype=FLOAT8)
+            rows, numbers = stored[x]
+            found = call(float8_products, numbers, weight)
+            found = call(aten.mul.Tensor, found, call(aten.mul.Tensor, rows, scale))
+        elif given["bias"] is None:
+            continue
+        else:
+            found = call(float8_linear, x, weight, scale)
+        if given["bias"] is not None:
+            found = call(aten.add.Tensor, found, given["bias"])
+        if dtype(found) != narrow:
+            found = call(aten._to_copy.default, found, dtype=narrow)
+        program.replace(node, found)
 
 
 def _wide_integers(program: Program, node: fx.Node) -> None:

@@ -65,3 +65,15 @@ def float8_linear(
     result = F.linear(given if rows is None else float8_quantize(given, rows), weight.to(wide))
     result = result * (weight_scale if rows is None else rows * weight_scale)
     return (result if bias is None else result + bias).to(input.dtype)
+
+
+@operator(
+    "float8_products(Tensor input, Tensor weight) -> Tensor",
+    meaning="input weight^T of numbers of float8_e4m3, in fp32",
+)
+def float8_products(input: Tensor, weight: Tensor) -> Tensor:
+    """Sums of products of float8_e4m3 numbers, without their scales: what a `float8_linear` with such inputs rescales.
+
+    Shapes: input float8_e4m3fn [..., K]; weight float8_e4m3fn [N, K]; result fp32 [..., N].
+    """
+    return F.linear(input.to(torch.float32), weight.to(torch.float32))

@@ -84,6 +84,21 @@ def test_integers_are_exact(rows: int, columns: int, depth: int, config: dict[st
     assert found.dtype == torch.int32
 
 
+@pytest.mark.parametrize("config", [None, SMALL, SPLIT, TMA], ids=["default", "small", "split", "tma"])
+@pytest.mark.parametrize(("rows", "columns", "depth"), SIZES)
+def test_float8(rows: int, columns: int, depth: int, config: dict[str, int] | None) -> None:
+    """Products are exact in float16, which an architecture without the format multiplies; sums are float32."""
+    x, w = (
+        (normal(*sizes, seed=sizes[0]) * 100).to(torch.float8_e4m3fn) for sizes in ((rows, depth), (columns, depth))
+    )
+    bias = normal(columns, seed=2)
+    found = matmul(x, w, poisoned(rows, columns, dtype=torch.float32), bias, config=config)
+    wide = [item.float() for item in (x, w)]
+    verdict = compare([found], [reference(*wide, bias, torch.float32)], [reference(*wide, bias, torch.float64)])
+    assert verdict.equal, verdict.reasons
+    assert torch.equal(matmul(x, w, bias=bias, config=config), found)
+
+
 def test_the_largest_integers() -> None:
     x = torch.full((3, 100), -128, dtype=torch.int8)
     assert matmul(x, x).unique().tolist() == [100 * 128 * 128]
@@ -224,6 +239,11 @@ def test_weights_of_integers_are_cast() -> None:
         (torch.ones(2, 3), torch.ones(2, 4), r"x \[2, 3\] and w \[2, 4\] must end in axes of one size"),
         (torch.ones(2, 3).double(), torch.ones(2, 3).double(), "found torch.float64"),
         (integers(2, 3), torch.ones(2, 3), "w must be int8 as x is, found torch.float32"),
+        (
+            torch.ones(2, 3).to(torch.float8_e4m3fn),
+            torch.ones(2, 3),
+            "w must be float8_e4m3fn as x is, found torch.float",
+        ),
     ],
 )
 def test_refused(x: Tensor, w: Tensor, message: str) -> None:

@@ -16,14 +16,20 @@ KINDS = {
     "tf32": (torch.float32, "tf32"),
     "float32": (torch.float32, "ieee"),
     "int8": (torch.int8, "ieee"),
+    "float8": (torch.float8_e4m3fn, "ieee"),
 }  # by name, the dtype and what tl.dot may do to float32
+
+
+def stored(kind: str, arch: int) -> torch.dtype:
+    """The dtype of what a kernel reads: before sm_89 the bytes of float8 numbers."""
+    return torch.uint8 if kind == "float8" and arch < 89 else KINDS[kind][0]
 
 
 @pytest.mark.parametrize("arch", [75, 80, 90, 100, 103, 120])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 1, 1), ODD])
 def test_configurations(shape: tuple[int, int, int], kind: str, arch: int) -> None:
-    dtype, precision = KINDS[kind]
+    dtype, precision = stored(kind, arch), KINDS[kind][1]
     found = matmul_configs(*shape, dtype, arch, precision=precision)
     assert found
     assert all(config not in found[:index] for index, config in enumerate(found))
@@ -98,13 +104,13 @@ def arguments(dtype: str, shape: tuple[int, int, int]) -> dict[str, Any]:
 
 def written(dtype: str, columns: int, bias: bool) -> dict[str, Any]:
     """The default epilogue's arguments."""
-    out = "int32" if dtype == "int8" else dtype
+    out = {"int8": "int32", "uint8": "float32", "float8_e4m3fn": "float32"}.get(dtype, dtype)
     strides = {"stride_op": 0, "stride_oq": 0, "stride_om": columns, "stride_on": 1}
     return {"bias": out if bias else None, "out": out, **strides}
 
 
 def job(kind: str, shape: tuple[int, int, int], config: dict[str, int], arch: int, bias: bool = True) -> dict[str, Any]:
-    dtype, precision = KINDS[kind]
+    dtype, precision = stored(kind, arch), KINDS[kind][1]
     name = str(dtype).removeprefix("torch.")
     given = arguments(name, shape)
     constants = {key: value for key, value in config.items() if key.startswith(("BLOCK", "GROUP"))}
@@ -127,11 +133,11 @@ def job(kind: str, shape: tuple[int, int, int], config: dict[str, int], arch: in
 
 
 def best(kind: str, shape: tuple[int, int, int], arch: int, tma: bool = False) -> dict[str, Any]:
-    dtype, precision = KINDS[kind]
+    dtype, precision = stored(kind, arch), KINDS[kind][1]
     return job(kind, shape, matmul_configs(*shape, dtype, arch, precision=precision, tma=tma)[0], arch)
 
 
-TMA_KINDS = ("bfloat16", "tf32", "int8")
+TMA_KINDS = ("bfloat16", "tf32", "int8", "float8")
 LARGE, DECODE, ONES = (4096, 4096, 4096), (1, 512, 11008), (1, 1, 1)
 JOBS = {
     f"{kind} {name} {arch}": best(kind, shape, arch)
@@ -170,6 +176,13 @@ def test_compiled(kind: str, name: str, arch: int) -> None:
 
 
 @pytest.mark.parametrize("arch", [90, 100])
+def test_float8_is_multiplied_as_such(arch: int) -> None:
+    found = aot.compiled(JOBS)
+    for name in ("float8 large", "float8 tma"):
+        assert {"float8", TENSOR_CORES[arch]} <= set(found[f"{name} {arch}"][arch]["instructions"])
+
+
+@pytest.mark.parametrize("arch", [90, 100])
 @pytest.mark.parametrize("kind", TMA_KINDS)
 def test_descriptors_are_loaded_by_tma(kind: str, arch: int) -> None:
     found = aot.compiled(JOBS)[f"{kind} tma {arch}"][arch]
@@ -200,7 +213,7 @@ def test_the_combining_kernel_compiles(arch: int) -> None:
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_configuration_fits(kind: str, arch: int) -> None:
-    dtype, precision = KINDS[kind]
+    dtype, precision = stored(kind, arch), KINDS[kind][1]
     tasks = {}
     for shape in (*SHAPES, ODD):
         for config in matmul_configs(*shape, dtype, arch, precision=precision, tma=True):

@@ -24,6 +24,7 @@ INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async",
     "tcgen05": r"\btcgen05\.mma",
     "tf32": r"\bkind::tf32|\.tf32\b",
+    "float8": r"mma(_async)?[\w.:]*\.e4m3\b|\bkind::f8f6f4",
     "ld.global.v4": r"\bld\.global(\.[\w:]+)*\.v4\.(b32|u32|f32)",  # 16 bytes to registers
     "cp.async": r"\bcp\.async\.c[ag]\.",
     "cp.async.v4": r"\bcp\.async\.c[ag]\.shared\.global *\[[^\]]*\], *\[[^\]]*\], *0x10\b",  # 16 bytes to shared memory

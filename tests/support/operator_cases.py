@@ -99,6 +99,7 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("float8_scale", (x,), {}),
     ("float8_linear", (x, float8(7, 16), normal(7).abs(), bias), {}),
     ("float8_linear", (x, float8(7, 16), normal(7).abs(), None, True), {}),
+    ("float8_products", (float8(3, 5, 16), float8(7, 16)), {}),
     ("requantize", (int8(3, 8), large, 22, None, -128, 127), {}),
     ("integer_add", (int8(3, 8), int8(3, 8, seed=1), large, large // 3, 22, -128, 127), {}),
     ("integer_linear", (int8(3, 5, 16), int8(7, 16, seed=1), torch.arange(7, dtype=torch.int32)), {}),

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from ....ir.graph import arguments
-from ....ir.ops.float8 import FLOAT8
 from ....ir.ops.quantize import dequantize, quantize
 from ....ir.ops.rotary import rotary
 from ..emitter import CannotFuse, Emitter, Index, Value, computed, literal
@@ -131,8 +130,6 @@ def _pow(emitter: Emitter, node: fx.Node, index: Index) -> Value:
 
 @value(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout)
 def _cast(emitter: Emitter, node: fx.Node, index: Index) -> Value:
-    if FLOAT8 in (result_dtype(node), result_dtype(arguments(node)["self"])):
-        raise CannotFuse("Triton has float8_e4m3 from sm_89 on; PyTorch converts it everywhere")
     return emitter.rounded(emitter.value(arguments(node)["self"], index), result_dtype(node))
 
 
@@ -325,8 +322,6 @@ def _quantize(emitter: Emitter, node: fx.Node, index: Index) -> Value:
 @value(dequantize)
 def _dequantize(emitter: Emitter, node: fx.Node, index: Index) -> Value:
     given, dtype = arguments(node), _wide(node)
-    if result_dtype(given["input"]) is FLOAT8:
-        raise CannotFuse("Triton has float8_e4m3 from sm_89 on")
     width = emitter.sizes.shape(given["input"])[-1]
     x = emitter.operand(given["input"], index, dtype)
     scale = _at_scale(emitter, given["scale"], index, width, dtype)

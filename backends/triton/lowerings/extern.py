@@ -11,7 +11,6 @@ from .table import EXTERN
 aten = torch.ops.aten
 
 LIBRARY = "a library kernel (cuDNN, CUB) that generated code would not beat"
-STORED = "of a dtype that only some architectures have"
 RARE = "rare, and no pattern of loads that a tile can have"
 
 EXTERN.update(
@@ -43,5 +42,4 @@ EXTERN.update(
         RARE,
     )
 )  # fmt: skip
-EXTERN[aten._to_copy.default] = EXTERN[aten.to.dtype] = STORED
 EXTERN[operator.getitem] = "a part of what the call before it gives"

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ....ir.graph import arguments, describe_value
+from ....ir.ops.float8 import FLOAT8, float8_linear, float8_products
 from ....ir.ops.integer import integer_linear, integer_matmul
 from ....ir.ops.quantize import int4_linear
 from ....ir.ops.sparse import sparse24_linear
@@ -59,6 +60,10 @@ PRODUCTS: dict[Any, Callable[[dict[str, Any]], Product]] = {
         "int4_matmul",
         _given(given, weight_scale="scale", zero_point="zero_point"),
     ),
+    float8_products: lambda given: Product(given["input"], given["weight"], True),
+    float8_linear: lambda given: Product(
+        given["input"], given["weight"], True, "float8_matmul", _given(given, weight_scale="scale")
+    ),
     sparse24_linear: lambda given: Product(
         given["input"],
         given["values"],
@@ -70,7 +75,8 @@ PRODUCTS: dict[Any, Callable[[dict[str, Any]], Product]] = {
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # By function: what it takes as `left` and as `right`, and whether these must be of one dtype.
 DTYPES: dict[str, tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...], bool]] = {
-    "matmul": ((*FLOATS, torch.int8), (*FLOATS, torch.int8), True),
+    "matmul": ((*FLOATS, torch.int8, FLOAT8), (*FLOATS, torch.int8, FLOAT8), True),
+    "float8_matmul": (FLOATS, (FLOAT8,), False),
     "int4_matmul": (FLOATS, (torch.uint8,), False),
     "sparse24_matmul": (FLOATS[1:], FLOATS[1:], True),
 }

@@ -17,7 +17,8 @@ FLOATS = [case for case in CASES if any(isinstance(item, Tensor) and item.is_flo
 
 
 def in_half(item: Any) -> Any:
-    return item.half() if isinstance(item, Tensor) and item.is_floating_point() else item
+    is_wide = isinstance(item, Tensor) and item.is_floating_point() and item.itemsize > 1
+    return item.half() if is_wide else item
 
 
 def named(cases: list[Any]) -> list[str]:

@@ -14,7 +14,9 @@ from kernels_agree import agree
 from torch import Tensor, nn
 
 from fxpress.backends.triton.module import generate
+from fxpress.backends.triton.runner import TritonRunner
 from fxpress.ir.errors import LoweringError
+from fxpress.ir.ops.float8 import FLOAT8, float8_linear, float8_scale
 from fxpress.ir.ops.quantize import int4_linear, pack_int4
 
 
@@ -50,6 +52,77 @@ def test_a_single_row() -> None:
 def test_inputs_that_no_kernel_takes_are_named() -> None:
     with pytest.raises(LoweringError, match=r"int4_linear.*: int4_linear_1 multiplies f64"):
         generate(program(Int4().double(), normal(3, 32).double()))
+
+
+class Float8(nn.Module):
+    """Two linear layers on one input, a GELU and a residual."""
+
+    def __init__(self, quantize_input: bool, width: int = 32, bias: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.quantize_input, weight = quantize_input, normal(width, width)
+        scale = float8_scale(weight)
+        self.register_buffer("weight", (weight / scale).to(FLOAT8))
+        self.register_buffer("scale", scale.squeeze(-1))
+        self.bias = nn.Parameter(normal(width, dtype=bias, seed=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = float8_linear(x, self.weight, self.scale, self.bias, self.quantize_input)
+        other = float8_linear(x, self.weight.flip(0), self.scale, None, self.quantize_input)
+        return nn.functional.gelu(one) + other + x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_weights_of_float8_take_an_epilogue(dtype: torch.dtype) -> None:
+    model, x = Float8(False), normal(2, 3, 32, dtype=dtype)
+    runner = agree(program(model, x), [x], [x[:1].repeat(5, 1, 1)])
+    products = [item["operators"] for item in runner.launches if "float8_linear" in item["operators"]]
+    assert sum("gelu" in operators for operators in products) == 1 and len(products) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_inputs_of_float8_are_stored_once_for_all_that_multiply_them(dtype: torch.dtype) -> None:
+    model, x = Float8(True), normal(2, 3, 32, dtype=dtype)
+    runner = agree(program(model, x), [x], [x[:1].repeat(5, 1, 1) * 100])
+    launched = [item["operators"] for item in runner.launches]
+    assert sum("float8_quantize" in operators for operators in launched) == 1
+    assert sum("float8_products mul" in operators for operators in launched) == 2
+
+
+def test_float8_of_doubles_is_computed_as_its_reference() -> None:
+    x = normal(3, 32, dtype=torch.float64)
+    for quantize_input in (False, True):
+        agree(program(Float8(quantize_input), x), [x])
+
+
+def test_casts_to_float8_and_back() -> None:
+    """Of every number of the format and of what lies between and beyond them, stored and loaded by kernels."""
+
+    def function(self: Any, x: Tensor, stored: Tensor) -> list[Tensor]:
+        return [(x * 1.0).to(FLOAT8), (x * 2.0).to(FLOAT8).to(torch.float32), stored.to(torch.float16) * 2]
+
+    numbers = torch.arange(256).to(torch.uint8).view(FLOAT8)
+    finite = numbers.float()[numbers.float().isfinite()]
+    x = torch.cat([finite, finite * 1.03125, finite * 0.97, torch.tensor([500.0, -1e9, 1e-9, torch.inf])])
+    runner = TritonRunner(program(function, x, numbers))
+    stored, rounded, loaded = runner.run([x, numbers])
+    assert runner.generated.externs == ()
+    assert torch.equal(stored.view(torch.uint8), x.to(FLOAT8).view(torch.uint8))
+    assert torch.equal(rounded, (x * 2).to(FLOAT8).float())
+    assert torch.equal(loaded.nan_to_num(1.0), (numbers.half() * 2).nan_to_num(1.0))
+    assert runner.run([torch.full_like(x, torch.nan), numbers])[0].float().isnan().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_products_of_float8_compile(arch: int, tmp_path: Path) -> None:
+    x, jobs = normal(512, 1024, dtype=torch.bfloat16), {}
+    for quantize_input in (False, True):
+        model = Float8(quantize_input, 1024)
+        jobs |= generated.jobs(f"float8_{quantize_input}", program(model, x), [x], tmp_path, arch)
+    results = aot.compiled(jobs)
+    assert generated.check(results) == []
+    native = [name for name, found in results.items() if "float8" in found[arch]["instructions"]]
+    assert all("products" in name for name in native) and len(native) == (0 if arch == 80 else 2)
 
 
 @pytest.mark.slow
