@@ -20,7 +20,7 @@ from ..ir.errors import FxpressError, InputError, RewriteError, VerifyError, nea
 from ..ir.graph import Program, arguments
 from ..ir.ops.attention import attention
 from ..ir.ops.float8 import float8_quantize
-from ..ir.ops.quantize import dequantize, int4_linear, quantize, unpack_int4
+from ..ir.ops.quantize import dequantize, int4_embedding, int4_linear, quantize, unpack_int4
 from ..ir.pruning.masks import is_masked, masked
 from ..ir.rewrite import Context, Pass
 from ..ir.verify import verify
@@ -263,7 +263,7 @@ def zeros(program: Program) -> float:
     found: dict[int, tuple[int, int]] = {}
     for value, weight, reader in _weights(program, "weight"):
         numbers = program.tensor(weight).detach()
-        if numbers.dim() != 2 or reader.target is aten.embedding.default:
+        if numbers.dim() != 2 or reader.target in (aten.embedding.default, int4_embedding):
             continue
         if _is_packed(numbers, reader):
             given = {name: item and program.tensor(item) for name, item in arguments(reader).items() if name in _SCALES}
@@ -312,8 +312,9 @@ def _looks_up_scales(node: fx.Node) -> bool:
 
 
 def _is_packed(tensor: Tensor, reader: fx.Node) -> bool:
-    return reader.target is int4_linear and tensor.dtype == torch.uint8
+    return reader.target in (int4_linear, int4_embedding) and tensor.dtype == torch.uint8
 
 
 def _width(reader: fx.Node) -> int:
-    return int(arguments(reader)["input"].meta["val"].shape[-1])
+    given = arguments(reader)
+    return int(given["width"] if "width" in given else given["input"].meta["val"].shape[-1])

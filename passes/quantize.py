@@ -18,7 +18,7 @@ from ..ir.expand import expand
 from ..ir.graph import Program, shape
 from ..ir.layers import name_of
 from ..ir.ops.float8 import float8_linear
-from ..ir.ops.quantize import dequantize, dynamic_quantize, int4_linear, int8_linear, quantize
+from ..ir.ops.quantize import dequantize, dynamic_quantize, int4_embedding, int4_linear, int8_linear, quantize
 from ..ir.pattern import Refusal
 from ..ir.pruning.masks import masked
 from ..ir.quantization import grid as grids
@@ -34,8 +34,10 @@ from ..ir.rewrite import Applied, Context, Pass, PassResult, Track
 aten = torch.ops.aten
 FLOAT8 = "float8_e4m3"
 BITS = {"int8": 8, "int4": 4, FLOAT8: 8}
+QUANTIZED = (quantize, dequantize, dynamic_quantize, int8_linear, int4_linear, int4_embedding, float8_linear)
 RANGES = ("minmax", "average", "percentile", "entropy", "mse")
 IMPROVEMENTS = ("smoothquant", "awq", "gptq", "bias")  # these need calibration data
+GROUP = 32  # numbers of 4 bits that share a scale
 COSINE = 0.995  # of the outputs, where no target is given and layers are made finer by their sensitivity
 
 
@@ -67,7 +69,7 @@ class Quantize(Pass):
             outliers of activations go to the weights, by a scale that is searched; "gptq" and "awq": weights that fit
             the calibration data; "bias": mean errors go to the bias. "auto": with calibration data
             minmax+smoothquant+gptq+bias, for weights alone gptq.
-        embeddings: "int8", a scale for each row; None: they stay.
+        embeddings: "int8", a scale for each row; "int4", for each group of 32 numbers of a row; None: they stay.
         skip: names of modules, with * and ?, or of parts of them: those layers stay.
         sensitive: "auto": with calibration data, layers are made finer until the outputs reach the target; None: no
             layer is.
@@ -110,7 +112,7 @@ class Quantize(Pass):
         _one_of("activations", self.activations, ("auto", "int8", FLOAT8, None))
         _one_of("mode", self.mode, ("auto", "dynamic", "static"))
         _one_of("granularity", self.granularity, ("auto", "tensor", "token"))
-        _one_of("embeddings", self.embeddings, ("int8", None))
+        _one_of("embeddings", self.embeddings, ("int8", "int4", None))
         _one_of("sensitive", self.sensitive, ("auto", None))
         for word in self._words:
             _one_of("method", word, ("auto", *RANGES, *IMPROVEMENTS))
@@ -182,7 +184,7 @@ class Quantize(Pass):
 
     def apply(self, program: Program, context: Context) -> PassResult:
         """Rewrite the program in place."""
-        if program.calls(quantize, dequantize, dynamic_quantize, int8_linear, int4_linear, float8_linear):
+        if program.calls(*QUANTIZED):
             raise RewriteError("the program is quantized already; give one Quantize with all options")
         if masked(program):
             raise RewriteError("weights are masked for training; put the pass fold before quantize")
@@ -191,7 +193,7 @@ class Quantize(Pass):
             result.rewrites["expand"] = count
         sites, result.refusals = linear_sites(program, self.skip)
         choices = self._choices(program, sites, context, result)
-        insertion = Insertion(program, BITS[self.weights])
+        insertion = Insertion(program, BITS[self.weights], BITS[self.embeddings or "int8"])
         for site in sites:
             choice = choices[site]
             if choice is UNTOUCHED:
@@ -227,7 +229,7 @@ class Quantize(Pass):
         auto = words == ["auto"]
         bits = BITS[self.weights]
         symmetric = self.symmetric if self.symmetric is not None else bits == 8
-        group = self.group_size or (None if bits == 8 else 32)
+        group = self.group_size or (None if bits == 8 else GROUP)
         return Way(
             level=level,
             grid=grids.Grid(bits, symmetric if level == "float" else True, group, self.weights == FLOAT8),
@@ -332,6 +334,8 @@ class Quantize(Pass):
         """Quantize embeddings, where nothing else reads their floats."""
         if self.embeddings is None:
             return
+        whole = self.embeddings == "int8"
+        grid = grids.Grid() if whole else grids.Grid(4, bool(self.symmetric), GROUP)
         for lookup in embeddings(program, self.skip):
             stored: Any = lookup.args[0]
             others = [user for user in stored.users if user.target is not aten.embedding.default]
@@ -341,7 +345,8 @@ class Quantize(Pass):
             elif context.take():
                 result.rewrites["embedding"] += 1
                 result.matches.append(Applied("embedding", name_of(lookup), f"{shape(stored)[0]} rows"))
-                insertion.table(lookup, grids.nearest(program.tensor(stored).float(), grids.Grid()))
+                table = grids.nearest(program.tensor(stored).float(), grid, clip="minmax" if whole else "mse")
+                insertion.table(lookup, table)
 
 
 @dataclass

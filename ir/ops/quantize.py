@@ -148,3 +148,21 @@ def int4_linear(
     width = input.shape[-1]
     integers = unpack_int4(weight, width)
     return F.linear(input, dequantize(integers, weight_scale, zero_point).to(input.dtype), bias)
+
+
+@operator(
+    "int4_embedding(Tensor weight, Tensor weight_scale, Tensor? zero_point, Tensor indices, int width) -> Tensor",
+    meaning="rows of (weight - zero_point) weight_scale, the weight two integers a byte",
+)
+def int4_embedding(
+    weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, indices: Tensor, width: int
+) -> Tensor:
+    """Embedding of a table of 4 bits in groups: only the rows that are looked up are unpacked.
+
+    Shapes: weight uint8 [V, ceil(K / 2)] as `pack_int4` gives it; weight_scale [V, G]; zero_point int8 [V, G] or None
+    for 0; indices [...], integers; width K; result [..., K] in the scale's dtype.
+    """
+    rows = unpack_int4(F.embedding(indices, weight), width)
+    zeros = None if zero_point is None else F.embedding(indices, zero_point)
+    found: Tensor = dequantize(rows, F.embedding(indices, weight_scale), zeros)
+    return found

@@ -10,7 +10,7 @@ from torch import fx
 
 from ..graph import Program, arguments, dtype, shape
 from ..ops.float8 import FLOAT8, float8_linear, float8_quantize, float8_scale
-from ..ops.quantize import dequantize, dynamic_quantize, int4_linear, int8_linear, pack_int4, quantize
+from ..ops.quantize import dequantize, dynamic_quantize, int4_embedding, int4_linear, int8_linear, pack_int4, quantize
 from .insert import items
 
 aten = torch.ops.aten
@@ -63,7 +63,11 @@ class _Folding:
         weight = _weight(node.args[0])
         if weight is None or weight.target is not quantize:
             return None
-        tables = _some(self._stored(weight), arguments(weight)["scale"], arguments(weight)["zero_point"])
+        given = arguments(weight)
+        if given["bits"] == 4:
+            parts = (self._stored(weight, packed=True), given["scale"], given["zero_point"], node.args[1])
+            return self.program.call(int4_embedding, *parts, shape(weight)[-1], before=node)
+        tables = _some(self._stored(weight), given["scale"], given["zero_point"])
         rows = [self.program.call(aten.embedding.default, table, node.args[1], before=node) for table in tables]
         return self.program.call(dequantize, *rows, before=node)
 

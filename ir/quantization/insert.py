@@ -27,10 +27,11 @@ class Insertion:
 
     Args:
         bits: of the integers of linears' weights.
+        table_bits: of those of embeddings; of a table that is a linear's weight, too, there are the linear's.
     """
 
-    def __init__(self, program: Program, bits: int) -> None:
-        self.program, self.bits = program, bits
+    def __init__(self, program: Program, bits: int, table_bits: int = 8) -> None:
+        self.program, self.bits, self.table_bits = program, bits, table_bits
         self._weights: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
     def linears(self, site: Site, choice: Choice) -> None:
@@ -59,7 +60,7 @@ class Insertion:
     def table(self, lookup: fx.Node, weight: Quantized) -> None:
         """Let an embedding look up in a quantized table."""
         stored: Any = lookup.args[0]
-        new = self.program.call_again(lookup, weight=self.weight(stored, weight, bits=8))
+        new = self.program.call_again(lookup, weight=self.weight(stored, weight, self.table_bits))
         self.program.replace(lookup, self._cast(new, dtype(lookup), lookup))
 
     def weight(self, stored: fx.Node, weight: Quantized, bits: int) -> fx.Node:

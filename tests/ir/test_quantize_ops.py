@@ -16,6 +16,7 @@ from fxpress.ir.ops.quantize import (
     SMALLEST_SCALE,
     dequantize,
     dynamic_quantize,
+    int4_embedding,
     int4_linear,
     int8_linear,
     pack_int4,
@@ -412,3 +413,28 @@ def test_int4_linear_of_half_precision(dtype: torch.dtype) -> None:
     x = normal(2, 32, dtype=dtype)
     found = int4_linear(x, pack_int4(integers), torch.full((6, 1), 0.5), None, None)
     assert torch.equal(found, F.linear(x, (integers * 0.5).to(dtype)))
+
+
+def test_int4_embedding_by_hand() -> None:
+    """Of row 1, in groups of 2: (3 - 1) * 2, (-8 - 1) * 2, 5 * 10."""
+    weight = pack_int4(torch.tensor([[0, 0, 0], [3, -8, 5]], dtype=torch.int8))
+    points = torch.tensor([[0, 0], [1, 0]], dtype=torch.int8)
+    found = int4_embedding(weight, torch.tensor([[1.0, 1.0], [2.0, 10.0]]), points, torch.tensor([[1], [0]]), 3)
+    assert found.tolist() == [[[4, -18, 50]], [[0, 0, 0]]]
+
+
+@pytest.mark.parametrize("width", [64, 70, 33])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_embedding_is_the_lookup_in_the_dequantized_table(width: int, symmetric: bool) -> None:
+    """Groups of 32, the last of them shorter, and odd widths."""
+    integers, groups = int8(6, width) >> 4, -(-width // 32)
+    scale = normal(6, groups).abs()
+    zero_point = None if symmetric else int8(6, groups, seed=1) >> 4
+    columns, indices = torch.arange(width) // 32, torch.tensor([[5, 0, 5], [2, 1, 4]])
+    table = (integers - (0 if zero_point is None else zero_point[:, columns])) * scale[:, columns]
+    assert torch.equal(int4_embedding(pack_int4(integers), scale, zero_point, indices, width), table[indices])
+
+
+def test_int4_embedding_of_no_index() -> None:
+    found = int4_embedding(pack_int4(int8(6, 32) >> 4), torch.ones(6, 1), None, torch.zeros(0, 3, dtype=torch.long), 32)
+    assert found.shape == (0, 3, 32)

@@ -50,6 +50,8 @@ bias = normal(7, seed=3)
 large = torch.tensor(1 << 20)
 table = torch.randint(0, 5, (2, 4, 4, 2), generator=torch.Generator().manual_seed(0))
 
+nibbles = torch.arange(56).reshape(7, 8).to(torch.uint8) * 4
+
 CASES: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("attention", (q, k, v), {}),
     ("attention", (q, grouped_k, grouped_v), {"key_mask": mask, "right": 0}),
@@ -95,6 +97,8 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("int4_linear", (x, torch.arange(56).reshape(7, 8).to(torch.uint8), normal(7, 2), int8(7, 2) // 32, None), {}),
     ("sparse24_linear", (x.half(), *pack_sparse24(sparse24(7, 16)), bias.half()), {}),
     ("sparse24_linear", (normal(70, 20).half(), *pack_sparse24(w20 := sparse24(7, 20)), None, w20), {}),
+    ("int4_embedding", (nibbles, normal(7, 4).abs(), None, torch.tensor([[0, 6], [3, 3]]), 16), {}),
+    ("int4_embedding", (nibbles, normal(7, 2).abs(), int8(7, 2) // 32, torch.tensor([5, 0]), 15), {}),
     ("float8_quantize", (x * 50, normal(3, 5, 1).abs()), {}),
     ("float8_scale", (x,), {}),
     ("float8_linear", (x, float8(7, 16), normal(7).abs(), bias), {}),

@@ -14,7 +14,14 @@ from torch import Tensor, fx
 from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments, dtype, shape
-from ....ir.ops.quantize import SMALLEST_SCALE, dequantize, dynamic_quantize, int8_linear, pack_int4, quantize
+from ....ir.ops.quantize import (
+    SMALLEST_SCALE,
+    dequantize,
+    dynamic_quantize,
+    int8_linear,
+    pack_int4,
+    quantize,
+)
 from .lowering import Lowering, Probe, reference
 
 _SHIFT = 128  # from the integers of the graph language, -128..127, to those of the kernels, 0..255
@@ -159,6 +166,46 @@ def _int4_linear(
     return result if bias is None else result + bias
 
 
+def _int4_embedding(
+    weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, indices: Tensor, width: int
+) -> Tensor:
+    """GatherBlockQuantized, which unpacks the rows that are looked up; its bytes are those of `pack_int4`."""
+    groups, block = blocks(width, weight_scale.shape[-1])
+    inputs = [weight, indices, _per_block(weight_scale, groups)]
+    if zero_point is not None:
+        inputs.append(pack_int4(_per_block(zero_point, groups)))
+    return symbolic(
+        "com.microsoft::GatherBlockQuantized",
+        inputs,
+        {"bits": 4, "block_size": block, "gather_axis": 0, "quantize_axis": 1},
+        dtype=weight_scale.dtype,
+        shape=(*indices.shape, width),
+        version=1,
+    )
+
+
+def _int4_rows(
+    weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, indices: Tensor, width: int
+) -> Tensor:
+    """The same in floats, which hold bytes exactly: the exporter has no shift of bytes."""
+    packed = F.embedding(indices, weight).to(torch.float32)
+    high = (packed / 16).floor()
+    integers = torch.stack((packed - high * 16, high), -1).flatten(-2)[..., :width] - 8
+    zeros = None if zero_point is None else F.embedding(indices, zero_point)
+    found: Tensor = reference(dequantize)(integers, F.embedding(indices, weight_scale), zeros)
+    return found
+
+
+def _refuses_int4_embedding(node: fx.Node) -> str | None:
+    given = arguments(node)
+    if given["width"] % 2:
+        return f"the kernel takes even widths, not {given['width']}"
+    if dtype(node) is not torch.float32:
+        return f"the kernel gives float32, not {dtype(node)}"
+    size = blocks(given["width"], shape(given["weight_scale"])[-1])[1]
+    return None if size >= 16 else f"the kernel takes groups of 16 or more, not {size}"
+
+
 def _per_block(values: Tensor, blocks_: int) -> Tensor:
     return values.expand(-1, blocks_) if values.shape[-1] == 1 else values
 
@@ -187,6 +234,10 @@ DYNAMIC_QUANTIZE = (
 )
 DEQUANTIZE = (Lowering("Cast+Mul", _dequantize),)
 INT4_LINEAR = (Lowering("MatMulNBits", _int4_linear, _refuses_int4_linear, standard=False),)
+INT4_EMBEDDING = (
+    Lowering("GatherBlockQuantized", _int4_embedding, _refuses_int4_embedding, standard=False),
+    Lowering("Gather+Floor", _int4_rows),
+)
 INT8_LINEAR = (Lowering("MatMulIntegerToFloat", _int8_linear, _refuses_int8_linear, standard=False),)
 
 PROBE = Probe(

@@ -64,6 +64,7 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     quantize.dynamic_quantize: quantizes.DYNAMIC_QUANTIZE,
     quantize.int8_linear: quantizes.INT8_LINEAR,
     quantize.int4_linear: quantizes.INT4_LINEAR,
+    quantize.int4_embedding: quantizes.INT4_EMBEDDING,
     float8.float8_quantize: floats8.FLOAT8_QUANTIZE,
     float8.float8_scale: floats8.FLOAT8_SCALE,
     float8.float8_linear: floats8.FLOAT8_LINEAR,

@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import tiny
 import torch
@@ -155,6 +156,28 @@ def test_layers_agree_with_eager(way: str) -> None:
     for size in ((2, 5), (3, 11), (1, 1)):
         x = normal(*size, 37, seed=7)
         close(session(x), session.program(x))
+
+
+@pytest.mark.parametrize(
+    ("width", "symmetric", "chosen"),
+    [(64, None, "GatherBlockQuantized"), (70, True, "GatherBlockQuantized"), (33, None, "Gather+Floor")],
+)
+def test_rows_of_4_bits_are_those_of_eager(width: int, symmetric: bool | None, chosen: str) -> None:
+    model, ids = nn.Embedding(40, width), torch.arange(12).reshape(3, 4) * 3
+    session = compiled(model, [Quantize(embeddings="int4", symmetric=symmetric)], (ids,))
+    (choice,) = session.report.choices
+    assert chosen in (choice["chosen"], *choice["milliseconds"])  # which of them is faster may vary
+    for given in (ids, ids[:1, :1], ids.repeat(3, 1)):
+        assert torch.equal(session(given), session.program(given))
+
+
+def test_rows_of_4_bits_in_operators_of_the_standard(tmp_path: Path) -> None:
+    model, ids = nn.Embedding(40, 64).eval(), torch.arange(12).reshape(3, 4)
+    passes = [Quantize(embeddings="int4")]
+    fxpress.export_onnx(model, tmp_path / "m.onnx", passes, (ids,), form="qdq", verify=False)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+    assert torch.equal(torch.from_numpy(found), fxpress.compile(model, passes, (ids,), backend="eager")(ids))
 
 
 def test_zeros_give_the_biases() -> None:
