@@ -247,8 +247,10 @@ class Emitter:
         """A value as it is after a cast to `dtype` that the model asks for: half precision rounds."""
         if dtype in NARROW:
             kept = computed(value.dtype)
-            code = f"{value}.to({TRITON_TYPES.get(dtype)}).to(tl.float32)"
-            code = f"float8_e4m3({value}.to(tl.float32))" if dtype is FLOAT8 else code
+            if dtype is FLOAT8:
+                code = f"float8_e4m3({value}.to(tl.float32))"
+            else:
+                code = f"{value}.to({TRITON_TYPES[dtype]}).to(tl.float32)"
             return self.let("rounded", code, torch.float32, value) if kept != dtype else value
         return self.cast(value, dtype)
 

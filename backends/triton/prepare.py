@@ -108,7 +108,7 @@ def _int8_linear(program: Program, node: fx.Node) -> None:
     sums = call(integer_linear, given["input"], given["weight"], None)
     if given["zero_point"] is not None:
         shift = call(aten._to_copy.default, given["zero_point"], dtype=torch.int32)
-        rows = call(aten.sum.dim_IntList, given["weight"], [1], dtype=torch.int32)
+        rows = _sums(program, node, given["weight"])
         sums = call(aten.sub.Tensor, sums, call(aten.mul.Tensor, shift, rows))
     scale = given["scale"] if narrow == wide else call(aten._to_copy.default, given["scale"], dtype=wide)
     channel = call(aten.squeeze.dim, given["weight_scale"], -1)
@@ -120,6 +120,14 @@ def _int8_linear(program: Program, node: fx.Node) -> None:
     if dtype(found) != narrow:
         found = call(aten._to_copy.default, found, dtype=narrow)
     program.replace(node, found)
+
+
+def _sums(program: Program, node: fx.Node, weight: fx.Node) -> fx.Node:
+    """The sums of a weight's rows; of one that is stored, computed here: a run would read it twice."""
+    if weight.op == "get_attr":
+        found = program.tensor(weight).sum(1, dtype=torch.int32)
+        return program.add_weight(f"{weight.target}_sums", found, trainable=False)
+    return program.call(aten.sum.dim_IntList, weight, [1], before=node, dtype=torch.int32)
 
 
 def _float8_linears(program: Program) -> None:

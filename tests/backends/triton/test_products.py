@@ -13,6 +13,7 @@ from build import normal, program
 from kernels_agree import agree
 from torch import Tensor, nn
 
+import fxpress
 from fxpress.backends.triton.module import generate
 from fxpress.backends.triton.runner import TritonRunner
 from fxpress.ir.errors import LoweringError
@@ -52,6 +53,17 @@ def test_a_single_row() -> None:
 def test_inputs_that_no_kernel_takes_are_named() -> None:
     with pytest.raises(LoweringError, match=r"int4_linear.*: int4_linear_1 multiplies f64"):
         generate(program(Int4().double(), normal(3, 32).double()))
+
+
+def test_sums_of_integer_weights_are_no_launches() -> None:
+    """What a zero point adds to each channel is a constant: a run does not read the weight twice."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(32, 16).eval(), normal(3, 32)
+    compiled = fxpress.compile(model, "quantize(int8)", (x,), backend="triton")
+    launched = [item["operators"] for item in compiled.report.launches]
+    assert any("integer_linear" in operators for operators in launched)
+    assert not any(operators.startswith(("sum", "_to_copy sum")) for operators in launched)
+    torch.testing.assert_close(compiled(x), compiled.program(x))
 
 
 class Float8(nn.Module):
