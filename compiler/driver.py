@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class _Settings:
     max_rewrites: int | None
     threads: int | None
     dtype: torch.dtype | None = None
+    tune: bool = True
 
 
 @dataclass
@@ -103,7 +104,9 @@ class Compiled:
     @property
     def report(self) -> Report:
         """What each pass changed, refused and why; size; error against the model; time."""
-        return self._product.report
+        made = self._product
+        made.report.tuned = getattr(made.runner, "tuned", [])
+        return made.report
 
     @property
     def program(self) -> Program:
@@ -157,7 +160,10 @@ class Compiled:
         made = self._product
         given = [narrow_inputs(_as_arguments(item), self._settings.dtype) for item in examples]
         bound = [made.program.signature.bind(*item) for item in given]
-        save_runner(made.runner, Path(path), made.program, made.report, made.flat, archs, bound, self._settings.dtype)
+        save_runner(
+            made.runner, Path(path), made.program, self.report, made.flat, archs, bound, self._settings.dtype,
+            self._settings.tune,
+        )  # fmt: skip
 
     def to_onnx(self, path: str | os.PathLike[str], form: str = "runtime") -> None:
         """Write the ONNX model as a file, with its weights beside it: `model.onnx`, `model.safetensors`.
@@ -227,6 +233,7 @@ class Compiled:
         """
         made, old = self._product, self._settings
         settings = _settings(passes, old.dynamic_shapes, backend, calibration, old.verify, max_rewrites, threads)
+        settings.tune = old.tune
         signature = made.program.signature
         paths = [tensor.path for tensor in signature.inputs]
         check_batches(
@@ -262,6 +269,7 @@ def compile(
     max_rewrites: int | None = None,
     threads: int | None = None,
     dtype: str | None = None,
+    tune: bool = True,
 ) -> Compiled:
     """Compile a model.
 
@@ -277,6 +285,7 @@ def compile(
         threads: threads inside one operator; None: one a physical core.
         dtype: "bfloat16" or "float16": compile a copy of the model in half precision, for the triton or eager backend.
             Float inputs are cast; the report says what that lost against the model as it is.
+        tune: measure the ways to run an operator and keep the fastest, on disk too; False: the first one runs.
 
     Raises:
         InputError, TraceError, RewriteError, VerifyError, LoweringError: one line: cause, place, next step.
@@ -286,7 +295,7 @@ def compile(
     if isinstance(model, torch.nn.Module) and any(module.training for module in model.modules()):
         raise InputError("the model is in training mode, where dropout is random; call model.eval() first")
     settings = _settings(passes, dynamic_shapes, backend, calibration, verify, max_rewrites, threads)
-    settings.dtype = half_dtype(dtype, model, backend)
+    settings.dtype, settings.tune = half_dtype(dtype, model, backend), tune
     settings.calibration = [narrow_inputs(batch, settings.dtype) for batch in settings.calibration]
     compiled = Compiled(narrowed(model, settings.dtype), settings, model)
     if isinstance(model, ExportedProgram):
@@ -361,14 +370,10 @@ def _rewritten(
     report.parameters_after = parameters(program)
     if had_masks or any(item.sparsity for item in report.passes):
         report.zeros, report.masked = zeros(program), has_masks(program)
-    runner = make_runner(backend, program, settings.threads, clock)
+    runner = make_runner(backend, program, settings.threads, clock, settings.tune)
     report.launches = getattr(runner, "launches", [])
     if isinstance(runner, OnnxRunner):
-        report.choices = [
-            {"operator": item.operator, "sizes": item.sizes, "chosen": item.chosen,
-             "milliseconds": dict(item.milliseconds), "nodes": item.nodes}
-            for item in runner.choices
-        ]  # fmt: skip
+        report.choices = [asdict(item) for item in runner.choices]
         report.bytes_after = sum(file.stat().st_size for file in runner.files.iterdir())
     else:
         written = getattr(runner, "generated", None)  # the triton backend's weights may be compressed

@@ -59,6 +59,9 @@ class Report:
     precision: dict[str, Any] = field(default_factory=dict)  # half precision: dtype, and sqnr_db and cosine of its loss
     # What the triton backend launches: operators, by ("generated", or why PyTorch's own kernel), launches, megabytes.
     launches: list[dict[str, Any]] = field(default_factory=list)
+    # How it runs products and attention, once they have run on a GPU: operator, sizes (<=64: from 33 on), chosen,
+    # milliseconds of each candidate, calls (that differ in their sizes).
+    tuned: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; infinities become None, as JSON has none."""
@@ -92,6 +95,8 @@ class Report:
             parts.append(choices)
         if self.launches:
             parts.append(_launch_table(self.launches))
+        if self.tuned:
+            parts.append(_tuned_table(self.tuned))
         pruned = [item for item in self.passes if item.sparsity]
         parts += [_sparsity_table(item, f": {item.name}" if len(pruned) > 1 else "") for item in pruned]
         parts += [_attention_table(item) for item in self.passes if item.name.startswith("replace_attention")]
@@ -195,6 +200,16 @@ def _attention_table(report: PassReport) -> Table:
         table.add_row(escape(item["node"]), escape(item["detail"]))
     for item in report.refusals:
         table.add_row(escape(item["node"]), escape(f"not {item['rule']}: {item['reason']}"))
+    return table
+
+
+def _tuned_table(tuned: list[dict[str, Any]]) -> Table:
+    table = Table(title="products and attention, by measured time (ms, when first met)", title_justify="left")
+    for column in ("operator", "sizes", "chosen", "candidates"):
+        table.add_column(column)
+    for item in tuned:
+        times = "; ".join(f"{name} {ms:.4f}" for name, ms in item["milliseconds"].items()) or "-"
+        table.add_row(*map(escape, (item["operator"], item["sizes"], item["chosen"], times)))
     return table
 
 

@@ -51,7 +51,7 @@ class OnnxRunner:
 
     name = "onnx"
 
-    def __init__(self, program: Program, threads: int | None, clock: Clock) -> None:
+    def __init__(self, program: Program, threads: int | None, clock: Clock, tune: bool = True) -> None:
         from ..backends.onnx.choose import choose
         from ..backends.onnx.export import check_supported, leaves_of, save, to_onnx
         from ..backends.onnx.session import Session
@@ -59,7 +59,7 @@ class OnnxRunner:
         with clock("check support"):
             check_supported(program)
         with clock("choose lowerings"):
-            chosen, self.choices = choose(program, threads=threads)
+            chosen, self.choices = choose(program, threads=threads, measure=tune)
         with clock("lower"):
             self.leaves = leaves_of(program)
             model = to_onnx(program, chosen)
@@ -80,23 +80,26 @@ def best_backend(tensors: Sequence[Tensor]) -> str:
     return "triton" if any(tensor.is_cuda for tensor in tensors) else "onnx"
 
 
-def make_runner(backend: str, program: Program, threads: int | None, clock: Clock) -> Runner:
+def make_runner(backend: str, program: Program, threads: int | None, clock: Clock, tune: bool = True) -> Runner:
     """What a backend, by its name, makes of a program.
+
+    Args:
+        tune: whether candidates are measured; else the first one runs.
 
     Raises:
         LoweringError: nodes that it cannot lower.
         InputError: it cannot run here.
     """
     if backend == "onnx":
-        return OnnxRunner(program, threads, clock)
+        return OnnxRunner(program, threads, clock, tune)
     if backend == "eager":
         return EagerRunner(program)
     try:
-        from ..backends.triton.runner import TritonRunner
+        from ..backends.triton.runner import TritonRunner, tuner_here
     except ModuleNotFoundError as error:
         raise InputError(f"backend 'triton' needs the package {error.name}: pip install triton") from error
     with clock("lower"):
-        return TritonRunner(program)
+        return TritonRunner(program, tuner_here() if tune else None)
 
 
 def save_runner(
@@ -108,6 +111,7 @@ def save_runner(
     archs: Sequence[int] | None,
     others: Sequence[Sequence[Any]],
     dtype: torch.dtype | None,
+    tune: bool,
 ) -> None:
     """Write what a backend made of a program as an artefact.
 
@@ -115,6 +119,7 @@ def save_runner(
         example: flat inputs.
         archs, others: of the triton backend: GPUs to compile for, and more flat inputs to compile for.
         dtype: that float inputs are cast to.
+        tune: whether candidates are measured where it runs, and compiled for that.
 
     Raises:
         InputError: the path exists or cannot be written, or the backend has no artefacts, or not these options.
@@ -125,7 +130,7 @@ def save_runner(
         from . import triton_files
 
         batches = [example, *([torch.as_tensor(item) for item in batch] for batch in others)]
-        triton_files.write(path, runner, batches, triton_files.check_archs(archs), dtype, *described)
+        triton_files.write(path, runner, batches, triton_files.check_archs(archs), dtype, tune, *described)
         return
     if archs or others:
         raise InputError(f"archs and examples are for kernels of the triton backend, this is {runner.name!r}")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..backends.triton.aot import LIMITS
 from ..backends.triton.machine_code import Code
-from ..backends.triton.runner import TritonRunner, arch_here, interpreted, triton_version
+from ..backends.triton.runner import TritonRunner, arch_here, interpreted, triton_version, tuner_here
 from ..backends.triton.serial import restore
 from ..ir.errors import ArtifactError, InputError, LoweringError, one_line
 from ..ir.signature import Signature
@@ -58,6 +58,7 @@ def write(
     batches: Iterable[Sequence[Tensor]],
     archs: Sequence[int],
     dtype: torch.dtype | None,
+    tune: bool,
     signature: Signature,
     structure: str | None,
     report: Report,
@@ -70,6 +71,7 @@ def write(
         batches: flat inputs, for each of which machine code is made.
         archs: compute capabilities, 90 for sm_90.
         dtype: that float inputs are cast to.
+        tune: whether products and attention are measured where it runs; then all candidates are compiled.
         text: the rewritten program, for people.
 
     Raises:
@@ -83,7 +85,7 @@ def write(
     with tempfile.TemporaryDirectory(prefix="fxpress-") as name:
         files = Path(name)
         save_file(tensors, files / artifact.WEIGHTS)
-        for arch, found in (runner.machine_code(batches, archs) if archs else {}).items():
+        for arch, found in (runner.machine_code(batches, archs, tune) if archs else {}).items():
             for key, code in found.items():
                 (files / f"{key}.sm_{arch}.cubin").write_bytes(code.binary)
                 (files / f"{key}.sm_{arch}.cubin.json").write_text(code.metadata, encoding="utf-8")
@@ -91,6 +93,7 @@ def write(
             "program": program,
             "weights": places,
             "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "tune": tune,
             "source": _digest(runner.source),
             "triton": triton_version(),
             "archs": list(archs),
@@ -162,7 +165,7 @@ class LoadedKernels(LoadedModel):
         self._dtype = None if data["dtype"] is None else DTYPES[data["dtype"]]
         try:
             code = read_code(folder, manifest["files"], data, damaged, arch_here(place))
-            self.runner = TritonRunner.restored(ready, code)
+            self.runner = TritonRunner.restored(ready, code, tuner_here() if data["tune"] else None)
         except LoweringError as error:
             raise ArtifactError(f"{str(folder)!r} holds a program that this fxpress cannot run: {error}") from error
         if code and _digest(self.runner.source) != data["source"]:

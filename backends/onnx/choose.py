@@ -17,13 +17,12 @@ from torch import Tensor, fx
 
 from ...ir.graph import Program, arguments, describe_value
 from ...ir.printer import target_name
-from ..memory import Memory, processor
+from ..memory import Memory, fastest, processor
 from .export import hint, quietly, write_onnx
 from .lowerings.lowering import Lowering
 from .lowerings.table import LOWERINGS, PROBES, supported
 from .session import Session
 
-_KEEP = 0.97  # another candidate must be at least this much faster than the first of the table
 _ROUNDS, _SECONDS = 3, 0.01
 
 
@@ -39,22 +38,24 @@ class Choice:
 
 
 def choose(
-    program: Program, *, threads: int | None = None, memory: Memory | None = None
+    program: Program, *, threads: int | None = None, memory: Memory | None = None, measure: bool = True
 ) -> tuple[dict[fx.Node, Lowering], list[Choice]]:
     """The fastest lowering of each fxpress node of a program that `check` finds nothing wrong with.
 
     Args:
         threads: threads that the product will run with.
         memory: where measurements are remembered; None: the user's cache folder.
+        measure: False: the first lowering of each is taken.
     """
     memory = memory or Memory("onnx")
     kinds: dict[str, list[fx.Node]] = {}
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in LOWERINGS:
             kinds.setdefault(_kind(program, node, threads), []).append(node)
-    measured = {key: value for key, value in memory.read().items() if key in kinds and _is_whole(value, kinds[key][0])}
+    known = memory.read() if measure else {}
+    measured = {key: value for key, value in known.items() if key in kinds and _is_whole(value, kinds[key][0])}
     wanted = {key: nodes[0] for key, nodes in kinds.items() if key not in measured and len(supported(nodes[0])[0]) > 1}
-    if wanted:
+    if wanted and measure:
         fresh = dict(zip(wanted, _measure(program, list(wanted.values()), threads), strict=True))
         memory.write(fresh)
         measured.update(fresh)
@@ -63,10 +64,11 @@ def choose(
     for key, nodes in kinds.items():
         candidates = supported(nodes[0])[0]
         times = {item.name: float(measured.get(key, {}).get(item.name, 0.0)) for item in candidates}
-        best = _best(candidates, times)
+        name = fastest(times)
+        best = next(item for item in candidates if item.name == name)
         chosen.update(dict.fromkeys(nodes, best))
         sizes = ", ".join(describe_value(value) for value in _tensors(nodes[0]))
-        shown = times if len(candidates) > 1 else {}
+        shown = times if measure and len(candidates) > 1 else {}
         choices.append(Choice(target_name(nodes[0]), sizes, best.name, shown, len(nodes)))
     return chosen, choices
 
@@ -76,14 +78,6 @@ def _is_whole(entry: Any, node: fx.Node) -> bool:
     return isinstance(entry, dict) and all(
         isinstance(entry.get(item.name), int | float) and entry[item.name] > 0 for item in supported(node)[0]
     )
-
-
-def _best(candidates: Sequence[Lowering], times: Mapping[str, float]) -> Lowering:
-    best = candidates[0]
-    for candidate in candidates[1:]:
-        if times[candidate.name] < _KEEP * times[best.name]:
-            best = candidate
-    return best
 
 
 def _tensors(node: fx.Node) -> list[Tensor]:

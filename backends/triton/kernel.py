@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir.graph import Program, describe_value
+from ...ir.graph import Program, arguments
 from ...ir.ops.float8 import FLOAT8
 from ...kernels.attention import attention_kernel
 from ...kernels.float8_matmul import float8_matmul_kernel
@@ -118,8 +118,12 @@ def product_kernel(
     head = ["batch = tl.full([1, 1], 0, tl.int64) + batch", "row_inside = rows < M", "col_inside = cols < N"]
     epilogue = [*widen, *head, *axes, *emitter.lines()]
     hooks = {"parameters": names.lines(), "epilogue": epilogue}
+    sums = "tl.int32" if result_dtype(group.anchor) in (torch.int32, torch.int64) else "tl.float32"
+    combined = {**hooks, "epilogue": [f"acc = acc.to({sums})  # of a library's product, too", *epilogue]}
     templates = TEMPLATES[product.function] | (DENSE if "dense" in product.others else {})
-    body, *others = (spliced(kernel, hooks) for kernel in templates.values())
+    body, *others = (
+        spliced(kernel, combined if variant == "combine" else hooks) for variant, kernel in templates.items()
+    )
     variants = [variant for variant in templates if variant]
     left = variable(product.left)
     if product.function == "matmul" and not product.batched:
@@ -134,6 +138,28 @@ def product_kernel(
     call = f"{product.function}({', '.join(given)})"
     reads = dict.fromkeys([*product.operands, *emitter.inputs])
     return Kernel(group.name, body, call, tuple(reads), tuple(stored), dict(zip(variants, others, strict=True)))
+
+
+def form_of(group: Group, kernel: Kernel) -> str | None:
+    """Whether libraries have a product's epilogue: "plain", none at all; "bias", a vector that is added; else None.
+
+    Its arguments begin with the vector, if any, and the result.
+    """
+    anchor, nodes = group.anchor, group.nodes
+    if anchor is None or anchor is not nodes[0] or kernel.stored != (nodes[-1],) or len(nodes) > 2:
+        return None
+    if len(nodes) == 1:
+        return "plain"
+    given = arguments(nodes[1])
+    pair = [given.get("self"), given.get("other")]
+    if nodes[1].target is not torch.ops.aten.add.Tensor or given["alpha"] != 1 or pair.count(anchor) != 1:
+        return None
+    vector = pair[1 - pair.index(anchor)]
+    if not isinstance(vector, fx.Node) or vector.op != "get_attr":
+        return None
+    found, dtype = vector.meta["val"], result_dtype(anchor)
+    same = found.dtype == dtype == result_dtype(nodes[1])
+    return "bias" if same and tuple(found.shape) == (anchor.meta["val"].shape[-1],) else None
 
 
 def attention_with_bias(
@@ -211,7 +237,7 @@ class Parameters:
         return found
 
     def _what(self, node: fx.Node) -> str:
-        return describe_value(node.meta["val"], self.program.symbols)
+        return self.emitter.sizes.describe(node.meta["val"])
 
 
 def parameters(program: Program, sizes: Sizes, emitter: Emitter, stored: Sequence[fx.Node]) -> Parameters:

@@ -167,7 +167,11 @@ def _only_compiling(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def build(
-    source: str, batches: Iterable[Sequence[Tensor]], weights: Mapping[str, Tensor], archs: Sequence[int]
+    source: str,
+    batches: Iterable[Sequence[Tensor]],
+    weights: Mapping[str, Tensor],
+    archs: Sequence[int],
+    forms: Mapping[str, str] | None = None,
 ) -> dict[int, dict[str, Code]]:
     """Compile a generated module for architectures, in a process of its own, without a GPU.
 
@@ -176,12 +180,15 @@ def build(
         batches: inputs; a kernel is compiled for each kind of launch that one of them leads to.
         weights: as the module reads them.
         archs: compute capabilities, 90 for sm_90.
+        forms: as `Tuner.attach` takes them, for the kernels of all that a tuner measures; None: of the module's own
+            choice alone.
 
     Raises:
         LoweringError: a kernel cannot be compiled.
     """
     task = {
-        "source": source, "archs": list(archs), "weights": {name: _shape(item) for name, item in weights.items()},
+        "source": source, "archs": list(archs), "forms": None if forms is None else dict(forms),
+        "weights": {name: _shape(item) for name, item in weights.items()},
         "batches": [[_shape(item) for item in batch] for batch in batches],
     }  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

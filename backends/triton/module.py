@@ -7,7 +7,7 @@ import functools
 import inspect
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import ModuleType
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ir.errors import LoweringError
-from ...ir.graph import Program, arguments, describe_value, source_of
+from ...ir.graph import Program, arguments, source_of
 from ...kernels import (
     attention,
     block_attention,
@@ -33,7 +33,7 @@ from ...kernels import (
     matmul_configs,
     sparse24_matmul,
 )
-from .kernel import Kernel, attention_with_bias, product_kernel, tile_kernel
+from .kernel import Kernel, attention_with_bias, form_of, product_kernel, tile_kernel
 from .lowerings.table import EXTERN, KERNELS
 from .partition import Group, Planner, kind
 from .prepare import prepare
@@ -56,6 +56,7 @@ class Generated:
         launches: all of it, equal ones together: what runs, by what, how often, megabytes at the example's sizes.
         dot: what is launched after what, as a graph in Graphviz's language.
         choices: what became of products with sparse weights: operator, sizes, chosen, milliseconds, nodes.
+        forms: of epilogues that libraries have, "plain" or "bias", by the product's kernel.
     """
 
     program: Program
@@ -66,6 +67,7 @@ class Generated:
     launches: tuple[dict[str, Any], ...]
     dot: str
     choices: tuple[dict[str, Any], ...] = ()
+    forms: Mapping[str, str] = field(default_factory=dict)
 
 
 def check(program: Program) -> list[str]:
@@ -108,6 +110,7 @@ class _Module:
     lines: list[str] = field(default_factory=list)
     externs: dict[tuple[str, str], int] = field(default_factory=dict)
     names: dict[fx.Node, str] = field(default_factory=dict)
+    forms: dict[str, str] = field(default_factory=dict)
     launched: dict[int, tuple[str, int]] = field(default_factory=dict)  # by group: its kernel, bytes that it moves
 
     @cached_property
@@ -142,6 +145,7 @@ class _Module:
             tuple((name, reason, count) for (name, reason), count in self.externs.items()),
             tuple(self._launches()),
             self._dot(),
+            forms=self.forms,
         )
 
     def _launches(self) -> Iterator[dict[str, Any]]:
@@ -291,7 +295,7 @@ class _Module:
         return repr(item)
 
     def _comment(self, node: fx.Node) -> str:
-        return f"  # {describe_value(node.meta['val'], self.program.symbols)}"
+        return f"  # {self.sizes.describe(node.meta['val'])}"
 
     def _strides(self, node: fx.Node) -> tuple[sympy.Expr, ...] | None:
         """The strides of weights, and of what kernels here allocate."""
@@ -314,6 +318,9 @@ class _Module:
                 f"{self.named[node]} = torch.empty(({size}{',' if size and ', ' not in size else ''}), "
                 f"dtype={node.meta['val'].dtype}, device=torch.device({str(device)!r}))"
             )
+        form = form_of(group, kernel)
+        if form is not None:
+            self.forms[self._define(kernel)] = form
         moves = sum(map(self._bytes, [*kernel.inputs, *kernel.stored]))
         self.launched[id(group)] = (self._define(kernel), moves)
         call = kernel.call.replace("{kernel}", self._define(kernel))

@@ -26,6 +26,7 @@ from .graphs import Graphs
 from .machine_code import Code, build, use
 from .module import Generated, generate, write
 from .serial import dump
+from .tune import Tuner
 
 
 def interpreted() -> bool:
@@ -48,6 +49,11 @@ def arch_here(device: torch.device | None = None) -> int | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def tuner_here() -> Tuner | None:
+    """What measures on the GPU that is here; None: there is none."""
+    return None if arch_here() is None else Tuner()
 
 
 def check_device(program: Program) -> None:
@@ -99,16 +105,20 @@ class Loaded:
 
 
 class TritonRunner:
-    """The kernels generated for a program."""
+    """The kernels generated for a program.
+
+    Args:
+        tuner: chooses, by measuring, how products and attentions run; None: as the module does by itself.
+    """
 
     name = "triton"
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, tuner: Tuner | None = None) -> None:
         check_device(program)
-        self._take(generate(program), {})
+        self._take(generate(program), {}, tuner)
 
     @classmethod
-    def restored(cls, ready: Program, code: Mapping[str, Code]) -> TritonRunner:
+    def restored(cls, ready: Program, code: Mapping[str, Code], tuner: Tuner | None = None) -> TritonRunner:
         """The kernels of a prepared program, `serial.restore`d, with machine code that is known of them.
 
         Raises:
@@ -117,14 +127,16 @@ class TritonRunner:
         """
         check_device(ready)
         found = cls.__new__(cls)
-        found._take(write(ready), code)
+        found._take(write(ready), code, tuner)
         return found
 
-    def _take(self, generated: Generated, code: Mapping[str, Code]) -> None:
-        self.generated = generated
+    def _take(self, generated: Generated, code: Mapping[str, Code], tuner: Tuner | None) -> None:
+        self.generated, self._tuner = generated, tuner
         self._loaded = Loaded(generated.source)
         if code:
             use(self._loaded.module, code)
+        if tuner is not None:
+            tuner.attach(self._loaded.module, generated.forms)
         self._weights = self._on_one_device()
         self._graphs = Graphs(self._forward)
 
@@ -146,13 +158,18 @@ class TritonRunner:
         """The weights by the name under which the module reads them."""
         return dict(self._weights)
 
-    def machine_code(self, batches: Iterable[Sequence[Tensor]], archs: Sequence[int]) -> dict[int, dict[str, Code]]:
+    def machine_code(
+        self, batches: Iterable[Sequence[Tensor]], archs: Sequence[int], tune: bool = True
+    ) -> dict[int, dict[str, Code]]:
         """The machine code of what these inputs lead to on GPUs of compute capability `archs`, 90 for sm_90.
+
+        Args:
+            tune: also of all that a tuner measures there.
 
         Raises:
             LoweringError: a kernel cannot be compiled.
         """
-        return build(self.source, batches, self._weights, archs)
+        return build(self.source, batches, self._weights, archs, self.generated.forms if tune else None)
 
     @property
     def source(self) -> str:
@@ -163,6 +180,11 @@ class TritonRunner:
     def plan(self) -> str:
         """The launches and what each waits for, in Graphviz's language."""
         return self.generated.dot
+
+    @property
+    def tuned(self) -> list[dict[str, Any]]:
+        """How the products and attentions that have run so far do so, and what was measured, for the report."""
+        return [] if self._tuner is None else self._tuner.choices
 
     @property
     def launches(self) -> list[dict[str, Any]]:

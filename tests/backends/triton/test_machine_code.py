@@ -26,7 +26,10 @@ from unittest import mock
 import torch
 from triton.compiler import CompiledKernel
 from fxpress.backends.triton import machine_code
+from fxpress.backends.memory import Memory
+from fxpress.backends.triton.build import once
 from fxpress.backends.triton.runner import Loaded
+from fxpress.backends.triton.tune import Tuner
 
 task, folder = json.load(sys.stdin), Path(sys.argv[1])
 known = {
@@ -35,12 +38,15 @@ known = {
 }
 compile, found = machine_code.triton_compile, []
 for arch, sizes in task["launches"]:
-    module = Loaded(task["source"]).module
+    kept = Loaded(task["source"])
+    module = kept.module
     machine_code.use(module, known)
     compiled = []
     def counted(source, **options):
         compiled.append(source.name)
         return compile(source, **options)
+    if task["forms"] is not None:
+        Tuner(once, Memory("none", folder / "memory"), "no GPU").attach(module, task["forms"])
     weights = {name: machine_code.empty(shape) for name, shape in task["weights"].items()}
     with mock.patch.object(machine_code, "triton_compile", counted):
         machine_code.launch_nothing(module, [torch.zeros(sizes)], weights, arch)
@@ -69,11 +75,15 @@ def runner() -> TritonRunner:
 
 @pytest.fixture(scope="module")
 def made(runner: TritonRunner) -> dict[int, dict[str, Code]]:
-    return runner.machine_code([[normal(4, 16, 32)]], [80, 90])
+    return runner.machine_code([[normal(4, 16, 32)]], [80, 90], tune=False)
 
 
 def launched(
-    runner: TritonRunner, code: Mapping[str, Code], folder: Path, launches: Sequence[tuple[int, Sequence[int]]]
+    runner: TritonRunner,
+    code: Mapping[str, Code],
+    folder: Path,
+    launches: Sequence[tuple[int, Sequence[int]]],
+    forms: Mapping[str, str] | None = None,
 ) -> list[tuple[list[str], int]]:
     """Of each launch the kernels that were compiled, and how many there are; in a process that does not interpret."""
     for key, item in code.items():
@@ -83,7 +93,7 @@ def launched(
         name: [str(item.dtype).removeprefix("torch."), list(item.shape), list(item.stride())]
         for name, item in runner.weights().items()
     }
-    task = {"source": runner.source, "weights": weights, "launches": list(launches)}
+    task = {"source": runner.source, "weights": weights, "launches": list(launches), "forms": forms}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
     ran = subprocess.run(
@@ -105,6 +115,16 @@ def test_a_launch_finds_the_machine_code(
     assert ampere == ([], len(made[80])) and hopper == ([], len(made[90]))
     assert len(other[0]) > 0, "sizes of another kind take kernels of their own, which are compiled as usual"
     assert len(elsewhere[0]) == elsewhere[1], "machine code is for one architecture"
+
+
+@pytest.mark.slow
+def test_what_a_tuner_measures_is_found_too(
+    runner: TritonRunner, made: dict[int, dict[str, Code]], tmp_path: Path
+) -> None:
+    code = runner.machine_code([[normal(4, 16, 32)]], [90])[90]
+    assert code.keys() > made[90].keys(), "other configurations, and the epilogue behind a library's product"
+    (found,) = launched(runner, code, tmp_path, [(90, (4, 16, 32))], runner.generated.forms)
+    assert found == ([], len(code))
 
 
 @pytest.mark.slow

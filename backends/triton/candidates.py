@@ -1,0 +1,205 @@
+"""The ways to run a product or an attention of a generated module: its own kernels, and PyTorch's libraries.
+
+What is listed gives the same numbers, but for the order of sums and, in half precision, one more rounding of a product
+that eager PyTorch makes too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+CONFIGS = 4  # configurations of a generated kernel that are measured: those that its model of costs puts first
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+EIGHT = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a call: `run` takes the arguments that the generated module gives."""
+
+    name: str
+    run: Callable[..., Any]
+
+
+def full_precision() -> bool:
+    """Whether PyTorch's float32 products have all bits of their factors, as those of generated kernels do."""
+    return torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
+
+
+# --- products -------------------------------------------------------------------------------------------------------
+
+
+def product_ways(
+    module: ModuleType,
+    matmul: Callable[..., Any],
+    form: str | None,
+    x: Tensor,
+    w: Tensor,
+    extra: tuple[Any, ...],
+    kernels: tuple[Any, ...],
+    sums: int = 128,
+) -> list[Way]:
+    """The ways to run `matmul(x, w, extra, kernels)`; the first one is what the module does by itself.
+
+    Args:
+        matmul: the module's own function.
+        form: of the epilogue: "plain": the product is the result; "bias": a vector is added; None: anything else.
+    """
+    (rows, inner), columns = x.shape[-2:], w.shape[-2]
+    precision = module.dot_precision("ieee", x.dtype, w.dtype, x.device)
+    tma = len(kernels) > 2 and module.tma_takes(x, w)
+    configs = module.matmul_configs(
+        rows, columns, inner, x.dtype, module.arch_of(x.device), _count(x, w), precision, tma, sums
+    )
+    found = [Way(_config_name(config), _configured(matmul, config)) for config in configs[:CONFIGS]]
+    library = _library(x, w)
+    if library is None:
+        return found
+    if form is not None and x.dtype in FLOATS:
+        return [*found, Way(library, _direct if form == "plain" else _with_bias)]
+    return [*found, Way(f"{library}, epilogue", _with_epilogue(module))]
+
+
+def _count(x: Tensor, w: Tensor) -> int:
+    """How many products a batched product is."""
+    return (x.shape[:-2] if w.dim() == 2 else torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])).numel()
+
+
+def _config_name(config: Mapping[str, Any]) -> str:
+    blocks = "x".join(str(config[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    parts = f", {config['SPLIT']} parts" if config["SPLIT"] > 1 else ""
+    return f"{blocks}, {config['num_warps']} warps, {config['num_stages']} stages{parts}{', TMA' * config['TMA']}"
+
+
+def _configured(matmul: Callable[..., Any], config: Mapping[str, Any]) -> Callable[..., Any]:
+    return lambda x, w, **given: matmul(x, w, **given, config=config)
+
+
+def _library(x: Tensor, w: Tensor) -> str | None:
+    """The name of the library call that multiplies such matrices; None: there is none that is exact."""
+    (rows, inner), columns = x.shape[-2:], w.shape[-2]
+    if x.dtype != w.dtype:
+        return None
+    if x.dtype in FLOATS:
+        return "torch.matmul" if x.dtype != torch.float32 or full_precision() else None
+    single = _count(x, w) == 1 and x.stride(-1) == 1 and w.stride(-1) == 1
+    if x.dtype == torch.int8 and single and rows > 16 and inner % 8 == 0 and columns % 8 == 0:
+        return "torch._int_mm"
+    newer = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
+    if x.dtype == EIGHT and single and newer and inner % 16 == 0 and columns % 16 == 0:
+        return "torch._scaled_mm"
+    return None
+
+
+def _multiplied(x: Tensor, w: Tensor) -> Tensor:
+    """x w^T of any dtype for which `_library` names a call, [..., M, N]; int32 for int8, float32 for float8."""
+    if x.dtype in FLOATS:
+        return functional.linear(x, w) if w.dim() == 2 else torch.matmul(x, w.transpose(-1, -2))
+    left, right = x.reshape(-1, x.shape[-1]), w.reshape(-1, w.shape[-1]).t()
+    if x.dtype == torch.int8:
+        return torch._int_mm(left, right)
+    one = torch.ones((), device=x.device)
+    return torch._scaled_mm(left, right, scale_a=one, scale_b=one, out_dtype=torch.float32)
+
+
+def _direct(x: Tensor, w: Tensor, extra: tuple[Any, ...], **_: Any) -> None:
+    """The product alone, into the tensor that the epilogue would store."""
+    out = extra[0]
+    if w.dim() == 2:
+        torch.mm(x.reshape(-1, x.shape[-1]), w.t(), out=out.view(-1, w.shape[0]))
+    else:
+        torch.matmul(x, w.transpose(-1, -2), out=out)
+
+
+def _with_bias(x: Tensor, w: Tensor, extra: tuple[Any, ...], **_: Any) -> None:
+    bias, out = extra[:2]
+    if w.dim() == 2:
+        torch.addmm(bias, x.reshape(-1, x.shape[-1]), w.t(), out=out.view(-1, w.shape[0]))
+    else:
+        torch.add(torch.matmul(x, w.transpose(-1, -2)), bias, out=out)
+
+
+def _with_epilogue(module: ModuleType) -> Callable[..., Any]:
+    """A library's product, then the generated epilogue in a kernel of its own: that which combines parts, of one."""
+
+    def run(x: Tensor, w: Tensor, extra: tuple[Any, ...], kernels: tuple[Any, ...], **_: Any) -> None:
+        rows, columns, count = x.shape[-2], w.shape[-2], _count(x, w)
+        batch = x.shape[:-2] if w.dim() == 2 else torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+        inner = 1 if count == 1 else batch[-1]
+        tall, wide = (16, 64) if rows > 4 else (4, 128)
+        tiles = -(-rows // tall) * -(-columns // wide) * count
+        if tiles > 0:
+            kernels[1][(tiles,)](
+                _multiplied(x, w), *extra, rows, columns, inner, count * rows * columns,
+                SPLIT=1, BLOCK_M=tall, BLOCK_N=wide, enable_fp_fusion=True,
+            )  # fmt: skip
+
+    return run
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+def attention_ways(attention: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, **given: Any) -> list[Way]:
+    """The ways to run `attention(query, key, value, ...)`; the first one is the module's own function."""
+    found = [Way("attention of kernels/", attention)]
+    if _takes(query, key, **given):
+        found.append(Way("SDPA", _library_attention))
+    return found
+
+
+def _takes(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None = None,
+    left: int | None = None,
+    right: int | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    empty: str = "zeros",
+    bias: Tensor | None = None,
+    **others: Any,
+) -> bool:
+    """Whether PyTorch's operator says exactly the same."""
+    if softcap or sinks is not None or others or query.dtype not in FLOATS or query.numel() == 0 or key.numel() == 0:
+        return False
+    if query.dtype == torch.float32 and not full_precision():
+        return False
+    masks = [mask for mask in (bias, key_mask) if mask is not None]
+    if any(mask.dtype != torch.bool for mask in masks) or len(masks) > 1:
+        return False  # of a mask that is added, PyTorch's kernels do not agree on rows of -inf
+    banded = left is not None or right is not None
+    causal = left is None and right == 0
+    if banded and (not causal or masks):
+        return False
+    return empty == "zeros" or not masks  # a row may have no key but under a mask
+
+
+def _library_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    right: int | None = None,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    mask = key_mask[:, None, None, :] if key_mask is not None else bias
+    batch, heads, rows, _size = query.shape
+    if mask is not None:
+        mask = mask.expand(batch, heads, rows, key.shape[2])
+    found = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=right == 0, scale=scale, enable_gqa=key.shape[1] != heads
+    )
+    # What reads the result may view it: it lies in memory as that of the module's own function.
+    laid = found.transpose(1, 2)
+    return found if laid.is_contiguous() else laid.contiguous().transpose(1, 2)

@@ -1,0 +1,203 @@
+"""Measured choice between the ways to run the products and attentions of a module, remembered on disk.
+
+A call is measured the first time that one of its class comes: same operator, dtypes and epilogue, sizes that vary
+within a power of two. Later calls of the class, in this process and others, run what was the fastest.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from ...ir.graph import short_dtype
+from ..memory import Memory, fastest
+from .candidates import Way, attention_ways, full_precision, product_ways
+
+Run = Callable[[Way], Any]
+Timer = Callable[[Callable[[], Any]], float]
+OPTIONS = {"key_mask", "left", "right", "scale", "softcap", "sinks", "empty", "bias"}  # of attention
+LIMIT = 4096  # sizes of calls whose way is kept: lengths may grow without end
+
+
+def measured(call: Callable[[], Any]) -> float:
+    """Milliseconds of a call on the GPU: the median of several, each after the L2 cache has been flushed."""
+    found: float = triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median")
+    return found
+
+
+def this_gpu() -> str:
+    """What a measurement holds for: the GPU, its driver, and the versions of what makes kernels."""
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    versions = f"driver {driver}, triton {triton.__version__}, torch {torch.__version__}, cuda {torch.version.cuda}"
+    return f"{torch.cuda.get_device_name()}; {versions}"
+
+
+@dataclass
+class Choice:
+    """What runs calls of one class."""
+
+    operator: str
+    sizes: str
+    chosen: str
+    milliseconds: Mapping[str, float | None]  # of each way; None: it failed; empty where there is only one
+    calls: int = 0  # different calls of the class, by their sizes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for the report."""
+        return {
+            "operator": self.operator, "sizes": self.sizes, "chosen": self.chosen,
+            "milliseconds": {name: ms for name, ms in self.milliseconds.items() if ms is not None}, "calls": self.calls,
+        }  # fmt: skip
+
+
+class Tuner:
+    """Chooses for the calls of one module.
+
+    Args:
+        timer: from a call to its milliseconds.
+        memory: where measurements are remembered; None: the user's cache folder.
+        place: what measurements hold for, a part of each key; None: the GPU that is here.
+    """
+
+    def __init__(self, timer: Timer = measured, memory: Memory | None = None, place: str | None = None) -> None:
+        self._timer, self._memory = timer, memory or Memory("triton")
+        self._remembered = self._memory.read()
+        self._place = place or this_gpu()
+        self._ways: dict[Any, Callable[..., Any]] = {}  # by exact sizes
+        self._choices: dict[str, Choice] = {}  # by class
+
+    @property
+    def choices(self) -> list[dict[str, Any]]:
+        """What was chosen so far, in the order of the first calls, for the report."""
+        return [choice.as_dict() for choice in self._choices.values()]
+
+    def attach(self, module: ModuleType, forms: Mapping[str, str]) -> None:
+        """Let the calls of a generated module be chosen.
+
+        Args:
+            forms: of the epilogues of products that are "plain" or "bias", by the kernel's name.
+        """
+        known = vars(module)
+        if "matmul" in known:
+            matmul = known["matmul"]
+            known["matmul"] = lambda x, w, **given: self._product(module, matmul, forms, x, w, **given)
+        if "attention" in known:
+            attention = known["attention"]
+            known["attention"] = lambda *args, **given: self._attention(attention, *args, **given)
+
+    def _product(
+        self,
+        module: ModuleType,
+        matmul: Callable[..., Any],
+        forms: Mapping[str, str],
+        x: Tensor,
+        w: Tensor,
+        **given: Any,
+    ) -> Any:
+        if not given.get("extra") or x.numel() == 0 or w.numel() == 0:
+            return matmul(x, w, **given)
+        name = given["kernels"][0].__name__
+        key = (name, x.shape, x.stride(), w.shape, w.stride(), x.data_ptr() % 16, w.data_ptr() % 16, full_precision())
+        if key not in self._ways:
+            ways = product_ways(module, matmul, forms.get(name), x, w, **given)
+            (rows, inner), columns = x.shape[-2:], w.shape[-2]
+            count = x.shape[:-2].numel() if w.dim() == 2 else w.shape[:-2].numel()
+            types = " x ".join(dict.fromkeys(map(_type, (x, w))))
+            sizes = f"{types} [{_class(count)}, {_class(rows)}, {inner}] x [{columns}, {inner}]"
+            self._remember(
+                key, self._choose(name, sizes, digest(given["kernels"][0]), ways, lambda way: way.run(x, w, **given))
+            )
+        return self._ways[key](x, w, **given)
+
+    def _attention(
+        self, attention: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *others: Any, **given: Any
+    ) -> Any:
+        if others or not given.keys() <= OPTIONS:  # a window, or a bias that the kernel computes
+            return attention(query, key, value, *others, **given)
+        exact = tuple(map(_exact, (query, key, value))) + tuple((name, _exact(item)) for name, item in given.items())
+        exact = (*exact, full_precision())
+        if exact not in self._ways:
+            ways = attention_ways(attention, query, key, value, **given)
+            batch, heads, rows, size = query.shape
+            options = "".join(f", {name}={_said(item)}" for name, item in given.items() if item is not None)
+            run: Run = lambda way: way.run(query, key, value, **given)  # noqa: E731
+            queries = f"{_type(query)} [{_class(batch)}, {heads}, {_class(rows)}, {size}]"
+            sizes = f"{queries} x [{key.shape[1]}, {_class(key.shape[2])}, {value.shape[3]}]{options}"
+            self._remember(exact, self._choose("attention", sizes, "", ways, run))
+        return self._ways[exact](query, key, value, **given)
+
+    def _remember(self, exact: Any, way: Callable[..., Any]) -> None:
+        if len(self._ways) >= LIMIT:
+            self._ways.clear()
+        self._ways[exact] = way
+
+    def _choose(self, operator: str, sizes: str, kernel: str, ways: Sequence[Way], run: Run) -> Callable[..., Any]:
+        """The fastest way for a class of calls: as remembered, else measured on one of them, which `run` runs."""
+        by_name = {way.name: way for way in ways}
+        key = f"{operator} {kernel}: {sizes} as {'; '.join(by_name)} on {self._place}"
+        if key not in self._choices:
+            times: Mapping[str, float | None] = {}
+            if len(by_name) > 1:
+                times = self._known(key, by_name) or self._measure(key, ways, run)
+            self._choices[key] = Choice(operator, sizes, fastest(times) if times else ways[0].name, times)
+        choice = self._choices[key]
+        choice.calls += 1
+        return by_name[choice.chosen].run
+
+    def _known(self, key: str, wanted: Mapping[str, Way]) -> dict[str, float | None] | None:
+        """Times from the disk, if they are of all ways."""
+        found = self._remembered.get(key)
+        if not isinstance(found, dict) or found.keys() != wanted.keys():
+            return None
+        return found if all(map(_is_time, found.values())) and any(found.values()) else None
+
+    def _measure(self, key: str, ways: Sequence[Way], run: Run) -> dict[str, float | None]:
+        times: dict[str, float | None] = {}
+        for number, way in enumerate(ways):
+            try:
+                times[way.name] = self._timer(functools.partial(run, way))
+            except (RuntimeError, OutOfResources):
+                if number == 0:
+                    raise  # the module's own way: nothing else may hide what is wrong with it
+                times[way.name] = None
+        self._memory.write({key: times})
+        return times
+
+
+def _is_time(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value > 0)
+
+
+def _type(tensor: Tensor) -> str:
+    last = "" if tensor.stride(-1) == 1 else "^T"
+    return short_dtype(tensor.dtype) + last
+
+
+def _class(size: int) -> str:
+    """Sizes up to the next power of two are one class."""
+    return f"<={triton.next_power_of_2(size)}"
+
+
+def _exact(item: Any) -> Any:
+    """An argument as a part of what calls are told apart by."""
+    return (item.shape, item.stride(), item.dtype) if isinstance(item, Tensor) else item
+
+
+def _said(item: Any) -> str:
+    """An option in the description of a class: of a tensor the dtype and the number of its axes."""
+    return f"{short_dtype(item.dtype)}[{item.dim()}]" if isinstance(item, Tensor) else str(item)
+
+
+def digest(kernel: Any) -> str:
+    """A short digest of a kernel's text."""
+    return hashlib.sha256(inspect.getsource(kernel.fn).encode()).hexdigest()[:12]
