@@ -258,25 +258,22 @@ class MaskWeights(Pass):
         if not found:
             return
         batches, track = context.calibration, context.track
-        reaches = None
-        if self.method == "sparsegpt":
-            reaches = ranking.reader_reaches(program, found, batches, self.loss, track)
-        rankings = ranking.rank(program, found, self.method, batches, self.loss, track, self.seed, reaches)
+        rankings = ranking.rank(program, found, self.method, batches, self.loss, track, self.seed)
         if self._scope == "layer":
             counts = ranking.counts_by_share(found, float(self.sparsity or 0))
         else:
             counts = ranking.counts_by_loss(program, channels, found, rankings, float(self.sparsity or 0))
         keeps = [ranking.chosen(item, count) for item, count in zip(rankings, counts, strict=True)]
-        thinned = structured.readers(program, found, keeps, self._refits, batches, track, reaches)
+        layers = structured.thinned(program, found, keeps, self._refits, batches, track)
         if self._refits:
-            structured.write(program, thinned)
+            structured.write(program, layers)
         for family, keep in zip(found, keeps, strict=True):
             structured.put_masks(program, family, keep)
             if gone := int((~keep).sum()):
                 result.rewrites[family.kind] += gone
             stays = f"{int(keep.sum())} of {len(keep)} {family.kind} stay"
             result.matches.append(Applied(family.kind, family.name, stays))
-        errors = {name_of(node): reader.sqnr_db for node, reader in thinned.items()}
+        errors = {name_of(node): layer.sqnr_db for node, layer in layers.items()}
         for node in program.calls(aten.linear.default):
             if masks.is_masked(node.args[1]):
                 keep = program.tensor(node.args[1].args[1])  # type: ignore[union-attr, arg-type]

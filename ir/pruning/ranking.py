@@ -23,6 +23,7 @@ from .weights import gram
 DAMP = 0.01
 _SWAPS = 100  # exchanges after which rearranging stops
 _ROUNDS = 96  # in which neurons are eliminated
+_RANKED = 64  # batches that units are eliminated by: which ones go needs fewer tokens than fitting those that stay
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,8 @@ def rank(
     loss: Loss | None,
     track: Track,
     seed: int,
-    reaches: Mapping[fx.Node, Reach] | None = None,
 ) -> list[Ranking]:
-    """A ranking of each family by a method of `MaskWeights`; `reaches` of the readers, if they are known yet."""
+    """A ranking of each family by a method of `MaskWeights`."""
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
         return [by_worth(torch.rand(len(family.channels), generator=generator)) for family in families]
@@ -65,8 +65,8 @@ def rank(
     if method == "wanda":
         powers = {node: total.diagonal() for node, total in grams(program, families, batches, track, None).items()}
         return [by_worth(_summed(program, family, powers)) for family in families]
-    if reaches is None:
-        reaches = reader_reaches(program, families, batches, loss, track)
+    batches = batches[:: -(-len(batches) // _RANKED)]  # from short texts to long ones, if they are sorted
+    reaches = reader_reaches(program, families, batches, loss, track)
     totals = grams(program, families, batches, track, reaches)
     return [_eliminated(program, family, totals, reaches) for family in track(list(families), "ranking units")]
 

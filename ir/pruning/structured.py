@@ -1,32 +1,43 @@
-"""Thinning the layers that read heads and neurons: the units that stay make up for those that go."""
+"""Thinning what makes and reads heads and neurons: the units that stay make up for those that go.
+
+Layers are visited in order, with the model as it was and as it is to be side by side. A layer that adds to a residual
+stream is fitted so that the sum is as it was: it makes up for what the layers before it changed as well. One that makes
+units is fitted to what it gave. So errors do not add up from layer to layer (He et al., 2017, "Channel Pruning", for
+networks of several branches).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..calibration.lockstep import Lockstep
-from ..graph import Program, arguments
+from ..graph import Program, arguments, same_value
 from ..rewrite import Track
-from .masks import put, stored, value
-from .ranking import DAMP
-from .sensitivity import Reach
+from .leastsquares import Batch, by_length, fitted, off
+from .masks import is_masked, put, stored, value
 from .units import Family
 from .weights import output_sqnr_db
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
-class Reader:
-    """A layer that reads units, as it is to be.
+class Layer:
+    """A layer that makes or reads units, as it is to be.
 
     Attributes:
-        weight: [N, K], zero in the columns that go. bias: [N].
+        weight: [N, K], zero in the columns that go.
+        bias: [N].
         keep: [K], the columns that stay.
-        sqnr_db: of its outputs, by the same inputs; None: there are no data.
+        sqnr_db: of what it is fitted to, each token in units of its length; without a fit, of its outputs by the same
+            inputs; None: there are no data.
     """
 
     weight: Tensor
@@ -35,32 +46,32 @@ class Reader:
     sqnr_db: float | None = None
 
 
-def readers(
+def thinned(
     program: Program,
     families: Sequence[Family],
     keeps: Sequence[Tensor],
     refit: bool,
     batches: Sequence[Sequence[Tensor]],
     track: Track,
-    reaches: Mapping[fx.Node, Reach] | None = None,
-) -> dict[fx.Node, Reader]:
+) -> dict[fx.Node, Layer]:
     """The layers that read units without those that go, in graph order: each behind the thinned ones before it.
 
     Args:
-        refit: whether what stays is fitted to what the layer gave.
-        reaches: of these layers, what their tokens count in the fit; see `fitted`.
+        refit: whether what stays is fitted to what there was, in the layers that make the units, too.
     """
     wanted = _kept_columns(families, keeps)
+    if refit and batches:
+        return _Fit(program, wanted | _makers(program, families, wanted), batches, track).run()
+    found: dict[fx.Node, Layer] = {}
     if not batches:
-        return {node: _thinned(program, node, keep, None, refit, None) for node, keep in wanted.items()}
-    found: dict[fx.Node, Reader] = {}
+        return {node: _masked(program, node, keep) for node, keep in wanted.items()}
     lockstep = Lockstep(program, batches, track, "thinning layers")
 
     def visit(node: fx.Node) -> list[Tensor] | None:
         if node not in wanted:
             return None
         inputs = arguments(node)["input"]
-        found[node] = _thinned(program, node, wanted[node], lockstep.rows(inputs), refit, (reaches or {}).get(node))
+        found[node] = _masked(program, node, wanted[node], lockstep.rows(inputs))
         return [F.linear(item, found[node].weight, found[node].bias) for item in lockstep.values(inputs)]
 
     lockstep.run(visit)
@@ -77,69 +88,95 @@ def _kept_columns(families: Sequence[Family], keeps: Sequence[Tensor]) -> dict[f
     return wanted
 
 
-def _thinned(
-    program: Program, node: fx.Node, keep: Tensor, rows: Sequence[Tensor] | None, refit: bool, known: Reach | None
-) -> Reader:
+def _makers(program: Program, families: Sequence[Family], readers: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
+    """The linear layers that make units and read none; those with masks stay as they are."""
+    nodes = dict.fromkeys(axis.reader for family in families for axis in family.rows)
+    linears = [node for node in nodes if node.target is aten.linear.default and node not in readers]
+    free = [node for node in linears if not is_masked(arguments(node)["weight"])]
+    return {node: torch.ones_like(_numbers(program, node)[0][0], dtype=torch.bool) for node in free}
+
+
+def _numbers(program: Program, node: fx.Node) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer."""
     given = arguments(node)
     weight, bias = stored(given["weight"]), stored(given["bias"])
     assert weight is not None
-    old = value(program, weight)
-    level = None if bias is None else value(program, bias)
-    if rows is None:
-        return Reader(torch.where(keep, old, 0), level, keep)
-    if not refit or bool(keep.all()):
-        masked = torch.where(keep, old, 0)
-        return Reader(masked, level, keep, output_sqnr_db(rows, masked, old))
-    weights = None if known is None else torch.cat(known.tokens)
-    new, new_level = fitted(torch.cat(list(rows)), old, level, keep, weights)
-    return Reader(new, new_level, keep, output_sqnr_db(rows, new, old))
+    return value(program, weight), None if bias is None else value(program, bias)
 
 
-def fitted(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    keep: Tensor,
-    tokens: Tensor | None = None,
-    damp: float = DAMP,
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias with zeros in the columns that go, the rest fitted by least squares to the outputs as before.
-
-    Args:
-        rows: [tokens, K], what the layer reads.
-        weight: [N, K].
-        bias: [N].
-        keep: [K].
-        tokens: [tokens], what the squared error of each counts; None: as much as its output is short. The few tokens
-            that are a hundred times as long as the others, as many Transformers have them behind feed-forward blocks,
-            would else be all that is fitted to.
-        damp: what pulls towards the weight as it was, in units of the mean weighed square of what the layer reads.
-    """
-    x, w = rows.double(), weight.double()
-    level = torch.zeros(len(w)).double() if bias is None else bias.double()
-    if tokens is None:
-        tokens = 1 / (x @ w.T + level).square().sum(1).clamp(min=1e-12)
-    share = tokens.double().sqrt().unsqueeze(1)
-    x = x * share
-    if bias is not None:  # one more input, which is always 1 and stays
-        x, w = torch.cat([x, share], 1), torch.cat([w, level.unsqueeze(1)], 1)
-        keep = torch.cat([keep, keep.new_ones(1)])
-    total = x.T @ x
-    pull = damp * total.diagonal()[: weight.shape[1]].mean().clamp(min=1e-12)
-    kept = keep.nonzero().flatten()
-    inner = total[kept][:, kept]
-    inner.diagonal().add_(pull)
-    result = torch.zeros_like(w)
-    result[:, kept] = torch.linalg.solve(inner, (w @ total[:, kept] + pull * w[:, kept]).T).T
-    result = result.to(weight.dtype)
-    return (result, None) if bias is None else (result[:, :-1].contiguous(), result[:, -1].contiguous())
+def _masked(program: Program, node: fx.Node, keep: Tensor, rows: Sequence[Tensor] | None = None) -> Layer:
+    old, level = _numbers(program, node)
+    new = torch.where(keep, old, 0)
+    return Layer(new, level, keep, None if rows is None else output_sqnr_db(rows, new, old))
 
 
-def write(program: Program, thinned: Mapping[fx.Node, Reader]) -> None:
+class _Fit:
+    """The walk. Each batch is there twice: as the model was and, behind all of those, as it is to be."""
+
+    def __init__(
+        self, program: Program, wanted: Mapping[fx.Node, Tensor], batches: Sequence[Sequence[Tensor]], track: Track
+    ) -> None:
+        self.program, self.wanted, self.count = program, wanted, len(batches)
+        self.lockstep = Lockstep(program, [*batches, *batches], track, "fitting layers")
+        self.found: dict[fx.Node, Layer] = {}
+
+    def run(self) -> dict[fx.Node, Layer]:
+        self.lockstep.run(self._visit)
+        return self.found
+
+    def _visit(self, node: fx.Node) -> list[Tensor] | None:
+        if node not in self.wanted:
+            return None
+        inputs = self.lockstep.values(arguments(node)["input"])
+        stream = [self.lockstep.values(item) for item in _beside(node)]
+        (weight, bias), keep = _numbers(self.program, node), self.wanted[node]
+        was = [F.linear(item, weight, bias) for item in inputs[: self.count]]
+        if bool(keep.all()) and all(map(self._same, [inputs, *stream])):
+            self.found[node] = Layer(weight, bias, keep, math.inf)
+            return was + was
+        batches = partial(self._batches, inputs, was, stream)
+        weight, bias = fitted(batches(), weight, bias, keep)
+        self.found[node] = Layer(weight, bias, keep, -10 * math.log10(max(off(batches(), weight, bias), 1e-30)))
+        return was + [F.linear(item, weight, bias) for item in inputs[self.count :]]
+
+    def _same(self, values: Sequence[Tensor]) -> bool:
+        """Whether a value is as it was."""
+        return all(map(torch.equal, values[: self.count], values[self.count :]))
+
+    def _batches(
+        self, inputs: Sequence[Tensor], was: Sequence[Tensor], stream: Sequence[Sequence[Tensor]]
+    ) -> Iterator[Batch]:
+        """What a layer is to be fitted to, without padding."""
+        for index, total in enumerate(was):
+            lack = total
+            for values in stream:
+                total = total + values[index]
+                lack = lack + (values[index] - values[index + self.count])
+            rows = [self.lockstep.unpadded(item, index) for item in (inputs[index + self.count], lack, total)]
+            yield Batch(rows[0], rows[1], by_length(rows[2]))
+
+
+def _beside(node: fx.Node) -> list[fx.Node]:
+    """What is added to what a layer gives and is there before it: a residual stream, and branches beside its own."""
+    found: list[fx.Node] = []
+    total = node
+    while len(total.users) == 1 and next(iter(total.users)).target is aten.add.Tensor:
+        user = next(iter(total.users))
+        given = arguments(user)
+        other = given["other"] if given["self"] is total else given["self"]
+        alike = isinstance(other, fx.Node) and same_value(other.meta["val"], node.meta["val"])
+        if not alike or not other < node or given["alpha"] != 1:
+            break
+        found.append(other)
+        total = user
+    return found
+
+
+def write(program: Program, layers: Mapping[fx.Node, Layer]) -> None:
     """Give the layers their weights and biases."""
-    for node, reader in thinned.items():
+    for node, layer in layers.items():
         given = arguments(node)
-        for name, new in (("weight", reader.weight), ("bias", reader.bias)):
+        for name, new in (("weight", layer.weight), ("bias", layer.bias)):
             own = stored(given[name])
             if own is not None and new is not None:
                 program.set_weight(own, new)

@@ -1,8 +1,9 @@
-"""Layers that read thinned units: zeros are exact, and what stays makes up for what goes."""
+"""Layers that make and read thinned units: zeros are exact, and what stays makes up for what goes."""
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -13,16 +14,14 @@ from torch import Tensor
 
 from fxpress.ir.graph import Program
 from fxpress.ir.pruning.channels import follow
-from fxpress.ir.pruning.masks import masked
-from fxpress.ir.pruning.structured import Reader, fitted, put_masks, readers, write
+from fxpress.ir.pruning.leastsquares import Batch, by_length, fitted
+from fxpress.ir.pruning.masks import masked, put, stored
+from fxpress.ir.pruning.structured import Layer, put_masks, thinned, write
 from fxpress.ir.pruning.units import Family, families
 from fxpress.ir.rewrite import untracked
 from fxpress.ir.verify import verify
 
 ROWS, COLUMNS, TOKENS = 4, 6, 50
-KEEP = torch.tensor([True, False, True, True, False, True])
-W, B = normal(ROWS, COLUMNS), normal(ROWS, seed=1)
-ALIKE = normal(TOKENS, 3, seed=2) @ normal(3, COLUMNS, seed=3)  # every input is made of any three others
 
 
 def correlated(seed: int = 0) -> Tensor:
@@ -30,116 +29,7 @@ def correlated(seed: int = 0) -> Tensor:
     return normal(TOKENS, COLUMNS, seed=seed + 10) @ (torch.eye(COLUMNS) + normal(COLUMNS, COLUMNS, seed=seed + 20) / 2)
 
 
-def off(rows: Tensor, weight: Tensor, bias: Tensor | None) -> float:
-    """The squared error of the outputs, over their square."""
-    truth = F.linear(rows, W, None if bias is None else B)
-    return float((F.linear(rows, weight, bias) - truth).square().sum() / truth.square().sum())
-
-
-# --- fitted ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bias", [None, B], ids=["no_bias", "bias"])
-def test_columns_that_go_are_exactly_zero(bias: Tensor | None) -> None:
-    weight, _ = fitted(correlated(), W, bias, KEEP)
-    assert torch.equal((weight != 0).all(0), KEEP) and torch.equal((weight != 0).any(0), KEEP)
-
-
-def test_a_layer_without_a_bias_gets_none() -> None:
-    assert fitted(correlated(), W, None, KEEP)[1] is None
-
-
-@pytest.mark.parametrize("bias", [None, B], ids=["no_bias", "bias"])
-@pytest.mark.parametrize("seed", range(4))
-def test_the_outputs_are_closer_than_with_zeros_alone(seed: int, bias: Tensor | None) -> None:
-    rows = correlated(seed)
-    assert off(rows, *fitted(rows, W, bias, KEEP)) < 0.9 * off(rows, W * KEEP, bias)
-
-
-def test_what_stays_makes_up_for_all_where_it_holds_the_same() -> None:
-    assert off(ALIKE, W * KEEP, None) > 0.1
-    assert off(ALIKE, *fitted(ALIKE, W, None, KEEP, damp=1e-9)) < 1e-8
-
-
-def test_the_bias_makes_up_for_an_input_that_is_always_the_same() -> None:
-    """Without the others having to move."""
-    rows = correlated()
-    rows[:, ~KEEP] = torch.tensor([3.0, -2.0])
-    weight, bias = fitted(rows, W, B, KEEP, damp=1e-9)
-    assert bias is not None
-    torch.testing.assert_close(bias, B + W[:, 1] * 3 - W[:, 4] * 2, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(weight, W * KEEP, rtol=1e-4, atol=1e-4)
-
-
-def test_where_everything_stays_nothing_moves() -> None:
-    weight, bias = fitted(correlated(), W, B, torch.ones(COLUMNS, dtype=torch.bool))
-    torch.testing.assert_close(weight, W, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(bias, B, rtol=1e-5, atol=1e-5)
-
-
-def test_inputs_that_say_nothing_of_those_that_go_do_not_move() -> None:
-    """Each token has one input that is not zero."""
-    rows = torch.eye(COLUMNS).repeat(5, 1)
-    weight, _ = fitted(rows, W, None, KEEP)
-    torch.testing.assert_close(weight, W * KEEP)
-
-
-def test_all_may_go_but_the_bias() -> None:
-    weight, bias = fitted(correlated(), W, B, torch.zeros(COLUMNS, dtype=torch.bool))
-    assert bias is not None
-    assert not weight.any() and bool(bias.isfinite().all())
-
-
-def test_damping_holds_the_weight_as_it_was() -> None:
-    near, far = (fitted(correlated(), W, None, KEEP, damp=damp)[0] - W * KEEP for damp in (1e3, 1e-3))
-    assert near.norm() < 0.01 * far.norm()
-
-
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("bias", [None, B], ids=["no_bias", "bias"])
-def test_fewer_tokens_than_inputs(bias: Tensor | None, size: int) -> None:
-    rows = correlated()[:size]
-    found = fitted(rows, W, bias, KEEP)
-    assert all(bool(item.isfinite().all()) for item in found if item is not None)
-    assert off(rows, *found) < off(rows, W * KEEP, bias)
-
-
-@pytest.mark.parametrize("bias", [None, B], ids=["no_bias", "bias"])
-def test_inputs_of_nothing_but_zeros_move_nothing(bias: Tensor | None) -> None:
-    weight, level = fitted(torch.zeros(TOKENS, COLUMNS), W, bias, KEEP)
-    torch.testing.assert_close(weight, W * KEEP)
-    assert bias is None or (level is not None and bool(torch.isclose(level, bias).all()))
-
-
-def test_a_token_of_zeros_among_others_is_no_harm() -> None:
-    rows = torch.cat([correlated(), torch.zeros(1, COLUMNS)])
-    assert all(bool(item.isfinite().all()) for item in fitted(rows, W, None, KEEP)[:1])
-
-
-def test_ordinary_tokens_are_fitted_beside_some_that_are_a_thousand_times_as_long() -> None:
-    """Those would be all that plain least squares fits to."""
-    rows = correlated()
-    giants = rows.clone()
-    giants[:3] = normal(3, COLUMNS, seed=7) * 1000
-    assert off(rows[3:], *fitted(giants, W, None, KEEP)) < off(rows[3:], W * KEEP, None)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_result_has_the_weights_type(dtype: torch.dtype) -> None:
-    weight, bias = fitted(correlated().to(dtype), W.to(dtype), B.to(dtype), KEEP)
-    assert bias is not None
-    assert weight.dtype is bias.dtype is dtype
-    torch.testing.assert_close(weight.float(), fitted(correlated(), W, B, KEEP)[0], rtol=0.1, atol=0.05)
-
-
-def test_what_is_given_is_not_changed() -> None:
-    rows, weight, bias, keep = (item.clone() for item in (correlated(), W, B, KEEP))
-    fitted(rows, weight, bias, keep)
-    for found, before in zip((rows, weight, bias, keep), (correlated(), W, B, KEEP), strict=True):
-        assert torch.equal(found, before)
-
-
-# --- readers ---------------------------------------------------------------------------------------------------
+# --- thinned ---------------------------------------------------------------------------------------------------
 
 INNER = 16
 WEIGHTS = {
@@ -170,52 +60,152 @@ def found(traced: Program) -> list[Family]:
     return families(follow(traced))[0]
 
 
-def thinned(refit: bool, batches: list[list[Tensor]] = BATCHES) -> dict[str, Reader]:
+def chain_thinned(refit: bool, batches: list[list[Tensor]] = BATCHES) -> dict[str, Layer]:
     """By the weight's name."""
     traced = chain()
-    result = readers(traced, found(traced), KEEPS, refit, batches, untracked)
-    return {str(node.args[1].target): reader for node, reader in result.items()}  # type: ignore[union-attr]
+    result = thinned(traced, found(traced), KEEPS, refit, batches, untracked)
+    return {str(node.args[1].target): layer for node, layer in result.items()}  # type: ignore[union-attr]
 
 
-def test_readers_are_found_in_graph_order() -> None:
-    assert list(thinned(False)) == ["v", "d"]
+def gives(rows: Tensor, name: str) -> Tensor:
+    """What a layer gives, as it was."""
+    return F.linear(rows, WEIGHTS[name], {"u": WEIGHTS["b"], "d": WEIGHTS["c"]}.get(name))
+
+
+def test_layers_are_found_in_graph_order() -> None:
+    assert list(chain_thinned(False)) == ["v", "d"]
+    assert list(chain_thinned(True)) == ["u", "v", "d"]  # u makes units
 
 
 @pytest.mark.parametrize("batches", [[], BATCHES], ids=["no_data", "data"])
 def test_without_a_fit_columns_go_and_all_else_stays(batches: list[list[Tensor]]) -> None:
-    for (name, reader), keep in zip(thinned(False, batches).items(), KEEPS, strict=True):
-        assert torch.equal(reader.keep, keep)
-        assert torch.equal(reader.weight, torch.where(keep, WEIGHTS[name], 0))
-        assert reader.bias is None if name == "v" else torch.equal(reader.bias, WEIGHTS["c"])
+    for (name, layer), keep in zip(chain_thinned(False, batches).items(), KEEPS, strict=True):
+        assert torch.equal(layer.keep, keep)
+        assert torch.equal(layer.weight, torch.where(keep, WEIGHTS[name], 0))
+        assert layer.bias is None if name == "v" else torch.equal(layer.bias, WEIGHTS["c"])
 
 
 def test_the_error_is_known_only_with_data() -> None:
-    assert all(reader.sqnr_db is None for reader in thinned(False, []).values())
-    assert all(reader.sqnr_db is not None for reader in thinned(False).values())
+    assert all(layer.sqnr_db is None for layer in chain_thinned(False, []).values())
+    assert all(layer.sqnr_db is not None for refit in (False, True) for layer in chain_thinned(refit).values())
 
 
-def test_a_fit_lessens_the_error_of_each_layer() -> None:
-    plain, fit = thinned(False), thinned(True)
-    for name in ("v", "d"):
-        before, after = plain[name].sqnr_db, fit[name].sqnr_db
-        assert before is not None and after is not None and after > before + 0.5
+def test_the_error_is_that_of_the_outputs_each_token_in_units_of_its_length() -> None:
+    layer = chain_thinned(True)["v"]
+    rows = torch.tanh(gives(torch.cat([batch[0] for batch in BATCHES]), "u"))
+    wrong, truth = F.linear(rows, layer.weight), gives(rows, "v")
+    share = (wrong - truth).square().sum(1) / truth.square().sum(1)
+    assert layer.sqnr_db == pytest.approx(-10 * math.log10(float(share.mean())), rel=1e-4)
 
 
 def test_zeros_of_a_fit_are_exact() -> None:
-    for reader, keep in zip(thinned(True).values(), KEEPS, strict=True):
-        assert torch.equal((reader.weight != 0).any(0), keep)
+    for name, keep in zip(("v", "d"), KEEPS, strict=True):
+        assert torch.equal((chain_thinned(True)[name].weight != 0).any(0), keep)
 
 
-def test_each_layer_is_fitted_behind_the_thinned_ones() -> None:
-    """The second one gets what the first one gives without its units."""
-    fit = thinned(True)
-    x = torch.cat([batch[0] for batch in BATCHES])
-    first = torch.tanh(F.linear(x, WEIGHTS["u"], WEIGHTS["b"]))
-    second = torch.tanh(F.linear(first, fit["v"].weight))
-    behind = fitted(second, WEIGHTS["d"], WEIGHTS["c"], KEEPS[1])[0]
-    ahead = fitted(torch.tanh(F.linear(first, WEIGHTS["v"])), WEIGHTS["d"], WEIGHTS["c"], KEEPS[1])[0]
-    torch.testing.assert_close(fit["d"].weight, behind, rtol=1e-3, atol=1e-4)
-    assert not torch.isclose(behind, ahead, rtol=1e-3, atol=1e-3).all()
+def test_what_nothing_has_changed_before_stays_as_it_is() -> None:
+    first = chain_thinned(True)["u"]
+    assert torch.equal(first.weight, WEIGHTS["u"]) and first.sqnr_db == math.inf
+
+
+def test_each_layer_is_fitted_behind_the_thinned_ones_to_what_it_gave_before_them() -> None:
+    fit = chain_thinned(True)
+    batches = []
+    for (x,) in BATCHES:
+        first = torch.tanh(gives(x, "u"))
+        truth = gives(torch.tanh(gives(first, "v")), "d")
+        batches.append(Batch(torch.tanh(F.linear(first, fit["v"].weight)), truth, by_length(truth)))
+    weight, bias = fitted(batches, WEIGHTS["d"], WEIGHTS["c"], KEEPS[1])
+    assert fit["d"].bias is not None and bias is not None
+    torch.testing.assert_close(fit["d"].weight, weight)
+    torch.testing.assert_close(fit["d"].bias, bias)
+
+
+# --- residual streams ------------------------------------------------------------------------------------------
+
+BLOCK = {
+    name: normal(*sizes, seed=seed) / 4
+    for seed, (name, sizes) in enumerate(
+        {"u": (INNER, COLUMNS), "d": (COLUMNS, INNER), "v": (INNER, COLUMNS), "e": (COLUMNS, INNER)}.items()
+    )
+}
+
+
+def in_turn(m: Any, x: Tensor) -> Tensor:
+    """Two blocks, one behind the other."""
+    x = x + F.linear(torch.tanh(F.linear(x, m.u)), m.d)
+    return x + F.linear(torch.tanh(F.linear(x, m.v)), m.e)
+
+
+def side_by_side(m: Any, x: Tensor) -> Tensor:
+    """Two blocks that read the same, and are added before the stream is."""
+    return (F.linear(torch.tanh(F.linear(x, m.u)), m.d) + F.linear(torch.tanh(F.linear(x, m.v)), m.e)) + x
+
+
+def scaled(m: Any, x: Tensor) -> Tensor:
+    """The stream is not what the layer's outputs are added to alone."""
+    x = x + F.linear(torch.tanh(F.linear(x, m.u)), m.d)
+    return torch.add(x, F.linear(torch.tanh(F.linear(x, m.v)), m.e), alpha=2)
+
+
+def block_thinned(forward: Any) -> dict[str, Layer]:
+    traced = program(forward, normal(5, COLUMNS), **BLOCK)
+    result = thinned(traced, found(traced), KEEPS, True, BATCHES, untracked)
+    return {str(node.args[1].target): layer for node, layer in result.items()}  # type: ignore[union-attr]
+
+
+def last_fit(fit: dict[str, Layer], forward: Any, target: Any) -> Tensor:
+    """The weight of e fitted to `target(stream as it was, as it is, what d and e gave, what d gives)`."""
+    batches = []
+    for (x,) in BATCHES:
+        branch = torch.tanh(F.linear(x, BLOCK["u"]))
+        d_was, d_is = F.linear(branch, BLOCK["d"]), F.linear(branch, fit["d"].weight)
+        was, now = (x, x) if forward is side_by_side else (x + d_was, x + d_is)
+        e_was = F.linear(torch.tanh(F.linear(was, BLOCK["v"])), BLOCK["e"])
+        outputs, whole = target(was, now, d_was, d_is, e_was)
+        batches.append(Batch(torch.tanh(F.linear(now, fit["v"].weight)), outputs, by_length(whole)))
+    return fitted(batches, BLOCK["e"], None, KEEPS[1])[0]
+
+
+TARGETS: dict[str, tuple[Any, Any]] = {
+    "in_turn": (in_turn, lambda was, now, d_was, d_is, e: (was + e - now, was + e)),
+    "side_by_side": (side_by_side, lambda was, now, d_was, d_is, e: (d_was + e - d_is, was + d_was + e)),
+    "scaled": (scaled, lambda was, now, d_was, d_is, e: (e, e)),
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_the_sum_is_fitted_to_what_it_was(case: str) -> None:
+    """Where it is a sum of nothing else."""
+    forward, target = TARGETS[case]
+    fit = block_thinned(forward)
+    torch.testing.assert_close(fit["e"].weight, last_fit(fit, forward, target), rtol=1e-4, atol=1e-5)
+    if case != "scaled":
+        alone = last_fit(fit, forward, TARGETS["scaled"][1])
+        assert not torch.isclose(fit["e"].weight, alone, rtol=1e-2, atol=1e-3).all()
+
+
+def test_what_makes_units_is_fitted_to_what_it_gave() -> None:
+    fit = block_thinned(in_turn)
+    batches = []
+    for (x,) in BATCHES:
+        branch = torch.tanh(F.linear(x, BLOCK["u"]))
+        truth = F.linear(x + F.linear(branch, BLOCK["d"]), BLOCK["v"])
+        batches.append(Batch(x + F.linear(branch, fit["d"].weight), truth, by_length(truth)))
+    whole = torch.ones(COLUMNS, dtype=torch.bool)
+    torch.testing.assert_close(fit["v"].weight, fitted(batches, BLOCK["v"], None, whole)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_makes_units_and_has_a_mask_stays_as_it_is() -> None:
+    """Its zeros are there to stay."""
+    traced = program(in_turn, normal(5, COLUMNS), **BLOCK)
+    weight = next(node for node in traced.graph.nodes if node.target == "v")
+    put(traced, weight, torch.arange(COLUMNS) > 1)
+    result = thinned(traced, found(traced), KEEPS, True, BATCHES, untracked)
+    assert [str(stored(node.args[1]).target) for node in result] == ["u", "d", "e"]  # type: ignore[union-attr]
+
+
+# --- several families ------------------------------------------------------------------------------------------
 
 
 def test_a_layer_that_reads_two_families_loses_the_columns_of_both() -> None:
@@ -232,7 +222,7 @@ def test_a_layer_that_reads_two_families_loses_the_columns_of_both() -> None:
         for channels in (torch.arange(8), torch.arange(8, 17))
     ]
     keeps = [torch.arange(8) != 3, torch.arange(9) != 5]
-    both, first = readers(traced, several, keeps, False, [], untracked).values()
+    both, first = thinned(traced, several, keeps, False, [], untracked).values()
     assert (~both.keep).nonzero().flatten().tolist() == [3, 13]
     assert (~first.keep).nonzero().flatten().tolist() == [3]
 
@@ -240,9 +230,9 @@ def test_a_layer_that_reads_two_families_loses_the_columns_of_both() -> None:
 def test_a_family_that_stays_as_it_is_is_not_fitted() -> None:
     traced = chain()
     keeps = [torch.ones(INNER, dtype=torch.bool), KEEPS[1]]
-    first = next(iter(readers(traced, found(traced), keeps, True, BATCHES, untracked).values()))
-    assert torch.equal(first.weight, WEIGHTS["v"])
-    assert first.sqnr_db == float("inf")
+    _, first, last = thinned(traced, found(traced), keeps, True, BATCHES, untracked).values()
+    assert torch.equal(first.weight, WEIGHTS["v"]) and first.sqnr_db == math.inf
+    assert not last.weight[:, :8].any()
 
 
 # --- write, put_masks ------------------------------------------------------------------------------------------
@@ -250,9 +240,9 @@ def test_a_family_that_stays_as_it_is_is_not_fitted() -> None:
 
 def test_write_gives_the_layers_their_weights_and_biases() -> None:
     traced = chain().copy()
-    result = readers(traced, found(traced), KEEPS, True, BATCHES, untracked)
+    result = thinned(traced, found(traced), KEEPS, True, BATCHES, untracked)
     write(traced, result)
-    v, d = result.values()
+    _, v, d = result.values()
     assert d.bias is not None
     for name, tensor in (("v", v.weight), ("d", d.weight), ("c", d.bias)):
         assert torch.equal(getattr(traced.module, name), tensor)
