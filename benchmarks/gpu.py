@@ -11,6 +11,7 @@ each row has the share of a ceiling measured in the same run: the copy of a larg
 from __future__ import annotations
 
 import argparse
+import collections
 import datetime
 import functools
 import statistics
@@ -170,12 +171,20 @@ def _model_row(
         candidates[f"torch.compile {mode}"] = functools.partial(torch_compile, mode)
     bench.measure(row, candidates)
     if "fxpress" in row.milliseconds:
+        row.notes["fxpress"] = ways(compiled[tuple(given)])
         kept = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
         truth, usual, found = (
             run(**given).last_hidden_state.double()[kept] for run in (exact, half, compiled[tuple(given)])
         )
         usual_error = (usual - truth).square().mean().sqrt()
         row.error = float((found - truth).square().mean().sqrt() / usual_error) if usual_error > 0 else None
+
+
+def ways(compiled: Any) -> str:
+    """How a compiled model's products and attention run, as it was measured: `3 generated, 2 torch.matmul`."""
+    chosen = [item["chosen"] for item in compiled.report.tuned]
+    names = [name if name.startswith(("torch.", "SDPA")) else "generated" for name in chosen]
+    return ", ".join(f"{count} {name}" for name, count in collections.Counter(names).items()) or "nothing was tuned"
 
 
 def _copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -205,10 +214,23 @@ def _linear_rows(bench: Bench, dry: bool, rows: int, width: int, inner: int) -> 
     scale = torch.rand(width, inner // 32, device=bench.device).to(dtype)
     flops = 2.0 * rows * width * inner
     name = f"[{rows}, {inner}] x [{width}, {inner}]"
-    bench.measure(
-        Row("linear layers", f"bfloat16 {name}", flops, 2.0 * (x.numel() + w.numel() + rows * width)),
-        {"fxpress": lambda: lambda: matmul(x, w), "cuBLAS": lambda: lambda: F.linear(x, w)},
-    )
+    plain = Row("linear layers", f"bfloat16 {name}", flops, 2.0 * (x.numel() + w.numel() + rows * width))
+    tuned: list[Any] = []
+
+    def compiled() -> Run:
+        import fxpress
+
+        layer = nn.Linear(inner, width, bias=False, device=bench.device, dtype=dtype).eval()
+        tuned.append(fxpress.compile(layer, example_inputs=(x,), backend="triton", verify=False))
+        return lambda: tuned[0](x)
+
+    candidates: dict[str, Callable[[], Run]] = {
+        "fxpress": lambda: lambda: matmul(x, w), "fxpress, compiled and tuned": compiled,
+        "cuBLAS": lambda: lambda: F.linear(x, w),
+    }  # fmt: skip
+    bench.measure(plain, candidates)
+    if tuned:
+        plain.notes["fxpress, compiled and tuned"] = ways(tuned[0])
     integers = {"fxpress": lambda: lambda: matmul(x8, w8)}
     if not dry and rows > 16:
         integers["torch._int_mm"] = lambda: lambda: torch._int_mm(x8, w8.t())

@@ -30,7 +30,10 @@ class Way:
 
 def full_precision() -> bool:
     """Whether PyTorch's float32 products have all bits of their factors, as those of generated kernels do."""
-    return torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
+    try:
+        return torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # settings of PyTorch's older and newer kind beside one another: it does not say
+        return False
 
 
 # --- products -------------------------------------------------------------------------------------------------------
@@ -75,7 +78,8 @@ def _count(x: Tensor, w: Tensor) -> int:
 def _config_name(config: Mapping[str, Any]) -> str:
     blocks = "x".join(str(config[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     parts = f", {config['SPLIT']} parts" if config["SPLIT"] > 1 else ""
-    return f"{blocks}, {config['num_warps']} warps, {config['num_stages']} stages{parts}{', TMA' * config['TMA']}"
+    loads = ", TMA, persistent" if config["PROGRAMS"] else ", TMA" * config["TMA"]
+    return f"{blocks}, {config['num_warps']} warps, {config['num_stages']} stages{parts}{loads}"
 
 
 def _configured(matmul: Callable[..., Any], config: Mapping[str, Any]) -> Callable[..., Any]:

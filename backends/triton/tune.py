@@ -35,6 +35,11 @@ def measured(call: Callable[[], Any]) -> float:
     return found
 
 
+def not_capturing() -> bool:
+    """Whether work may be waited for: not while a CUDA graph is recorded."""
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
 def this_gpu() -> str:
     """What a measurement holds for: the GPU, its driver, and the versions of what makes kernels."""
     driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
@@ -67,9 +72,17 @@ class Tuner:
         timer: from a call to its milliseconds.
         memory: where measurements are remembered; None: the user's cache folder.
         place: what measurements hold for, a part of each key; None: the GPU that is here.
+        ready: whether something can be measured now; else what is not known runs its module's own way.
     """
 
-    def __init__(self, timer: Timer = measured, memory: Memory | None = None, place: str | None = None) -> None:
+    def __init__(
+        self,
+        timer: Timer = measured,
+        memory: Memory | None = None,
+        place: str | None = None,
+        ready: Callable[[], bool] = not_capturing,
+    ) -> None:
+        self._ready = ready
         self._timer, self._memory = timer, memory or Memory("triton")
         self._remembered = self._memory.read()
         self._place = place or this_gpu()
@@ -114,9 +127,10 @@ class Tuner:
             count = x.shape[:-2].numel() if w.dim() == 2 else w.shape[:-2].numel()
             types = " x ".join(dict.fromkeys(map(_type, (x, w))))
             sizes = f"{types} [{_class(count)}, {_class(rows)}, {inner}] x [{columns}, {inner}]"
-            self._remember(
-                key, self._choose(name, sizes, digest(given["kernels"][0]), ways, lambda way: way.run(x, w, **given))
-            )
+            way = self._choose(name, sizes, digest(given["kernels"][0]), ways, lambda way: way.run(x, w, **given))
+            if way is None:
+                return matmul(x, w, **given)
+            self._remember(key, way)
         return self._ways[key](x, w, **given)
 
     def _attention(
@@ -133,7 +147,10 @@ class Tuner:
             run: Run = lambda way: way.run(query, key, value, **given)  # noqa: E731
             queries = f"{_type(query)} [{_class(batch)}, {heads}, {_class(rows)}, {size}]"
             sizes = f"{queries} x [{key.shape[1]}, {_class(key.shape[2])}, {value.shape[3]}]{options}"
-            self._remember(exact, self._choose("attention", sizes, "", ways, run))
+            way = self._choose("attention", sizes, "", ways, run)
+            if way is None:
+                return attention(query, key, value, **given)
+            self._remember(exact, way)
         return self._ways[exact](query, key, value, **given)
 
     def _remember(self, exact: Any, way: Callable[..., Any]) -> None:
@@ -141,14 +158,18 @@ class Tuner:
             self._ways.clear()
         self._ways[exact] = way
 
-    def _choose(self, operator: str, sizes: str, kernel: str, ways: Sequence[Way], run: Run) -> Callable[..., Any]:
-        """The fastest way for a class of calls: as remembered, else measured on one of them, which `run` runs."""
+    def _choose(
+        self, operator: str, sizes: str, kernel: str, ways: Sequence[Way], run: Run
+    ) -> Callable[..., Any] | None:
+        """The fastest way for a class of calls: as remembered, else measured on one of them, which `run` runs; None:
+        it is not known, and nothing can be measured now."""
         by_name = {way.name: way for way in ways}
         key = f"{operator} {kernel}: {sizes} as {'; '.join(by_name)} on {self._place}"
         if key not in self._choices:
-            times: Mapping[str, float | None] = {}
-            if len(by_name) > 1:
-                times = self._known(key, by_name) or self._measure(key, ways, run)
+            times = self._known(key, by_name) if len(by_name) > 1 else {}
+            if times is None and not self._ready():
+                return None
+            times = self._measure(key, ways, run) if times is None else times
             self._choices[key] = Choice(operator, sizes, fastest(times) if times else ways[0].name, times)
         choice = self._choices[key]
         choice.calls += 1

@@ -190,6 +190,7 @@ def test_windows_stay(tmp_path: Path) -> None:
 
 def test_tf32_is_no_way_to_run_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "full_precision", lambda: False)
+    monkeypatch.setattr(tune, "full_precision", lambda: False)
     clock = last_wins()
     assert chosen(program(plain, x, w=w), [x], tmp_path, clock)[0] != "torch.matmul"
     traced, given = calling(attention, q, k, v)
@@ -298,6 +299,20 @@ def test_what_is_wrong_with_the_generated_kernel_is_not_hidden(layer: Program, t
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run(layer, tmp_path, fails)
+
+
+def test_while_a_graph_is_recorded_nothing_is_measured(layer: Program, tmp_path: Path) -> None:
+    recording, clock = [True], last_wins()
+    way = Tuner(clock, Memory("triton", tmp_path), "a GPU", lambda: not recording[0])
+    runner = TritonRunner(layer, way)
+    (first,) = runner.run([x])
+    assert clock.calls == 0 and runner.tuned == []
+    recording[0] = False
+    (second,) = runner.run([x])
+    assert clock.calls == 2 and runner.tuned[0]["chosen"] == "torch.matmul, epilogue"
+    recording[0] = True
+    assert torch.equal(runner.run([x])[0], second)
+    torch.testing.assert_close(first, second)
 
 
 WRITER = """
