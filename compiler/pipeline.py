@@ -20,6 +20,7 @@ from ..ir.errors import FxpressError, InputError, RewriteError, VerifyError, nea
 from ..ir.graph import Program, arguments
 from ..ir.ops.attention import attention
 from ..ir.ops.float8 import float8_quantize
+from ..ir.ops.int8_attention import int8_attention
 from ..ir.ops.quantize import dequantize, int4_embedding, int4_linear, quantize, unpack_int4
 from ..ir.pruning.masks import is_masked, masked
 from ..ir.rewrite import Context, Pass
@@ -287,7 +288,7 @@ _SCALES = ("weight_scale", "zero_point")
 def _weights(program: Program, *kinds: str) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
     """What operators read as their weights: that value, the stored tensor that it is made of, the operator."""
     for reader in program.graph.nodes:
-        if reader.op != "call_function" or reader.target is attention or _looks_up_scales(reader):
+        if reader.op != "call_function" or reader.target in (attention, int8_attention) or _looks_up_scales(reader):
             continue  # attention's bias is a mask
         for name, value in arguments(reader).items():
             if name.endswith(kinds) and isinstance(value, fx.Node):

@@ -22,6 +22,7 @@ from .ops import (  # noqa: F401  # the families register their operators
     block_attention,
     conv_attention,
     float8,
+    int8_attention,
     integer,
     linear,
     linear_attention,

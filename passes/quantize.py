@@ -15,13 +15,15 @@ from ..ir.calibration.statistics import Nothing, fingerprints
 from ..ir.calibration.target import Metric, Target
 from ..ir.errors import InputError, RewriteError, nearest
 from ..ir.expand import expand
-from ..ir.graph import Program, shape
+from ..ir.graph import Program, module_path, shape
 from ..ir.layers import name_of
 from ..ir.ops.float8 import float8_linear
+from ..ir.ops.int8_attention import int8_attention
 from ..ir.ops.quantize import dequantize, dynamic_quantize, int4_embedding, int4_linear, int8_linear, quantize
 from ..ir.pattern import Refusal
 from ..ir.pruning.masks import masked
 from ..ir.quantization import grid as grids
+from ..ir.quantization.attention import attentions, in_integers, ranges
 from ..ir.quantization.choice import UNTOUCHED, Choice
 from ..ir.quantization.fold import fold
 from ..ir.quantization.insert import Insertion
@@ -34,7 +36,9 @@ from ..ir.rewrite import Applied, Context, Pass, PassResult, Track
 aten = torch.ops.aten
 FLOAT8 = "float8_e4m3"
 BITS = {"int8": 8, "int4": 4, FLOAT8: 8}
-QUANTIZED = (quantize, dequantize, dynamic_quantize, int8_linear, int4_linear, int4_embedding, float8_linear)
+QUANTIZED = (
+    quantize, dequantize, dynamic_quantize, int8_linear, int4_linear, int4_embedding, float8_linear, int8_attention,
+)  # fmt: skip
 RANGES = ("minmax", "average", "percentile", "entropy", "mse")
 IMPROVEMENTS = ("smoothquant", "awq", "gptq", "bias")  # these need calibration data
 GROUP = 32  # numbers of 4 bits that share a scale
@@ -70,6 +74,8 @@ class Quantize(Pass):
             the calibration data; "bias": mean errors go to the bias. "auto": with calibration data
             minmax+smoothquant+gptq+bias, for weights alone gptq.
         embeddings: "int8", a scale for each row; "int4", for each group of 32 numbers of a row; None: they stay.
+        attention: "int8": its two matmuls multiply integers, with a scale for each token, or with mode="static" fixed
+            ones from calibration data; None: they stay.
         skip: names of modules, with * and ?, or of parts of them: those layers stay.
         sensitive: "auto": with calibration data, layers are made finer until the outputs reach the target; None: no
             layer is.
@@ -91,6 +97,7 @@ class Quantize(Pass):
     symmetric: bool | None = None
     method: str = "auto"
     embeddings: str | None = "int8"
+    attention: str | None = None
     skip: Sequence[str] = ()
     sensitive: str | None = "auto"
     min_cosine: float | None = None
@@ -113,6 +120,7 @@ class Quantize(Pass):
         _one_of("mode", self.mode, ("auto", "dynamic", "static"))
         _one_of("granularity", self.granularity, ("auto", "tensor", "token"))
         _one_of("embeddings", self.embeddings, ("int8", "int4", None))
+        _one_of("attention", self.attention, ("int8", None))
         _one_of("sensitive", self.sensitive, ("auto", None))
         for word in self._words:
             _one_of("method", word, ("auto", *RANGES, *IMPROVEMENTS))
@@ -173,7 +181,7 @@ class Quantize(Pass):
     @property
     def needs_calibration(self) -> str | None:
         """Why calibration data is needed; None: it is not."""
-        if self.mode == "static" and self._level != "float":
+        if self.mode == "static" and (self._level != "float" or self.attention is not None):
             return "static ranges of activations"
         if self._has_target:
             return "a target for the outputs"
@@ -188,11 +196,15 @@ class Quantize(Pass):
             raise RewriteError("the program is quantized already; give one Quantize with all options")
         if masked(program):
             raise RewriteError("weights are masked for training; put the pass fold before quantize")
-        result = PassResult()
+        if not context.calibration and self.needs_calibration is not None:
+            raise InputError(f"{self.needs_calibration} needs calibration data; give compile() calibration=batches")
+        original, result = program.copy() if self.attention is not None else program, PassResult()
         if context.max_rewrites != 0 and (count := expand(program)):
             result.rewrites["expand"] = count
-        sites, result.refusals = linear_sites(program, self.skip)
-        choices = self._choices(program, sites, context, result)
+        self._attention(program, context, result)
+        sites, refusals = linear_sites(program, self.skip)
+        result.refusals += refusals
+        choices = self._choices(program, original, sites, context, result)
         insertion = Insertion(program, BITS[self.weights], BITS[self.embeddings or "int8"])
         for site in sites:
             choice = choices[site]
@@ -243,20 +255,18 @@ class Quantize(Pass):
         )
 
     def _choices(
-        self, program: Program, sites: list[Site], context: Context, result: PassResult
+        self, program: Program, original: Program, sites: list[Site], context: Context, result: PassResult
     ) -> Mapping[Site, Choice]:
-        """How each site is quantized."""
+        """How each site is quantized; the outputs to come close to are those of the original."""
         batches, level = context.calibration, self._level
         if not batches:
-            if self.needs_calibration is not None:
-                raise InputError(f"{self.needs_calibration} needs calibration data; give compile() calibration=batches")
             way = self._way("token" if level == "auto" else level, False)
             return {site: plain(way, _weights(program, site), least(site.source)) for site in sites}
         if self.statistics is None:
-            return self._calibrated(program, sites, context, result, Record(Nothing(), sites))
+            return self._calibrated(program, original, sites, context, result, Record(Nothing(), sites))
         belongs = fingerprints(program, batches, self._recorded)
         with context.statistics(self.statistics, belongs) as statistics:
-            return self._calibrated(program, sites, context, result, Record(statistics, sites))
+            return self._calibrated(program, original, sites, context, result, Record(statistics, sites))
 
     @property
     def _recorded(self) -> str:
@@ -265,7 +275,13 @@ class Quantize(Pass):
         return str(replace(self, fold=True, embeddings="int8", statistics=None, metric=None)) + f", metric {metric}"
 
     def _calibrated(
-        self, program: Program, sites: list[Site], context: Context, result: PassResult, record: Record
+        self,
+        program: Program,
+        original: Program,
+        sites: list[Site],
+        context: Context,
+        result: PassResult,
+        record: Record,
     ) -> Mapping[Site, Choice]:
         level = self._level
         fitting, judging = _split(context.calibration)
@@ -280,7 +296,7 @@ class Quantize(Pass):
         cosine = COSINE if self.min_sqnr_db is None and self.min_cosine is None else self.min_cosine
         target = Target(cosine, self.min_sqnr_db, self.metric, self.min_metric)
         finest = {site: [*choices, UNTOUCHED] for site, choices in found.items()}
-        outcome = search(program, finest, judging, target, fitter, context.track, record.error)
+        outcome = search(program, finest, judging, target, fitter, context.track, record.error, original)
         detail = f"{target}: error {outcome.error:.2g} on the calibration data"
         if outcome.reached:
             result.matches.append(Applied("target", "output", detail))
@@ -329,6 +345,28 @@ class Quantize(Pass):
         else:
             lockstep.run(applied(program, lockstep, choose, sites))
         return found
+
+    def _attention(self, program: Program, context: Context, result: PassResult) -> None:
+        """Let attention multiply integers. It goes first: linear layers are then fitted to what it gives."""
+        if self.attention is None:
+            return
+        nodes, refusals = attentions(program, self.skip)
+        if not nodes and not refusals:
+            refusals = [Refusal("there is no attention; put canonicalize before quantize", "attention", "output")]
+        result.refusals += refusals
+        scales = {}
+        if nodes and self.mode == "static":
+            try:
+                scales = ranges(program, nodes, context.calibration, context.track)
+            except ValueError as error:
+                raise RewriteError(f"calibration fails at attention: {error}") from error
+        for node in nodes:
+            if context.take():
+                name = module_path(node) or node.name
+                in_integers(program, node, scales.get(node))
+                result.rewrites["attention"] += 1
+                detail = "a scale for each token" if node not in scales else "fixed scales"
+                result.matches.append(Applied("attention", name, detail))
 
     def _tables(self, program: Program, insertion: Insertion, context: Context, result: PassResult) -> None:
         """Quantize embeddings, where nothing else reads their floats."""

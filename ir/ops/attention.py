@@ -58,14 +58,7 @@ def attention(
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
-    if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
-    if left is not None or right is not None:
-        scores = scores.masked_fill(~band(query.shape[2], key.shape[2], left, right, query.device), -math.inf)
+    scores = masked_scores(scores, bias, key_mask, left, right, softcap)
     if sinks is not None:
         extra = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         weights = torch.softmax(torch.cat([scores, extra], -1), -1)[..., :-1]
@@ -76,6 +69,26 @@ def attention(
         weights = torch.softmax(scores, -1)
         weights = weights.masked_fill(nothing, 0.0) if empty == "zeros" else weights
     return (weights @ value).to(dtype)
+
+
+def masked_scores(
+    scores: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    left: int | None,
+    right: int | None,
+    softcap: float,
+) -> Tensor:
+    """Scaled scores [B, H, N, M] with the soft cap, the bias and the masks of `attention`: -inf where no key is."""
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
+    if left is not None or right is not None:
+        scores = scores.masked_fill(~band(scores.shape[2], scores.shape[3], left, right, scores.device), -math.inf)
+    return scores
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

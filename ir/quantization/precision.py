@@ -93,6 +93,7 @@ def search(
     finish: Finish,
     track: Track,
     remember: Remember = lambda choice, measure: measure(),
+    original: Program | None = None,
 ) -> Search:
     """The cheapest options with which the outputs reach the target, each site's from the cheapest on as needed.
 
@@ -100,10 +101,12 @@ def search(
         options: of each site.
         batches: on which errors are measured; better not those that the options were fitted to.
         finish: what is done with the options chosen before they are used; it may lower their error.
+        original: the program whose outputs are the truth; None: `program`.
         remember: gives an option's error, which is measured only if it is not known already.
     """
     few = target.few(batches)
-    truth = run(program, few, {})
+    true = program if original is None else original
+    truth = run(true, few, {})
 
     def error(alone: Mapping[Site, Choice]) -> float:
         return wanted.error(run(program, few, alone), truth)
@@ -112,7 +115,7 @@ def search(
     errors = {(site, id(UNTOUCHED)): 0.0 for site in options}
     for site, choice in track(pairs, "measuring the sensitivity of layers"):
         errors[site, id(choice)] = remember(choice, partial(error, {site: choice}))
-    whole = truth if few is batches else run(program, batches, {})
+    whole = truth if few is batches else run(true, batches, {})
     best: Search | None = None
     budget = wanted.budget
     known: list[dict[Site, Choice]] = []

@@ -59,6 +59,8 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("attention", (q, k, v, normal(2, 1, 1, LENGTH) > 0), {"sinks": normal(4)}),
     ("attention", (q, k, v), {"left": -20, "empty": "nan"}),
     ("attention", (q, k, v), {"key_mask": torch.zeros_like(mask), "empty": "mean"}),
+    ("int8_attention", (q, grouped_k, grouped_v), {"right": 0}),
+    ("int8_attention", (q, k, v, None, mask), {"scale": 0.2, "ranges": torch.full((3,), 0.03)}),
     ("window_attention", (q, k, v, mask), {"left": 3, "right": 3, "globals": 1}),
     ("window_attention", (q, k, v), {"left": 3, "causal": True, "dilation": 2}),
     ("block_attention", (q, k, v, table, None, mask, 4, 4), {}),

@@ -14,6 +14,7 @@ from ....ir.ops import (
     block_attention,
     conv_attention,
     float8,
+    int8_attention,
     integer,
     linear,
     linear_attention,
@@ -31,6 +32,7 @@ from . import banded, block_tables, causal, padded, portable
 from . import block_attention as block_attentions
 from . import conv_attention as conv_attentions
 from . import float8 as floats8
+from . import int8_attention as int8_attentions
 from . import integer as integers
 from . import linear as linears
 from . import linear_attention as linear_attentions
@@ -43,6 +45,7 @@ from .lowering import Lowering, Probe, reference
 
 LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     attention.attention: attentions.ATTENTION,
+    int8_attention.int8_attention: int8_attentions.INT8_ATTENTION,
     norm.add_layer_norm: norms.ADD_LAYER_NORM,
     norm.rms_norm: norms.RMS_NORM,
     norm.add_rms_norm: norms.ADD_RMS_NORM,

@@ -16,7 +16,7 @@ from torch import nn
 import fxpress
 from fxpress.backends.onnx.export import check
 from fxpress.ir.equality import sqnr_db
-from fxpress.ir.ops.float8 import FLOAT8, float8_linear, float8_quantize
+from fxpress.ir.ops.float8 import FLOAT8, float8_linear, float8_quantize, float8_scale
 from fxpress.ir.ops.quantize import dequantize
 from fxpress.passes import Quantize
 
@@ -27,6 +27,19 @@ class Rounded(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = dequantize(float8_quantize(x, torch.ones(())), torch.ones(()))
         return found
+
+
+class Scales(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = float8_scale(x)
+        return found
+
+
+def test_the_scale_of_each_row_is_the_references() -> None:
+    x = normal(5, 33)
+    x[2] = 0
+    compiled = fxpress.compile(Scales().eval(), [], (x,), backend="onnx", verify=False, threads=1)
+    assert torch.equal(compiled(x), float8_scale(x))
 
 
 def test_every_number_is_rounded_as_by_the_reference() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fxpress
 from fxpress.ir.calibration.target import cosines
 from fxpress.ir.equality import sqnr_db
-from fxpress.ir.ops.quantize import dequantize, dynamic_quantize, int4_linear, int8_linear, quantize
+from fxpress.ir.ops.quantize import dequantize, dynamic_quantize, int4_embedding, int4_linear, int8_linear, quantize
 from fxpress.passes import Fuse, Quantize
 
 Inputs = dict[str, Tensor]
@@ -166,6 +166,7 @@ def test_rows_of_4_bits_are_those_of_eager(width: int, symmetric: bool | None, c
     model, ids = nn.Embedding(40, width), torch.arange(12).reshape(3, 4) * 3
     session = compiled(model, [Quantize(embeddings="int4", symmetric=symmetric)], (ids,))
     (choice,) = session.report.choices
+    assert len(session.program.calls(int4_embedding)) == 1
     assert chosen in (choice["chosen"], *choice["milliseconds"])  # which of them is faster may vary
     for given in (ids, ids[:1, :1], ids.repeat(3, 1)):
         assert torch.equal(session(given), session.program(given))

@@ -31,7 +31,7 @@ def test_equals_its_reference(name: str, args: tuple[Any, ...], options: dict[st
 
 
 # float16 orders and rounds what these choose by otherwise than an fp32 computation of the same.
-CHOOSES = ("dynamic_blocks", "lsh_attention", "dynamic_quantize", "quantize", "float8_quantize")
+CHOOSES = ("dynamic_blocks", "lsh_attention", "dynamic_quantize", "quantize", "float8_quantize", "int8_attention")
 
 
 @pytest.mark.parametrize(
