@@ -96,7 +96,7 @@ def _library(x: Tensor, w: Tensor) -> str | None:
     single = _count(x, w) == 1 and x.stride(-1) == 1 and w.stride(-1) == 1
     if x.dtype == torch.int8 and single and rows > 16 and inner % 8 == 0 and columns % 8 == 0:
         return "torch._int_mm"
-    newer = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
+    newer = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
     if x.dtype == EIGHT and single and newer and inner % 16 == 0 and columns % 16 == 0:
         return "torch._scaled_mm"
     return None

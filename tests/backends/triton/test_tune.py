@@ -27,6 +27,7 @@ from fxpress.compiler import runners
 from fxpress.ir.equality import compare, run_float64
 from fxpress.ir.graph import Program
 from fxpress.ir.ops.attention import attention
+from fxpress.ir.ops.float8 import float8_products
 from fxpress.ir.ops.integer import integer_linear
 from fxpress.ir.ops.window_attention import window_attention
 
@@ -119,6 +120,14 @@ def test_products_of_integers(tmp_path: Path) -> None:
     assert chosen(traced, tensors, tmp_path / "many") == ["torch._int_mm, epilogue"]
     traced, tensors = calling(integer_linear, numbers[:1, :3], weight, None)  # too few rows for it
     assert "_int_mm" not in chosen(traced, tensors, tmp_path / "few")[0]
+
+
+def test_products_of_float8(tmp_path: Path) -> None:
+    numbers, weight = ((item * 100).to(torch.float8_e4m3fn) for item in (normal(4, 8, 16), normal(32, 16, seed=1)))
+    traced, tensors = calling(float8_products, numbers, weight)
+    assert chosen(traced, tensors, tmp_path / "many") == ["torch._scaled_mm, epilogue"]
+    traced, tensors = calling(float8_products, numbers, weight[:7])  # widths that it does not take
+    assert "_scaled_mm" not in chosen(traced, tensors, tmp_path / "odd")[0]
 
 
 def test_every_configuration(tmp_path: Path) -> None:
