@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxpress.ir.graph import Program
+from fxpress.ir.pruning import ranking as ranking_module
 from fxpress.ir.pruning.channels import follow
 from fxpress.ir.pruning.costs import unit_macs
 from fxpress.ir.pruning.ranking import Ranking, by_worth, chosen, counts_by_loss, counts_by_share, grams, rank
@@ -174,6 +175,17 @@ def test_sparsegpt_takes_what_others_can_do_first() -> None:
     (smallest,) = rank(alone, family, "magnitude", [], None, untracked, 0)
     assert fitting.order[0] in (2, 3) and fitting.order[-1] in (2, 3)
     assert smallest.order[0] in (0, 1)
+
+
+def test_sparsegpt_looks_at_so_many_batches_spread_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking_module, "_RANKED", 2)
+    batches = [[normal(2, 5, WIDTH, seed=seed)] for seed in range(5)]
+    spread, some, first = (
+        rank(traced(), found(), "sparsegpt", part, None, untracked, 0)[1].loss
+        for part in (batches, batches[::3], batches[:2])
+    )
+    assert torch.equal(spread, some)
+    assert not torch.equal(spread, first)
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "fisher"])
