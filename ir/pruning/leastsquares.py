@@ -53,7 +53,7 @@ def fitted(
     halves = [_Sums(len(old), len(kept), level is not None) for _ in range(2)]
     count = 0
     for count, batch in enumerate(batches, 1):
-        halves[count % 2].add(batch, old, level, kept)
+        halves[count % 2].add(batch, old[:, kept], level, kept)
     total = halves[0].plus(halves[1])
     change = total.change(damp or (_best(halves) if count > 1 else DAMP))
     old[:, kept] += change[:, : len(kept)]
@@ -80,9 +80,8 @@ class _Sums:
         self.cross = torch.zeros(outputs, inputs + bias, dtype=torch.float64)
 
     def add(self, batch: Batch, weight: Tensor, level: Tensor | None, kept: Tensor) -> None:
-        x = batch.inputs.double()
+        x = batch.inputs[:, kept].double()
         lack = batch.outputs.double() - x @ weight.T
-        x = x[:, kept]
         if level is not None:
             lack -= level
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)

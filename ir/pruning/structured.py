@@ -72,7 +72,8 @@ def thinned(
             return None
         inputs = arguments(node)["input"]
         found[node] = _masked(program, node, wanted[node], lockstep.rows(inputs))
-        return [F.linear(item, found[node].weight, found[node].bias) for item in lockstep.values(inputs)]
+        new = (F.linear(item, found[node].weight, found[node].bias) for item in lockstep.values(inputs))
+        return [lockstep.hold(item) for item in new]
 
     lockstep.run(visit)
     return found
@@ -130,14 +131,15 @@ class _Fit:
         inputs = self.lockstep.values(arguments(node)["input"])
         stream = [self.lockstep.values(item) for item in _beside(node)]
         (weight, bias), keep = _numbers(self.program, node), self.wanted[node]
-        was = [F.linear(item, weight, bias) for item in inputs[: self.count]]
+        hold = self.lockstep.hold
+        was = [hold(F.linear(item, weight, bias)) for item in inputs[: self.count]]
         if bool(keep.all()) and all(map(self._same, [inputs, *stream])):
             self.found[node] = Layer(weight, bias, keep, math.inf)
             return was + was
         batches = partial(self._batches, inputs, was, stream)
         weight, bias = fitted(batches(), weight, bias, keep)
         self.found[node] = Layer(weight, bias, keep, -10 * math.log10(max(off(batches(), weight, bias), 1e-30)))
-        return was + [F.linear(item, weight, bias) for item in inputs[self.count :]]
+        return was + [hold(F.linear(item, weight, bias)) for item in inputs[self.count :]]
 
     def _same(self, values: Sequence[Tensor]) -> bool:
         """Whether a value is as it was."""
