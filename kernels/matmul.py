@@ -1,7 +1,7 @@
 """Matrix multiplication: x w^T over a batch, with an epilogue of the caller's.
 
 A code generator copies this file's functions and replaces the lines between `# hook:` and `# end`: the parameters and
-the epilogue of `matmul_kernel`, `matmul_descriptor_kernel` and `matmul_combine_kernel`, the same text in all of them.
+the epilogue of `matmul_kernel`, `matmul_combine_kernel` and those of matmul_descriptor.py, the same text in each.
 The lines of an epilogue read
 
     batch, outer, inner     int64 scalars: the flat index in the batch [P, Q], and that on P and on Q
@@ -17,91 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .float8 import float8_value
 from .launch import arch_of
 from .matmul_configs import dot_precision, first_config, tma_takes
-
-
-@triton.jit
-def tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """The flat index in the batch, the first row and the first column of this program's tile.
-
-    The first axis of the grid walks over the tiles of one matrix, then over the batch. GROUP_M rows of tiles are walked
-    down before the next column, so that programs that run together read few rows of x and w, from the L2 cache.
-    """
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    tile = program % (tiles_m * tiles_n)
-    batch = program // (tiles_m * tiles_n)
-    group = tile // (GROUP_M * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    within = tile % (GROUP_M * tiles_n)
-    tile_m = group * GROUP_M + within % height
-    tile_n = within // height
-    return batch.to(tl.int64), tile_m * BLOCK_M, tile_n * BLOCK_N
-
-
-@triton.jit
-def sums_of_products(
-    x,
-    w,
-    rows,
-    cols,
-    start,
-    stop,
-    M,
-    N,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    PRECISION: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """sum over k in start..stop of x[row, k] w[col, k], [BLOCK_M, BLOCK_N], for matrices x [M, K] and w [N, K].
-
-    rows and cols are int64 [BLOCK_M, 1] and [1, BLOCK_N]: a tensor may have more than 2^31 elements. `start` is a
-    multiple of BLOCK_K; so is `stop` if EVEN_K. A w of another dtype than x is cast to that of x; bytes (uint8) are
-    numbers of float8_e4m3.
-    """
-    # Pointers of rows alone move: those of all elements would take the registers where loads are not of 16 bytes.
-    steps = tl.arange(0, BLOCK_K)
-    first_step = tl.cast(start, tl.int64)
-    x_at = x + rows * stride_xm + first_step * stride_xk
-    w_at = w + cols * stride_wn + first_step * stride_wk
-    x_steps = steps[None, :].to(tl.int64) * stride_xk
-    w_steps = steps[:, None].to(tl.int64) * stride_wk
-    row_exists = rows < M
-    col_exists = cols < N
-    advance = tl.full((), BLOCK_K, tl.int64)
-    # Hopper adds products of float8 in some 14 bits of a number: every 128 of them go to sums in float32.
-    PARTIAL: tl.constexpr = 128 if BLOCK_K > 128 else BLOCK_K
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32)
-    for first in range(start, stop, BLOCK_K):
-        if EVEN_K:
-            left = tl.load(x_at + x_steps, mask=row_exists, other=0.0)
-            right = tl.load(w_at + w_steps, mask=col_exists, other=0.0)
-        else:
-            within = steps < stop - first
-            left = tl.load(x_at + x_steps, mask=row_exists & within[None, :], other=0.0)
-            right = tl.load(w_at + w_steps, mask=col_exists & within[:, None], other=0.0)
-        if x.dtype.element_ty == tl.uint8:
-            left, right = float8_value(left), float8_value(right)
-        acc = tl.dot(
-            left,
-            right.to(left.dtype),
-            acc,
-            input_precision=PRECISION,
-            max_num_imprecise_acc=PARTIAL,
-            out_dtype=acc.dtype,
-        )
-        x_at += advance * stride_xk
-        w_at += advance * stride_wk
-    return acc
+from .matmul_descriptor import matmul_descriptor_kernel, matmul_persistent_kernel
+from .matmul_tiles import sums_of_products, tile_of
 
 
 @triton.jit
@@ -141,7 +60,7 @@ def matmul_kernel(
     (tiles of M x N times P Q). PRECISION is what tl.dot may do to float32: "ieee", "tf32" or "tf32x3"; EVEN_K says that
     BLOCK_K divides K.
     """
-    batch, first_row, first_col = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    batch, first_row, first_col = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     outer, inner = batch // Q, batch % Q
     rows = (first_row.to(tl.int64) + tl.arange(0, BLOCK_M))[:, None]
     cols = (first_col.to(tl.int64) + tl.arange(0, BLOCK_N))[None, :]
@@ -164,59 +83,6 @@ def matmul_kernel(
         BLOCK_N,
         BLOCK_K,
     )
-    inside = (rows < M) & (cols < N)
-    # hook: epilogue (batch, outer, inner, rows, cols, inside, acc)
-    if bias is not None:
-        acc += tl.load(bias + cols, mask=cols < N, other=0).to(acc.dtype)
-    out_at = out + outer * stride_op + inner * stride_oq + rows * stride_om + cols * stride_on
-    tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside)
-    # end
-
-
-@triton.jit
-def matmul_descriptor_kernel(
-    x,
-    w,
-    # hook: parameters
-    bias,
-    out,
-    stride_op,
-    stride_oq,
-    stride_om,
-    stride_on,
-    # end
-    M,
-    N,
-    K,
-    Q,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """`matmul_kernel` where P = Q = 1 and blocks are loaded by TMA (sm_90 and later).
-
-    x and w are descriptors of [M, K] and [N, K], in blocks [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K]. Grid: (tiles of
-    M x N). Neither addresses nor masks take registers, and one thread asks for a whole block.
-    """
-    batch, first_row, first_col = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    outer, inner = batch // Q, batch % Q
-    rows = (first_row.to(tl.int64) + tl.arange(0, BLOCK_M))[:, None]
-    cols = (first_col.to(tl.int64) + tl.arange(0, BLOCK_N))[None, :]
-    PARTIAL: tl.constexpr = 128 if BLOCK_K > 128 else BLOCK_K
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if x.dtype == tl.int8 else tl.float32)
-    for first in range(0, K, BLOCK_K):
-        left = x.load([first_row, first])
-        right = w.load([first_col, first])
-        acc = tl.dot(
-            left,
-            tl.trans(right),
-            acc,
-            input_precision=PRECISION,
-            max_num_imprecise_acc=PARTIAL,
-            out_dtype=acc.dtype,
-        )
     inside = (rows < M) & (cols < N)
     # hook: epilogue (batch, outer, inner, rows, cols, inside, acc)
     if bias is not None:
@@ -258,7 +124,7 @@ def matmul_split_kernel(
     `stride_split` = P Q M N. Grid: (tiles of M x N times P Q, SPLIT). For few rows: one tile of x w^T would leave most
     of the GPU idle.
     """
-    batch, first_row, first_col = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    batch, first_row, first_col = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     outer, inner = batch // Q, batch % Q
     rows = (first_row.to(tl.int64) + tl.arange(0, BLOCK_M))[:, None]
     cols = (first_col.to(tl.int64) + tl.arange(0, BLOCK_N))[None, :]
@@ -312,7 +178,7 @@ def matmul_combine_kernel(
     partials float32 or int32 [SPLIT, P, Q, M, N], contiguous, `stride_split` = P Q M N; out [P, Q, M, N] of any
     strides; bias [N], contiguous, or None. Grid: (tiles of M x N times P Q).
     """
-    batch, first_row, first_col = tile_of(M, N, BLOCK_M, BLOCK_N, 1)
+    batch, first_row, first_col = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, 1)
     outer, inner = batch // Q, batch % Q
     rows = (first_row.to(tl.int64) + tl.arange(0, BLOCK_M))[:, None]
     cols = (first_col.to(tl.int64) + tl.arange(0, BLOCK_N))[None, :]
@@ -343,8 +209,8 @@ def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", k
             axis of the batch, `outer` the flat index on the others.
         config: one of `matmul_configs`; by default its best guess.
         precision: of float32, "ieee", "tf32" (10 bits of each factor) or "tf32x3" (nearly all of them).
-        kernels: generated ones in place of `matmul_kernel`, `matmul_combine_kernel` and, but it may be left out,
-            `matmul_descriptor_kernel`, with the epilogue of `extra`.
+        kernels: generated ones in place of `matmul_kernel`, `matmul_combine_kernel` and, but they may be left out,
+            `matmul_descriptor_kernel` and `matmul_persistent_kernel`, with the epilogue of `extra`.
         sums: how many of a tile's sums a thread may keep: fewer where an epilogue needs registers of its own.
 
     Returns:
@@ -375,7 +241,12 @@ def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", k
         x, w = x.view(torch.uint8), w.view(torch.uint8)
     target = None if extra else matrices[2]
     precision = dot_precision(precision, x.dtype, w.dtype, x.device)
-    whole, combine, *described = kernels or (matmul_kernel, matmul_combine_kernel, matmul_descriptor_kernel)
+    whole, combine, *described = kernels or (
+        matmul_kernel,
+        matmul_combine_kernel,
+        matmul_descriptor_kernel,
+        matmul_persistent_kernel,
+    )
     if config is None:
         config = first_config(M, N, K, x.dtype, x.device, count, precision, bool(described) and tma_takes(x, w), sums)
     block_m, block_n, block_k, split = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"], config["SPLIT"]
@@ -393,7 +264,9 @@ def matmul(x, w, out=None, bias=None, extra=(), config=None, precision="ieee", k
 
         left = TensorDescriptor(x, [M, K], list(x.stride()[-2:]), [block_m, block_k])
         right = TensorDescriptor(w, [N, K], list(w.stride()[-2:]), [block_n, block_k])
-        described[0][(tiles,)](left, right, *hooks, *sizes, **constants)
+        programs = config["PROGRAMS"] if len(described) > 1 else 0
+        kernel = described[1 if programs else 0]
+        kernel[(min(tiles, programs or tiles),)](left, right, *hooks, *sizes, **constants)
     elif split == 1:
         whole[(tiles,)](x, w, *hooks, *sizes, *strides[0], *strides[1], EVEN_K=even, **constants)
     else:

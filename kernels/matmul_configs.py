@@ -46,7 +46,8 @@ def matmul_configs(M, N, K, dtype, arch, batch=1, precision="ieee", tma=False, s
     """Configurations of `matmul` for x [batch, M, K] and w [batch, N, K] on sm_`arch`, the best guess first.
 
     A configuration is a dict: BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT (parts of K, combined by a second kernel), TMA
-    (only where `tma` says that `tma_takes` x and w), num_warps and num_stages. None asks for more shared memory or
+    (only where `tma` says that `tma_takes` x and w), PROGRAMS (that go over all tiles; 0: one for each tile), num_warps
+    and num_stages. None asks for more shared memory or
     registers than there are. They are ordered by a model of the time: the tiles that the busiest multiprocessor
     computes, what it loads for them, and what all of them load. A thread keeps at most `sums` sums.
     """
@@ -130,9 +131,17 @@ def matmul_configs(M, N, K, dtype, arch, batch=1, precision="ieee", tma=False, s
             loads = busiest * (min(block_m, M) + min(block_n, N)) * K * size / cache_rate
             bytes_moved = batch * ((M + N) * K + M * N) * size + (split > 1) * 8 * split * batch * M * N
             time = max(products, loads, bytes_moved / memory_rate) + busiest * split + (3 if split > 1 else 0)
-            names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "SPLIT", "TMA", "num_warps", "num_stages")
-            for described in (True, False) if tma and split == 1 and arch >= 90 and not scalar else (False,):
-                values = (block_m, block_n, block_k, 8, split, described, warps, stages)
+            names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "SPLIT", "TMA", "PROGRAMS", "num_warps", "num_stages")
+            ways = [(False, 0)]
+            if tma and split == 1 and arch >= 90 and not scalar:
+                ways = [(True, 0), (False, 0)]
+                # A program for each multiprocessor hides the end of a tile behind the start of the next one. It keeps
+                # the results in shared memory beside. Whether that is faster is for measurements to say.
+                stored = stages * (block_m + block_n) * block_k * size + block_m * block_n * (2 if size == 2 else 4)
+                if arch < 100 and block_m >= 64 and count > processors and stored <= shared:
+                    ways.insert(1, (True, processors))
+            for described, programs in ways:
+                values = (block_m, block_n, block_k, 8, split, described, programs, warps, stages)
                 found.append((time, dict(zip(names, values, strict=True))))
     found.sort(key=lambda pair: pair[0])
     return [config for _, config in found]

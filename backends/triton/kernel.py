@@ -16,7 +16,8 @@ from ...ir.ops.float8 import FLOAT8
 from ...kernels.attention import attention_kernel
 from ...kernels.float8_matmul import float8_matmul_kernel
 from ...kernels.int4_matmul import int4_matmul_kernel
-from ...kernels.matmul import matmul_combine_kernel, matmul_descriptor_kernel, matmul_kernel
+from ...kernels.matmul import matmul_combine_kernel, matmul_kernel
+from ...kernels.matmul_descriptor import matmul_descriptor_kernel, matmul_persistent_kernel
 from ...kernels.sparse24_matmul import sparse24_matmul_kernel
 from .emitter import Emitter
 from .lowerings.elements import result_dtype
@@ -26,15 +27,20 @@ from .sizes import Sizes, text
 
 INDENT = "    "
 HEAVY = ("tl.erf", "tl.exp", "tl.log", "tl.sin", "tl.cos", "tanh(", "sigmoid(", "power(", "log1p(", "expm1(")
+MATMUL = {
+    "combine": matmul_combine_kernel,
+    "descriptor": matmul_descriptor_kernel,
+    "persistent": matmul_persistent_kernel,
+}
 # By the function of kernels/ that launches a product: the kernels that take an epilogue, in the order in which the
 # function takes them; what is added to the first one's name for the others.
 TEMPLATES: dict[str, dict[str, Any]] = {
-    "matmul": {"": matmul_kernel, "combine": matmul_combine_kernel, "descriptor": matmul_descriptor_kernel},
+    "matmul": {"": matmul_kernel, **MATMUL},
     "int4_matmul": {"": int4_matmul_kernel},
     "sparse24_matmul": {"": sparse24_matmul_kernel},
     "float8_matmul": {"": float8_matmul_kernel},
 }
-DENSE = {"whole": matmul_kernel, "combine": matmul_combine_kernel, "descriptor": matmul_descriptor_kernel}
+DENSE = {"whole": matmul_kernel, **MATMUL}  # where there is a dense weight beside the compressed one
 
 
 @dataclass(frozen=True)
@@ -116,14 +122,16 @@ def product_kernel(
     names = parameters(planner.program, planner.sizes, emitter, stored)
     widen = [f"{name} = tl.cast({name}, tl.int64)" for name in names.sizes]
     head = ["batch = tl.full([1, 1], 0, tl.int64) + batch", "row_inside = rows < M", "col_inside = cols < N"]
-    epilogue = [*widen, *head, *axes, *emitter.lines()]
-    hooks = {"parameters": names.lines(), "epilogue": epilogue}
+    epilogue = [*head, *axes, *emitter.lines()]
+    hooks = {"parameters": names.lines(), "epilogue": [*widen, *epilogue]}
     sums = "tl.int32" if result_dtype(group.anchor) in (torch.int32, torch.int64) else "tl.float32"
-    combined = {**hooks, "epilogue": [f"acc = acc.to({sums})  # of a library's product, too", *epilogue]}
+    library = f"acc = acc.to({sums})  # of a library's product, too"
+    special = {
+        "combine": {**hooks, "epilogue": [library, *widen, *epilogue]},
+        "persistent": {**hooks, "before": widen, "epilogue": epilogue},  # in a loop variables keep their types
+    }
     templates = TEMPLATES[product.function] | (DENSE if "dense" in product.others else {})
-    body, *others = (
-        spliced(kernel, combined if variant == "combine" else hooks) for variant, kernel in templates.items()
-    )
+    body, *others = (spliced(kernel, special.get(variant, hooks)) for variant, kernel in templates.items())
     variants = [variant for variant in templates if variant]
     left = variable(product.left)
     if product.function == "matmul" and not product.batched:

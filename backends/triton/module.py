@@ -31,6 +31,8 @@ from ...kernels import (
     linear_attention,
     matmul,
     matmul_configs,
+    matmul_descriptor,
+    matmul_tiles,
     sparse24_matmul,
 )
 from .kernel import Kernel, attention_with_bias, form_of, product_kernel, tile_kernel
@@ -380,8 +382,8 @@ FORWARD = '''def forward(inputs, weights):
     """A list of outputs, from tensors in the order of the program's inputs and its weights by name."""
 '''
 LIBRARY: tuple[ModuleType, ...] = (
-    elementwise, float8, launch, matmul, matmul_configs, int4_matmul, sparse24_matmul, float8_matmul, attention,
-    block_attention, linear_attention, conv_attention,
+    elementwise, float8, launch, matmul_tiles, matmul_descriptor, matmul, matmul_configs, int4_matmul, sparse24_matmul,
+    float8_matmul, attention, block_attention, linear_attention, conv_attention,
 )  # fmt: skip
 RESERVED = {"torch", "triton", "tl", "math", "aten", "device", "Tensor", "inputs", "weights", "forward"}
 RESERVED |= {name for module in LIBRARY for name in vars(module)}

@@ -20,10 +20,11 @@ from fxpress.kernels.matmul_configs import matmul_configs, tma_takes
 
 SMALL = {
     "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2, "SPLIT": 1, "TMA": False,
-    "num_warps": 4, "num_stages": 2,
+    "PROGRAMS": 0, "num_warps": 4, "num_stages": 2,
 }  # fmt: skip
 SPLIT = {**SMALL, "SPLIT": 3}
 TMA = {**SMALL, "TMA": True}
+PERSISTENT = {**TMA, "PROGRAMS": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -124,13 +125,14 @@ def test_batches(x: tuple[int, ...], w: tuple[int, ...], config: dict[str, int])
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(33, 65, 64), (1, 7, 48), (65, 3, 112)])
-def test_blocks_of_descriptors(dtype: torch.dtype, rows: int, columns: int, depth: int) -> None:
+@pytest.mark.parametrize("config", [TMA, PERSISTENT], ids=["a tile", "persistent"])
+def test_blocks_of_descriptors(dtype: torch.dtype, rows: int, columns: int, depth: int, config: dict[str, int]) -> None:
     whole = torch.full((rows, 2 * depth), float("nan")).to(dtype)
     x = whole[:, 16 : depth + 16]
     x.copy_(integers(rows, depth))
     w, bias = integers(columns, depth, seed=1).to(dtype), integers(columns, seed=2)
     assert tma_takes(x, w)
-    check(x, w, bias.to(torch.int32 if dtype == torch.int8 else dtype), config=TMA)
+    check(x, w, bias.to(torch.int32 if dtype == torch.int8 else dtype), config=config)
 
 
 def test_what_descriptors_cannot_say_is_loaded_by_pointers() -> None:
@@ -271,7 +273,7 @@ def int8_linear(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return hooks.generate(Path(str(kernels.__file__)), target, "\n".join(f"{name}," for name in names), INT8_LINEAR)
 
 
-@pytest.mark.parametrize("config", [SMALL, SPLIT, TMA], ids=["small", "split", "tma"])
+@pytest.mark.parametrize("config", [SMALL, SPLIT, TMA, PERSISTENT], ids=["small", "split", "tma", "persistent"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_an_int8_linear_layer(int8_linear: Any, dtype: torch.dtype, config: dict[str, int]) -> None:
     x, w = integers(2, 9, 80), integers(33, 80, seed=1)
@@ -290,11 +292,14 @@ def test_an_int8_linear_layer(int8_linear: Any, dtype: torch.dtype, config: dict
 
 
 def test_generated_kernels_are_given_to_the_launcher(int8_linear: Any) -> None:
-    """All three, or without the one that loads by descriptors."""
+    """All of them, or without those that load by descriptors, or without the last one."""
     x, w, ones = integers(9, 80), integers(33, 80, seed=1), torch.ones(33)
-    made = (int8_linear.matmul_kernel, int8_linear.matmul_combine_kernel, int8_linear.matmul_descriptor_kernel)
-    for config in (SMALL, SPLIT, TMA):
-        for count in (2, 3):
+    made = (
+        int8_linear.matmul_kernel, int8_linear.matmul_combine_kernel,
+        int8_linear.matmul_descriptor_kernel, int8_linear.matmul_persistent_kernel,
+    )  # fmt: skip
+    for config in (SMALL, SPLIT, TMA, PERSISTENT):
+        for count in (2, 3, 4):
             out = poisoned(9, 33, dtype=torch.float32)
             extra = (ones, torch.zeros(9, dtype=torch.int32), ones, torch.zeros(33, dtype=torch.int32), ones, out)
             matmul(x, w, extra=extra, config=config, kernels=made[:count])

@@ -117,7 +117,7 @@ def job(kind: str, shape: tuple[int, int, int], config: dict[str, int], arch: in
     constants |= {"PRECISION": precision, "EVEN_K": shape[2] % config["BLOCK_K"] == 0}
     kernel = "matmul_kernel"
     if config["TMA"]:
-        kernel = "matmul_descriptor_kernel"
+        kernel = "matmul_persistent_kernel" if config["PROGRAMS"] else "matmul_descriptor_kernel"
         del constants["EVEN_K"]
         given = {key: value for key, value in given.items() if key in "MNKQ"} | written(name, shape[1], bias)
         given |= {"x": [name, config["BLOCK_M"], config["BLOCK_K"]], "w": [name, config["BLOCK_N"], config["BLOCK_K"]]}
@@ -127,14 +127,21 @@ def job(kind: str, shape: tuple[int, int, int], config: dict[str, int], arch: in
         given |= {"partials": "int32" if kind == "int8" else "float32", "stride_split": shape[0] * shape[1]}
     else:
         given |= written(name, shape[1], bias)
+    module = f"{MODULE}_descriptor" if config["TMA"] else MODULE
     return aot.job(
-        MODULE, kernel, given, constants, [arch], num_warps=config["num_warps"], num_stages=config["num_stages"]
+        module, kernel, given, constants, [arch], num_warps=config["num_warps"], num_stages=config["num_stages"]
     )
 
 
 def best(kind: str, shape: tuple[int, int, int], arch: int, tma: bool = False) -> dict[str, Any]:
     dtype, precision = stored(kind, arch), KINDS[kind][1]
     return job(kind, shape, matmul_configs(*shape, dtype, arch, precision=precision, tma=tma)[0], arch)
+
+
+def persistent(kind: str) -> dict[str, Any]:
+    """The first configuration of few programs for Hopper."""
+    configs = matmul_configs(*LARGE, KINDS[kind][0], 90, precision=KINDS[kind][1], tma=True)
+    return next(config for config in configs if config["PROGRAMS"])
 
 
 TMA_KINDS = ("bfloat16", "tf32", "int8", "float8")
@@ -149,6 +156,8 @@ for arch in (80, 90, 100):
     JOBS |= {f"bfloat16 ones {arch}": best("bfloat16", ONES, arch)}
     JOBS |= {f"{kind} odd {arch}": best(kind, ODD, arch) for kind in ("bfloat16", "tf32")}
 JOBS |= {f"{kind} tma {arch}": best(kind, LARGE, arch, tma=True) for kind in TMA_KINDS for arch in (90, 100)}
+HOPPER = {kind: persistent(kind) for kind in TMA_KINDS}
+JOBS |= {f"{kind} persistent": job(kind, LARGE, config, 90) for kind, config in HOPPER.items()}
 JOBS["combine"] = aot.job(
     MODULE,
     "matmul_combine_kernel",
@@ -190,6 +199,15 @@ def test_descriptors_are_loaded_by_tma(kind: str, arch: int) -> None:
     assert found["over"] is None
     assert "tma" in found["instructions"]
     assert on_tensor_cores(found["instructions"], kind, arch)
+
+
+@pytest.mark.parametrize("kind", TMA_KINDS)
+def test_few_programs_go_over_all_tiles_on_hopper(kind: str) -> None:
+    found, config = aot.compiled(JOBS)[f"{kind} persistent"][90], HOPPER[kind]
+    assert config["PROGRAMS"] == 132 and config["TMA"] and config["BLOCK_M"] * config["BLOCK_N"] >= 128 * 128
+    assert "error" not in found, found
+    assert found["over"] is None
+    assert {"tma", "wgmma"} <= set(found["instructions"])
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

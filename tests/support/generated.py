@@ -15,13 +15,26 @@ from fxpress.backends.triton.runner import Loaded, TritonRunner
 from fxpress.ir.graph import Program, attribute
 
 
-def jobs(name: str, program: Program, tensors: Sequence[Tensor], folder: Path, arch: int) -> dict[str, Any]:
-    """One job for each kernel that the module of a program launches on an architecture, by `name/kernel`."""
+def jobs(
+    name: str,
+    program: Program,
+    tensors: Sequence[Tensor],
+    folder: Path,
+    arch: int,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One job for each kernel that the module of a program launches on an architecture, by `name/kernel`.
+
+    `config` is that of all products; None: the best guess for each.
+    """
     runner = TritonRunner(program)
     path = folder / f"{name}.py"
     path.write_text(runner.source, encoding="utf-8")
     weights = {key: attribute(runner.generated.program.module, key) for key in runner.generated.weights}
-    noted = launches(Loaded(runner.source).module, tensors, weights, arch)
+    module = Loaded(runner.source).module
+    if config is not None:
+        vars(module)["first_config"] = lambda *_: config
+    noted = launches(module, tensors, weights, arch)
     return {f"{name}/{item.kernel}": _job(str(path), item, arch) for item in noted}
 
 

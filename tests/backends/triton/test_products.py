@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import aot
 import generated
@@ -19,6 +20,7 @@ from fxpress.backends.triton.runner import TritonRunner
 from fxpress.ir.errors import LoweringError
 from fxpress.ir.ops.float8 import FLOAT8, float8_linear, float8_scale
 from fxpress.ir.ops.quantize import int4_linear, pack_int4
+from fxpress.kernels.matmul_configs import matmul_configs
 
 
 class Int4(nn.Module):
@@ -122,6 +124,60 @@ def test_casts_to_float8_and_back() -> None:
     assert torch.equal(rounded, (x * 2).to(FLOAT8).float())
     assert torch.equal(loaded.nan_to_num(1.0), (numbers.half() * 2).nan_to_num(1.0))
     assert runner.run([torch.full_like(x, torch.nan), numbers])[0].float().isnan().all()
+
+
+class Shifted(nn.Module):
+    """A linear layer whose epilogue reads a table by position, so that it needs the sizes of the batch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.table = nn.Parameter(normal(512, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.gelu(self.linear(x) + self.table[: x.shape[1]])
+
+
+def test_an_epilogue_within_a_loop_over_tiles() -> None:
+    """The kernel of few programs, in which sizes are widened once, before the loop."""
+    x = normal(2, 9, 32)
+    runner = TritonRunner(program(Shifted(32), x))
+    expected = runner.run([x])[0]
+    config = {
+        "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "GROUP_M": 2, "SPLIT": 1, "TMA": True, "PROGRAMS": 2,
+        "num_warps": 4, "num_stages": 2,
+    }  # fmt: skip
+    vars(runner._loaded.module)["first_config"] = lambda *_: config
+    launched: list[int] = []
+    kernel = next(item for name, item in vars(runner._loaded.module).items() if name.endswith("_persistent"))
+    with mock.patch.object(type(kernel), "__getitem__", _counting(type(kernel).__getitem__, kernel, launched)):
+        torch.testing.assert_close(runner.run([x])[0], expected)
+    assert launched == [2]
+
+
+def _counting(get: Any, kernel: Any, launched: list[int]) -> Any:
+    """`kernel[grid]`, with the grids of one kernel noted."""
+
+    def item(self: Any, grid: tuple[int, ...]) -> Any:
+        if self is kernel:
+            launched.append(grid[0])
+        return get(self, grid)
+
+    return item
+
+
+@pytest.mark.slow
+def test_an_epilogue_within_a_loop_compiles_for_hopper(tmp_path: Path) -> None:
+    x = normal(4, 512, 1024, dtype=torch.bfloat16)
+    config = next(
+        config
+        for config in matmul_configs(2048, 1024, 1024, torch.bfloat16, 90, tma=True, sums=64)
+        if config["PROGRAMS"]
+    )
+    jobs = generated.jobs("shifted", program(Shifted(1024).bfloat16(), x), [x], tmp_path, 90, config)
+    (found,) = (results[90] for name, results in aot.compiled(jobs).items() if name.endswith("_persistent"))
+    assert found.get("error") is None and found["over"] is None
+    assert {"wgmma", "tma"} <= set(found["instructions"])
 
 
 @pytest.mark.slow
