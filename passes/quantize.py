@@ -30,6 +30,7 @@ from ..ir.quantization.insert import Insertion
 from ..ir.quantization.options import Data, Way, options, plain, refined, rounded
 from ..ir.quantization.precision import applied, search
 from ..ir.quantization.record import Record
+from ..ir.quantization.requantize import requantize
 from ..ir.quantization.sites import Site, embeddings, least, linear_sites
 from ..ir.rewrite import Applied, Context, Pass, PassResult, Track
 
@@ -83,6 +84,8 @@ class Quantize(Pass):
             or signal to noise in dB; the worst output counts. Neither: 0.995.
         metric, min_metric: instead, a score of (outputs, the model's outputs) that is to be reached.
         fold: whether integers are stored and multiplied, or quantize and dequantize left for training.
+        requantize: with mode="static", integers become the integers of the next layer without floats between them where
+            nothing else reads these; for processors without floats: ONNX Runtime does it in int64.
         statistics: a `.safetensors` file that keeps what calibration found: a run that was interrupted goes on where it
             stopped, one that is repeated calibrates no more. It is of one model, calibration data and options.
     """
@@ -105,11 +108,13 @@ class Quantize(Pass):
     metric: Metric | None = field(default=None, repr=False)
     min_metric: float = 0.0
     fold: bool = True
+    requantize: bool = False
     statistics: str | None = None
 
     def __post_init__(self) -> None:
         _of_kind("method", self.method, str)
         _of_kind("fold", self.fold, bool)
+        _of_kind("requantize", self.requantize, bool)
         _of_kind("statistics", self.statistics, str, None)
         _of_kind("symmetric", self.symmetric, bool, None)
         _of_kind("group_size", self.group_size, int, None)
@@ -134,6 +139,8 @@ class Quantize(Pass):
             raise InputError("int8 matmuls take one scale a row; give activations=None for a group_size")
         if self.mode == "static" and self.granularity == "token":
             raise InputError("static ranges are of the whole tensor; give granularity='tensor' or mode='dynamic'")
+        if self.requantize and (self._level != "static" or not self.fold):
+            raise InputError("requantize is for fixed scales that are folded: give mode='static', and leave fold out")
         self._check_words()
         if self.statistics is not None:
             place = Path(self.statistics)
@@ -218,6 +225,9 @@ class Quantize(Pass):
         program.clean()
         if self.fold:
             fold(program)
+        if self.requantize:
+            result.rewrites["requantize"], refusals = requantize(program)
+            result.refusals += refusals
         return result
 
     # --- what is chosen ----------------------------------------------------------------------------------------
@@ -272,7 +282,10 @@ class Quantize(Pass):
     def _recorded(self) -> str:
         """The options that statistics depend on; a metric goes by its name."""
         metric = getattr(self.metric, "__qualname__", type(self.metric).__name__)
-        return str(replace(self, fold=True, embeddings="int8", statistics=None, metric=None)) + f", metric {metric}"
+        return (
+            str(replace(self, fold=True, embeddings="int8", requantize=False, statistics=None, metric=None))
+            + f", metric {metric}"
+        )
 
     def _calibrated(
         self,

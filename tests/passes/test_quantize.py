@@ -189,7 +189,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"granularity": "channel"}, "unknown granularity 'channel'.*valid: auto, tensor, token"),
     ({"method": "smoothquand"}, "unknown method 'smoothquand': did you mean 'smoothquant'"),
     ({"method": "gptq+minmux"}, "unknown method 'minmux': did you mean 'minmax'"),
-    ({"embeddings": "int4"}, "unknown embeddings 'int4': did you mean 'int8'"),
+    ({"embeddings": "int2"}, "unknown embeddings 'int2': did you mean 'int8'"),
     ({"sensitive": "autos"}, "unknown sensitive 'autos': did you mean 'auto'"),
     ({"skip": "head"}, r"skip must be a list of names, found 'head'; write skip=\['name'\]"),
     ({"skip": [3]}, r"skip must be a list of names, found \[3\]"),

@@ -29,6 +29,8 @@ def _bytes(input: Tensor, other: Tensor, zero_point: int) -> Tensor:
 
 
 def _product(input: Tensor, other: Tensor) -> Tensor:
+    if input.dtype is torch.uint8:  # as QuantizeLinear stores them: 128 higher already
+        return _bytes(input, other, 128)
     if input.dtype is torch.int8:
         raised = cast(input, torch.uint8) + torch.full((), 128, dtype=torch.uint8)  # modulo 256
         return _bytes(raised, other, 128)

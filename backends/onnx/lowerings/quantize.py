@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments, dtype, shape
+from ....ir.ops.integer import cast, integer_linear
 from ....ir.ops.quantize import (
     SMALLEST_SCALE,
     dequantize,
@@ -60,7 +61,7 @@ def _read_as_numbers(node: fx.Node) -> str | None:
             found = _read_as_numbers(user) if user.args[1] == 0 else None
             if found is not None:
                 return found
-        elif user.target not in (int8_linear, dequantize):
+        elif user.target not in (int8_linear, integer_linear, dequantize):
             return f"{user.name} reads its integers, which are stored as unsigned bytes; dequantize them first"
     return None
 
@@ -118,6 +119,8 @@ def _int8_linear(
     input: Tensor, scale: Tensor, zero_point: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
     """MatMulIntegerToFloat; a scale for each token, which the kernel does not take, multiplies its result."""
+    if input.dtype is torch.int8:  # of a requantize
+        input = cast(input, torch.uint8) + torch.full((), _SHIFT, dtype=torch.uint8)  # modulo 256
     columns = weight_scale.reshape(-1)
     tokenwise = scale.dim() > 0
     inside: list[Tensor | None] = [torch.ones(()) if tokenwise else scale, columns, raised(zero_point), None]
@@ -184,9 +187,7 @@ def _int4_embedding(
     )
 
 
-def _int4_rows(
-    weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, indices: Tensor, width: int
-) -> Tensor:
+def _int4_rows(weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, indices: Tensor, width: int) -> Tensor:
     """The same in floats, which hold bytes exactly: the exporter has no shift of bytes."""
     packed = F.embedding(indices, weight).to(torch.float32)
     high = (packed / 16).floor()
