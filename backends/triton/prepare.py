@@ -16,17 +16,20 @@ from ...ir.graph import Program, arguments, dtype, shape
 from ...ir.ops.float8 import FLOAT8, float8_linear, float8_products, float8_quantize, float8_scale
 from ...ir.ops.integer import integer_linear, integer_matmul
 from ...ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
-from ...ir.ops.quantize import int4_linear, int8_linear
+from ...ir.ops.quantize import dequantize, int4_linear, int8_linear, int8_weight_linear
 from ...ir.ops.sparse import sparse24_linear
 from ...ir.ops.table import OPERATORS
 from .lowerings.products import PRODUCTS
 from .lowerings.table import KERNELS, POINTWISE, VALUES
+from .sizes import Sizes
 
 aten = torch.ops.aten
 HERE = (add_layer_norm, add_rms_norm, int8_linear, integer_linear)  # written anew below
 BIASED = (
-    aten.linear.default, aten.addmm.default, aten.baddbmm.default, integer_linear, int4_linear, sparse24_linear,
+    aten.linear.default, aten.addmm.default, aten.baddbmm.default, integer_linear, int4_linear, int8_weight_linear,
+    sparse24_linear,
 )  # fmt: skip
+FEW_ROWS = 64  # up to which a product takes as long as its weight takes to be read
 DEPTH = 4  # references that call operators of ours in turn
 
 
@@ -50,6 +53,7 @@ def prepare(program: Program) -> Program:
         _norm(found, node)
     for node in found.calls(int8_linear):
         _int8_linear(found, node)
+    _weights_of_8_bits(found)
     for node in found.calls(*BIASED):
         _bias(found, node)
     for node in found.calls(aten.unbind.int):
@@ -120,6 +124,25 @@ def _int8_linear(program: Program, node: fx.Node) -> None:
     if dtype(found) != narrow:
         found = call(aten._to_copy.default, found, dtype=narrow)
     program.replace(node, found)
+
+
+def _weights_of_8_bits(program: Program) -> None:
+    """A product of few rows at the example's sizes reads integers: as floats they would be written and read again.
+
+    before:  %y = aten.linear(%x, dequantize(@integers, @scale, @zero_point), @b)
+    after:   %y = int8_weight_linear(%x, @integers, @scale, @zero_point, @b)
+    """
+    sizes = Sizes(program)
+    for node in program.calls(aten.linear.default):
+        given = arguments(node)
+        if given["weight"].target is not dequantize or sizes.hints(sizes.shape(given["input"])[:-1]) > FEW_ROWS:
+            continue
+        parts = arguments(given["weight"])
+        stored = all(part is None or (part.op == "get_attr" and len(shape(part)) == 2) for part in parts.values())
+        if not stored or dtype(parts["input"]) != torch.int8 or dtype(given["input"]) == torch.float64:
+            continue
+        operands = (parts["input"], parts["scale"], parts["zero_point"], given["bias"])
+        program.replace(node, program.call(int8_weight_linear, given["input"], *operands, before=node))
 
 
 def _sums(program: Program, node: fx.Node, weight: fx.Node) -> fx.Node:

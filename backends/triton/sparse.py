@@ -25,7 +25,7 @@ from torch import fx
 
 from ...ir.graph import Program, arguments
 from ...ir.ops.integer import integer_linear
-from ...ir.ops.quantize import dequantize
+from ...ir.ops.quantize import dequantize, int8_weight_linear
 from ...ir.ops.sparse import pack_sparse24, sparse24_linear, sparse24_misfit
 from ...kernels.sparse24_matmul import FEW_ROWS
 from .sizes import Sizes, text
@@ -50,7 +50,7 @@ def compress(program: Program, least: int = LEAST) -> list[dict[str, Any]]:
     """
     sizes = Sizes(program)
     found: dict[tuple[str, str], int] = {}
-    for node in program.calls(aten.linear.default, integer_linear):
+    for node in program.calls(aten.linear.default, integer_linear, int8_weight_linear):
         given = arguments(node)
         weight = _stored(given["weight"])
         if weight is None or not _is_half_zero(program.tensor(weight)):
@@ -88,7 +88,7 @@ def _refused(
     misfit = sparse24_misfit(numbers)
     if misfit is not None:
         return f"dense: not 2:4, {misfit}"
-    if node.target is integer_linear or arguments(node)["weight"] is not weight:
+    if node.target is not aten.linear.default or arguments(node)["weight"] is not weight:
         return "dense: its weight is quantized, of so few bytes that to expand them takes as long as to read them"
     if numbers.dtype not in HALF:
         name = str(numbers.dtype).removeprefix("torch.")

@@ -151,6 +151,21 @@ def int4_linear(
 
 
 @operator(
+    "int8_weight_linear(Tensor input, Tensor weight, Tensor weight_scale, Tensor? zero_point, Tensor? bias) -> Tensor",
+    meaning="input ((weight - zero_point) weight_scale)^T + bias, the weight of 8 bits",
+)
+def int8_weight_linear(
+    input: Tensor, weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Linear layer with a weight of 8 bits, for each channel or in groups; its input is not quantized.
+
+    Shapes: input [..., K]; weight int8 [N, K]; weight_scale and zero_point as for `int4_linear`; bias [N]; result
+    [..., N].
+    """
+    return F.linear(input, dequantize(weight, weight_scale, zero_point).to(input.dtype), bias)
+
+
+@operator(
     "int4_embedding(Tensor weight, Tensor weight_scale, Tensor? zero_point, Tensor indices, int width) -> Tensor",
     meaning="rows of (weight - zero_point) weight_scale, the weight two integers a byte",
 )

@@ -19,6 +19,7 @@ from fxpress.ir.ops.quantize import (
     int4_embedding,
     int4_linear,
     int8_linear,
+    int8_weight_linear,
     pack_int4,
     quantize,
     unpack_int4,
@@ -413,6 +414,15 @@ def test_int4_linear_of_half_precision(dtype: torch.dtype) -> None:
     x = normal(2, 32, dtype=dtype)
     found = int4_linear(x, pack_int4(integers), torch.full((6, 1), 0.5), None, None)
     assert torch.equal(found, F.linear(x, (integers * 0.5).to(dtype)))
+
+
+def test_int8_weight_linear_by_hand() -> None:
+    """The weights are (100 - 1) * 2 = 198 and (-128 - 1) * 2 = -258, or with groups of one 198 and -129."""
+    weight, point = torch.tensor([[100, -128]], dtype=torch.int8), torch.ones(1, 1, dtype=torch.int8)
+    x = torch.tensor([[1.0, 0.5]])
+    assert int8_weight_linear(x, weight, torch.tensor([[2.0]]), point, numbers(10)).tolist() == [[198 - 129 + 10]]
+    scales, points = torch.tensor([[2.0, 1.0]]), point.expand(1, 2)
+    assert int8_weight_linear(x, weight, scales, points, None).tolist() == [[198 - 64.5]]
 
 
 def test_int4_embedding_by_hand() -> None:

@@ -12,7 +12,7 @@ from torch import fx
 from ....ir.graph import arguments, describe_value
 from ....ir.ops.float8 import FLOAT8, float8_linear, float8_products
 from ....ir.ops.integer import integer_linear, integer_matmul
-from ....ir.ops.quantize import int4_linear
+from ....ir.ops.quantize import int4_linear, int8_weight_linear
 from ....ir.ops.sparse import sparse24_linear
 from ..emitter import CannotFuse
 from .table import EXTERN
@@ -53,12 +53,15 @@ PRODUCTS: dict[Any, Callable[[dict[str, Any]], Product]] = {
     aten.bmm.default: lambda given: Product(given["self"], given["mat2"], False),
     integer_matmul: lambda given: Product(given["input"], given["other"], False),
     integer_linear: lambda given: Product(given["input"], given["weight"], True),
-    int4_linear: lambda given: Product(
-        given["input"],
-        given["weight"],
-        True,
-        "int4_matmul",
-        _given(given, weight_scale="scale", zero_point="zero_point"),
+    **dict.fromkeys(
+        (int4_linear, int8_weight_linear),
+        lambda given: Product(
+            given["input"],
+            given["weight"],
+            True,
+            "int4_matmul",
+            _given(given, weight_scale="scale", zero_point="zero_point"),
+        ),
     ),
     float8_products: lambda given: Product(given["input"], given["weight"], True),
     float8_linear: lambda given: Product(
@@ -77,7 +80,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES: dict[str, tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...], bool]] = {
     "matmul": ((*FLOATS, torch.int8, FLOAT8), (*FLOATS, torch.int8, FLOAT8), True),
     "float8_matmul": (FLOATS, (FLOAT8,), False),
-    "int4_matmul": (FLOATS, (torch.uint8,), False),
+    "int4_matmul": (FLOATS, (torch.uint8, torch.int8), False),
     "sparse24_matmul": (FLOATS[1:], FLOATS[1:], True),
 }
 EXTERN.update(

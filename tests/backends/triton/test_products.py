@@ -57,6 +57,18 @@ def test_inputs_that_no_kernel_takes_are_named() -> None:
         generate(program(Int4().double(), normal(3, 32).double()))
 
 
+@pytest.mark.parametrize(("rows", "launches"), [(3, ["int8_weight_linear add gelu"]), (65, None)], ids=["few", "many"])
+def test_weights_of_8_bits_are_read_as_integers_where_rows_are_few(rows: int, launches: list[str] | None) -> None:
+    """Of many rows the product takes longer than to write the weight as floats, once for all of them."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 16), nn.GELU()).eval(), normal(rows, 32)
+    passes = "quantize(int8, activations=None)"
+    compiled = fxpress.compile(model, passes, (x,), backend="triton", dynamic_shapes=None)
+    launched = [item["operators"] for item in compiled.report.launches]
+    assert launched == launches if launches else "dequantize" in launched
+    torch.testing.assert_close(compiled(x), compiled.program(x))
+
+
 def test_sums_of_integer_weights_are_no_launches() -> None:
     """What a zero point adds to each channel is a constant: a run does not read the weight twice."""
     torch.manual_seed(0)
