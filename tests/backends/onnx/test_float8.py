@@ -81,6 +81,15 @@ def test_the_file_has_a_byte_a_weight(form: str, tmp_path: Path) -> None:
     assert sqnr_db(torch.from_numpy(found), model(x).detach()) > 25
 
 
+@pytest.mark.parametrize("options", [{"weights": "float8_e4m3"}, BOTH], ids=str)
+def test_a_saved_model_gives_the_same_bits(options: dict[str, Any], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(33, 16), nn.GELU(), nn.Linear(16, 7)).eval()
+    session = fxpress.compile(model, [Quantize(**options)], (normal(2, 33),), backend="onnx", verify=False, threads=1)
+    session.save(tmp_path / "saved")
+    x = normal(3, 33)
+    assert torch.equal(fxpress.load(tmp_path / "saved", threads=1)(x), session(x))
+
+
 def test_half_precision_is_refused_with_the_reason() -> None:
     made, _ = calling(float8_linear, normal(2, 8).half(), normal(4, 8).to(FLOAT8), normal(4).abs())
     (problem,) = check(made)
