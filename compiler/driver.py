@@ -371,7 +371,7 @@ def _rewritten(
     if had_masks or any(item.sparsity for item in report.passes):
         report.zeros, report.masked = zeros(program), has_masks(program)
     runner = make_runner(backend, program, settings.threads, clock, settings.tune)
-    report.launches = getattr(runner, "launches", [])
+    report.launches, report.memory = getattr(runner, "launches", []), getattr(runner, "memory", {})
     if isinstance(runner, OnnxRunner):
         report.choices = [asdict(item) for item in runner.choices]
         report.bytes_after = sum(file.stat().st_size for file in runner.files.iterdir())

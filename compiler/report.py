@@ -59,6 +59,9 @@ class Report:
     precision: dict[str, Any] = field(default_factory=dict)  # half precision: dtype, and sqnr_db and cosine of its loss
     # What the triton backend launches: operators, by ("generated", or why PyTorch's own kernel), launches, megabytes.
     launches: list[dict[str, Any]] = field(default_factory=list)
+    # Results of its kernels at the example's sizes: results, bytes; in so many pieces, of planned bytes, in which they
+    # take turns; bytes that are alive at once.
+    memory: dict[str, int] = field(default_factory=dict)
     # How it runs products and attention, once they have run on a GPU: operator, sizes (<=64: from 33 on), chosen,
     # milliseconds of each candidate, calls (that differ in their sizes).
     tuned: list[dict[str, Any]] = field(default_factory=list)
@@ -107,6 +110,11 @@ class Report:
         """Size, error and time in a line each; what pruning did to the number of multiplications."""
         lines = [f"size: {self.bytes_before / 1e6:.1f} MB of weights -> {self.bytes_after / 1e6:.1f} MB"]
         lines += self._pruning()
+        if self.memory:
+            lines.append(
+                "results of kernels: {results} of {bytes} in {pieces} pieces of memory of {planned} "
+                "({alive} alive at once)".format(**_megabytes(self.memory))
+            )
         if self.equal is None:
             lines.append("error: not measured")
         else:
@@ -201,6 +209,11 @@ def _attention_table(report: PassReport) -> Table:
     for item in report.refusals:
         table.add_row(escape(item["node"]), escape(f"not {item['rule']}: {item['reason']}"))
     return table
+
+
+def _megabytes(memory: Mapping[str, int]) -> dict[str, Any]:
+    sizes = {name: f"{memory[name] / 1e6:.1f} MB" for name in ("bytes", "planned", "alive")}
+    return {**memory, **sizes}
 
 
 def _tuned_table(tuned: list[dict[str, Any]]) -> Table:

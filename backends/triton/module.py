@@ -36,10 +36,11 @@ from ...kernels import (
     sparse24_matmul,
 )
 from .kernel import Kernel, attention_with_bias, form_of, product_kernel, tile_kernel
+from .lifetimes import PLACED, Buffer, released, take_turns
 from .lowerings.table import EXTERN, KERNELS
 from .partition import Group, Planner, kind
 from .prepare import prepare
-from .sizes import Sizes, contiguous, text
+from .sizes import Sizes, contiguous, product, text
 from .sparse import compress
 
 INDENT = "    "
@@ -58,6 +59,8 @@ class Generated:
         launches: all of it, equal ones together: what runs, by what, how often, megabytes at the example's sizes.
         dot: what is launched after what, as a graph in Graphviz's language.
         choices: what became of products with sparse weights: operator, sizes, chosen, milliseconds, nodes.
+        memory: of the results of generated kernels: how many there are, their bytes, in how many pieces of memory they
+            take turns, and its bytes; bytes that are alive at once. At the example's sizes.
         forms: of epilogues that libraries have, "plain" or "bias", by the product's kernel.
     """
 
@@ -70,6 +73,7 @@ class Generated:
     dot: str
     choices: tuple[dict[str, Any], ...] = ()
     forms: Mapping[str, str] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
 
 
 def check(program: Program) -> list[str]:
@@ -113,6 +117,7 @@ class _Module:
     externs: dict[tuple[str, str], int] = field(default_factory=dict)
     names: dict[fx.Node, str] = field(default_factory=dict)
     forms: dict[str, str] = field(default_factory=dict)
+    made: dict[fx.Node, Buffer] = field(default_factory=dict)  # what generated kernels store
     launched: dict[int, tuple[str, int]] = field(default_factory=dict)  # by group: its kernel, bytes that it moves
 
     @cached_property
@@ -139,6 +144,7 @@ class _Module:
         outputs = self.program.graph.output_node().args[0]
         shown = [self._argument(item) for item in outputs]  # type: ignore[union-attr]
         self.lines.append(f"return [{', '.join(shown)}]")
+        self.lines, memory = take_turns(self.lines, list(self.made.values()), self._parts())
         return Generated(
             self.program,
             self._source(),
@@ -148,6 +154,7 @@ class _Module:
             tuple(self._launches()),
             self._dot(),
             forms=self.forms,
+            memory=memory,
         )
 
     def _launches(self) -> Iterator[dict[str, Any]]:
@@ -237,7 +244,7 @@ class _Module:
         if node not in self.names:
             name = str(node.target) if node.op == "get_attr" else node.name
             found = re.sub(r"\W", "_", name, flags=re.ASCII).lstrip("_")
-            found = found if found[:1].isalpha() else f"x{found}"
+            found = found if found[:1].isalpha() and not found.startswith("memory_") else f"x{found}"
             taken = RESERVED | set(self.program.symbols.values()) | set(self.names.values())
             while found in taken or found.endswith(("_kernel", "_combine", "_descriptor")):
                 found += "_"
@@ -316,10 +323,13 @@ class _Module:
             device = self.gpu or node.meta["val"].device
             self.named[node] = self._name(node)
             names[self._mark(node)] = self.named[node]
-            self.lines.append(
-                f"{self.named[node]} = torch.empty(({size}{',' if size and ', ' not in size else ''}), "
-                f"dtype={node.meta['val'].dtype}, device=torch.device({str(device)!r}))"
-            )
+            shape = f"({size}{',' if size and ', ' not in size else ''})"
+            value, bytes_each = node.meta["val"], node.meta["val"].dtype.itemsize
+            self.made[node] = Buffer(
+                self.named[node], product(self.sizes.shape(node)) * bytes_each, self._bytes(node), len(self.lines),
+                shape=shape, dtype=str(value.dtype), device=f"torch.device({str(device)!r})",
+            )  # fmt: skip
+            self.lines.append(self.made[node].alone())
         form = form_of(group, kernel)
         if form is not None:
             self.forms[self._define(kernel)] = form
@@ -345,26 +355,23 @@ class _Module:
             self.definitions.append(kernel.source(name))
         return self.kernels[kernel.body]
 
+    def _parts(self) -> dict[str, frozenset[str]]:
+        """The buffers that each tensor may lie in: what a library call gives may be a view of what it reads."""
+        found: dict[fx.Node, frozenset[str]] = {}
+        for node in self.program.graph.nodes:
+            if node in self.made:
+                found[node] = frozenset([self.named[node]])
+            elif node.op == "call_function" and kind(node) not in ("kernel", "size"):
+                found[node] = frozenset().union(*(found.get(used, frozenset()) for used in node.all_input_nodes))
+        return {name: found.get(node, frozenset()) for node, name in self.named.items()}
+
     # --- text ---------------------------------------------------------------------------------------------------
 
     def _source(self) -> str:
-        lines = self._released()
-        own = "\n\n".join([*self.definitions, FORWARD + "".join(f"{INDENT}{line}\n" for line in lines)])
+        lines = released(self.lines, {name for node, name in self.named.items() if node.op == "call_function"})
+        placed = [PLACED] if any("= placed(" in line for line in lines) else []
+        own = "\n\n".join([*self.definitions, *placed, FORWARD + "".join(f"{INDENT}{line}\n" for line in lines)])
         return "\n\n".join([HEAD, *_library(own), own])
-
-    def _released(self) -> list[str]:
-        """The lines, each followed by the deletion of what nothing after it reads: its memory serves what comes."""
-        made = {name for node, name in self.named.items() if node.op == "call_function"}
-        last: dict[str, int] = {}
-        for number, line in enumerate(self.lines):
-            last.update(dict.fromkeys(made & set(re.findall(r"\b\w+\b", line.split("  # ")[0])), number))
-        found: list[str] = []
-        for number, line in enumerate(self.lines):
-            found.append(line)
-            dead = sorted(name for name, place in last.items() if place == number)
-            if dead and not line.startswith("return "):
-                found.append(f"del {', '.join(dead)}")
-        return found
 
 
 HEAD = '''"""Generated by fxpress: kernels, and `forward`, which launches them in order."""
@@ -386,6 +393,7 @@ LIBRARY: tuple[ModuleType, ...] = (
     float8_matmul, attention, block_attention, linear_attention, conv_attention,
 )  # fmt: skip
 RESERVED = {"torch", "triton", "tl", "math", "aten", "device", "Tensor", "inputs", "weights", "forward"}
+RESERVED |= {"placed", "max"}
 RESERVED |= {name for module in LIBRARY for name in vars(module)}
 
 

@@ -191,6 +191,11 @@ class TritonRunner:
         """What a run launches, for the report."""
         return list(self.generated.launches)
 
+    @property
+    def memory(self) -> dict[str, int]:
+        """How many results kernels store and in how much memory, for the report."""
+        return dict(self.generated.memory)
+
     def run(self, tensors: Sequence[Tensor]) -> list[Any]:
         """Flat inputs to flat outputs."""
         with torch.no_grad(), _quiet():
