@@ -18,7 +18,7 @@ from ..graph import Program, shape
 from . import expression as e
 from .elementwise import ELEMENTWISE, apply
 from .expression import Element, Expression, Sum
-from .values import Indices, kind, literal
+from .values import Indices, is_one, kind, literal
 from .views import VIEWS, constant
 
 RULES = {**VIEWS, **ELEMENTWISE}
@@ -46,8 +46,7 @@ class Reader:
         """The indices of a tensor that broadcasts to the four axes."""
         sizes = shape(node)
         return tuple(
-            e.whole(0) if isinstance(extent, int) and extent == 1 else e.index(4 - len(sizes) + axis)
-            for axis, extent in enumerate(sizes)
+            e.whole(0) if is_one(extent) else e.index(4 - len(sizes) + axis) for axis, extent in enumerate(sizes)
         )
 
     def read(self, node: Any, indices: Indices) -> Expression:
@@ -95,8 +94,5 @@ class Reader:
         own = indices[len(indices) - len(sizes) :]
         return self.read(
             node,
-            tuple(
-                e.whole(0) if isinstance(extent, int) and extent == 1 else found
-                for extent, found in zip(sizes, own, strict=True)
-            ),
+            tuple(e.whole(0) if is_one(extent) else found for extent, found in zip(sizes, own, strict=True)),
         )

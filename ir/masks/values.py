@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._sympy.functions import Max
 
 from ..graph import dtype
 from . import expression as e
@@ -18,6 +19,26 @@ if TYPE_CHECKING:
 Indices = tuple[Sum, ...]
 Rule = Callable[["Reader", fx.Node, Indices], Expression | None]
 """What a call holds at some indices; None where that is not known."""
+
+
+def is_one(size: Any) -> bool:
+    """Whether a size is 1 for certain, so that its axis broadcasts.
+
+    PyTorch keeps `s - max(0, s - 1)`, the length of a slice that begins at s - 1, as it is: it is 1 where s is at least
+    1, which follows from the sizes that the program is valid for.
+    """
+    if not isinstance(size, torch.SymInt):
+        return bool(size == 1)
+    env = size.node.shape_env
+
+    def settled(part: Any) -> Any:
+        for found in part.args:
+            if all(env.bound_sympy(found - other).lower >= 0 for other in part.args):
+                return found
+        return part
+
+    plain = size.node.expr.replace(lambda part: isinstance(part, Max), settled)
+    return bool(plain.expand() == 1)
 
 
 def kind(node: fx.Node) -> str:

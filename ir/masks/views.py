@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..graph import arguments, dtype, same_sizes, shape
 from . import expression as e
 from .expression import Constant, Expression, Sum
-from .values import Indices, Rule, chosen, kind, kind_of, literal, number, rounded
+from .values import Indices, Rule, chosen, is_one, kind, kind_of, literal, number, rounded
 
 if TYPE_CHECKING:
     from .reader import Reader
@@ -70,18 +70,14 @@ def _reshape(reader: Reader, node: fx.Node, indices: Indices) -> Expression | No
     before, after = shape(source), shape(node)
     if source.target in FILLED:
         return reader.read(source, (e.whole(0),) * len(before))
-    kept_before = [axis for axis, extent in enumerate(before) if not _is_one(extent)]
-    kept_after = [axis for axis, extent in enumerate(after) if not _is_one(extent)]
+    kept_before = [axis for axis, extent in enumerate(before) if not is_one(extent)]
+    kept_after = [axis for axis, extent in enumerate(after) if not is_one(extent)]
     if not same_sizes([before[axis] for axis in kept_before], [after[axis] for axis in kept_after]):
         return None
     moved = [e.whole(0)] * len(before)
     for axis, place in zip(kept_before, kept_after, strict=True):
         moved[axis] = indices[place]
     return reader.read(source, tuple(moved))
-
-
-def _is_one(extent: Any) -> bool:
-    return isinstance(extent, int) and extent == 1
 
 
 # --- sources ---------------------------------------------------------------------------------------------------

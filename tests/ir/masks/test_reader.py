@@ -182,6 +182,7 @@ SPELLINGS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
         lambda m, pad: -0.5 * (rows(pad) - columns(pad)).abs().float(),
         "mul(_to_copy(|i - j|), -0.5)",
     ),
+    "row_of_unknown_length": (lambda m, pad: columns(pad)[..., max(0, 1 - pad.shape[1]) :, :] < 3, None),
     "bytes_overflow": (lambda m, pad: (pad.to(torch.uint8) - 1)[:, None, None, :] > 100, None),
     "size_limit": (lambda m, pad: columns(pad) < pad.shape[1] - 2, None),
 }  # fmt: skip
