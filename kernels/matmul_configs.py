@@ -53,7 +53,8 @@ def matmul_configs(M, N, K, dtype, arch, batch=1, precision="ieee", tma=False, s
     """
     size = torch.empty((), dtype=dtype, device="meta").element_size()
     scalar = dtype == torch.float32 and precision == "ieee"  # no tensor cores
-    bytes_as_half = dtype == torch.uint8  # float8_e4m3 where there is no such format: float16 in registers
+    # float8_e4m3 where there is no such format comes as bytes, and is float16 in registers.
+    bytes_as_half = dtype == torch.uint8 or (dtype == torch.float8_e4m3fn and arch < 89)
     if dtype == torch.float8_e4m3fn and 90 <= arch < 100:
         sums //= 2  # those of 128 products each are kept beside
     # wgmma and tcgen05 read their operands from shared memory; Triton has no tcgen05 for integers before 3.9.

@@ -42,6 +42,11 @@ def test_configurations(shape: tuple[int, int, int], kind: str, arch: int) -> No
         assert config["BLOCK_K"] * dtype.itemsize >= 32
 
 
+def test_float8_is_bytes_where_there_is_no_such_format() -> None:
+    given = [matmul_configs(*ODD, dtype, 80) for dtype in (torch.float8_e4m3fn, torch.uint8)]
+    assert given[0] == given[1]
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_the_first_guess_fits_the_shape(arch: int) -> None:
     def first(*shape: int) -> dict[str, int]:
