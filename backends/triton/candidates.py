@@ -6,7 +6,7 @@ that eager PyTorch makes too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-CONFIGS = 4  # configurations of a generated kernel that are measured: those that its model of costs puts first
+CONFIGS = 6  # configurations of a generated kernel that are measured, at most
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 EIGHT = torch.float8_e4m3fn
 
@@ -61,13 +61,26 @@ def product_ways(
     configs = module.matmul_configs(
         rows, columns, inner, x.dtype, module.arch_of(x.device), _count(x, w), precision, tma, sums
     )
-    found = [Way(_config_name(config), _configured(matmul, config)) for config in configs[:CONFIGS]]
+    found = [Way(_config_name(config), _configured(matmul, config)) for config in pruned(configs)]
     library = _library(x, w)
     if library is None:
         return found
     if form is not None and x.dtype in FLOATS:
         return [*found, Way(library, _direct if form == "plain" else _with_bias)]
     return [*found, Way(f"{library}, epilogue", _with_epilogue(module))]
+
+
+def pruned(configs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What is measured of configurations that a model of costs has put in order: the best tile in all its variants
+    (how it is loaded, and by how many programs), others in the first one."""
+    found: list[Mapping[str, Any]] = []
+    tiles: list[tuple[Any, ...]] = []
+    for config in configs:
+        tile = tuple(config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT", "num_warps"))
+        if tile not in tiles or tile == tiles[0]:
+            found.append(config)
+        tiles.append(tile)
+    return found[:CONFIGS]
 
 
 def _count(x: Tensor, w: Tensor) -> int:

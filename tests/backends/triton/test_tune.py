@@ -30,6 +30,7 @@ from fxpress.ir.ops.attention import attention
 from fxpress.ir.ops.float8 import float8_products
 from fxpress.ir.ops.integer import integer_linear
 from fxpress.ir.ops.window_attention import window_attention
+from fxpress.kernels.matmul_configs import matmul_configs
 
 
 class Clock:
@@ -142,6 +143,15 @@ def test_every_configuration(tmp_path: Path) -> None:
     for number, name in enumerate(names):
         clock = Clock(itertools.cycle([2.0] * number + [1.0] + [2.0] * (len(names) - number - 1)))
         assert chosen(traced, [rows], tmp_path / str(number), clock) == [name]
+
+
+@pytest.mark.parametrize(("rows", "arch"), [(8, 80), (4096, 80), (4096, 90), (4096, 100)])
+def test_few_configurations_are_measured_of_which_the_first_is_the_best_guess(rows: int, arch: int) -> None:
+    configs = matmul_configs(rows, 3072, 768, torch.bfloat16, arch, tma=arch >= 90)
+    found = candidates.pruned(configs)
+    assert found[0] == configs[0] and len(found) <= candidates.CONFIGS
+    tiles = {(config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"], config["SPLIT"]) for config in found}
+    assert len(tiles) >= 3
 
 
 q, k, v = normal(2, 4, 5, 8), normal(2, 4, 7, 8, seed=1), normal(2, 4, 7, 8, seed=2)
