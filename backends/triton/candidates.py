@@ -6,6 +6,7 @@ that eager PyTorch makes too.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -88,10 +89,29 @@ def _count(x: Tensor, w: Tensor) -> int:
     return (x.shape[:-2] if w.dim() == 2 else torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])).numel()
 
 
+def configured_ways(
+    module: ModuleType, configs: str, function: Callable[..., Any], x: Tensor, w: Tensor, dense: Tensor | None = None
+) -> list[Way]:
+    """The ways to run a product of x [..., K] with a weight [N, ...] of its own format: the kernel's configurations.
+
+    Args:
+        configs: the name of the module's function that lists them.
+        function: the module's own, for which the product is.
+        dense: the weight in full, if many rows are multiplied by that, which is another product.
+    """
+    rows = x.shape[:-1].numel()
+    if dense is not None and rows > module.FEW_ROWS:
+        return [Way("torch.matmul or generated", function)]
+    facts = {"M": rows, "N": w.shape[0], "K": x.shape[-1], "dtype": x.dtype, "arch": module.arch_of(x.device)}
+    listed = vars(module)[configs]
+    found = listed(**{name: facts[name] for name in inspect.signature(listed).parameters})
+    return [Way(_config_name(config), _configured(function, config)) for config in found[:CONFIGS]]
+
+
 def _config_name(config: Mapping[str, Any]) -> str:
     blocks = "x".join(str(config[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    parts = f", {config['SPLIT']} parts" if config["SPLIT"] > 1 else ""
-    loads = ", TMA, persistent" if config["PROGRAMS"] else ", TMA" * config["TMA"]
+    parts = f", {config['SPLIT']} parts" if config.get("SPLIT", 1) > 1 else ""
+    loads = ", TMA, persistent" if config.get("PROGRAMS") else ", TMA" * config.get("TMA", False)
     return f"{blocks}, {config['num_warps']} warps, {config['num_stages']} stages{parts}{loads}"
 
 

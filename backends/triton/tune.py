@@ -21,11 +21,15 @@ from triton.runtime.errors import OutOfResources
 
 from ...ir.graph import short_dtype
 from ..memory import Memory, fastest
-from .candidates import Way, attention_ways, full_precision, product_ways
+from .candidates import Way, attention_ways, configured_ways, full_precision, product_ways
 
 Run = Callable[[Way], Any]
 Timer = Callable[[Callable[[], Any]], float]
 OPTIONS = {"key_mask", "left", "right", "scale", "softcap", "sinks", "empty", "bias"}  # of attention
+POSITIONS = ("out", "bias", "extra")  # of a product, after its operands
+PRODUCT = {"extra", "kernels", "sums"}  # of a product, as generated
+# Products with weights of a format of their own, and what lists the configurations of their kernels.
+FORMATS = {"int4_matmul": "int4_configs", "float8_matmul": "float8_configs", "sparse24_matmul": "sparse24_configs"}
 LIMIT = 4096  # sizes of calls whose way is kept: lengths may grow without end
 
 
@@ -103,10 +107,13 @@ class Tuner:
         known = vars(module)
         if "matmul" in known:
             matmul = known["matmul"]
-            known["matmul"] = lambda x, w, **given: self._product(module, matmul, forms, x, w, **given)
+            known["matmul"] = functools.partial(self._product, module, matmul, forms)
         if "attention" in known:
             attention = known["attention"]
-            known["attention"] = lambda *args, **given: self._attention(attention, *args, **given)
+            known["attention"] = functools.partial(self._attention, attention)
+        for name, configs in FORMATS.items():
+            if name in known:
+                known[name] = functools.partial(self._formatted, module, configs, known[name])
 
     def _product(
         self,
@@ -115,9 +122,12 @@ class Tuner:
         forms: Mapping[str, str],
         x: Tensor,
         w: Tensor,
+        *others: Any,
         **given: Any,
     ) -> Any:
-        if not given.get("extra") or x.numel() == 0 or w.numel() == 0:
+        given |= zip(POSITIONS, others, strict=False)
+        given = {name: item for name, item in given.items() if item is not None}
+        if not {"extra", "kernels"} <= given.keys() <= PRODUCT or x.numel() == 0 or w.numel() == 0:
             return matmul(x, w, **given)
         name = given["kernels"][0].__name__
         key = (name, x.shape, x.stride(), w.shape, w.stride(), x.data_ptr() % 16, w.data_ptr() % 16, full_precision())
@@ -132,6 +142,25 @@ class Tuner:
                 return matmul(x, w, **given)
             self._remember(key, way)
         return self._ways[key](x, w, **given)
+
+    def _formatted(
+        self, module: ModuleType, configs: str, function: Callable[..., Any], x: Tensor, w: Tensor, **given: Any
+    ) -> Any:
+        if not {"extra", "kernels"} <= given.keys() or x.numel() == 0 or w.numel() == 0:
+            return function(x, w, **given)
+        kernel = given["kernels"][0]
+        facts = {name: item for name, item in given.items() if name not in PRODUCT}
+        exact = (kernel.__name__, _exact(x), _exact(w), *((name, _exact(item)) for name, item in facts.items()))
+        if exact not in self._ways:
+            ways = configured_ways(module, configs, function, x, w, given.get("dense"))
+            rows, inner = _class(x.shape[:-1].numel()), x.shape[-1]
+            options = "".join(f", {name}={_said(item)}" for name, item in facts.items() if item is not None)
+            sizes = f"{_type(x)} x {_type(w)} [{rows}, {inner}] x [{w.shape[0]}, {inner}]{options}"
+            way = self._choose(kernel.__name__, sizes, digest(kernel), ways, lambda way: way.run(x, w, **given))
+            if way is None:
+                return function(x, w, **given)
+            self._remember(exact, way)
+        return self._ways[exact](x, w, **given)
 
     def _attention(
         self, attention: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *others: Any, **given: Any

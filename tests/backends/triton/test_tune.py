@@ -16,6 +16,7 @@ import tiny
 import torch
 from build import normal, program
 from kernels_agree import calling, poisoned
+from operator_cases import BY_NAME, CASES
 from torch import Tensor
 
 import fxpress
@@ -143,6 +144,19 @@ def test_every_configuration(tmp_path: Path) -> None:
     for number, name in enumerate(names):
         clock = Clock(itertools.cycle([2.0] * number + [1.0] + [2.0] * (len(names) - number - 1)))
         assert chosen(traced, [rows], tmp_path / str(number), clock) == [name]
+
+
+FORMATS = [case for case in CASES if case[0] in ("int4_linear", "float8_linear", "sparse24_linear")]
+
+
+@pytest.mark.parametrize(("name", "args", "options"), FORMATS, ids=[case[0] for case in FORMATS])
+def test_weights_of_other_formats(name: str, args: Any, options: Any, tmp_path: Path) -> None:
+    """Of these the kernel's configurations are measured; of 70 rows by a sparse weight, the product with the whole."""
+    traced, tensors = calling(BY_NAME[name], *args, **options)
+    clock = last_wins()
+    (*_, way) = chosen(traced, tensors, tmp_path, clock)
+    assert clock.calls > 1
+    assert "warps" in way or "torch.matmul" in way or "generated" in way
 
 
 @pytest.mark.parametrize(("rows", "arch"), [(8, 80), (4096, 80), (4096, 90), (4096, 100)])
