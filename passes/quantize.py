@@ -100,7 +100,6 @@ class Quantize(Pass):
     symmetric: bool | None = None
     method: str = "auto"
     embeddings: str | None = "int8"
-    attention: str | None = None
     skip: Sequence[str] = ()
     sensitive: str | None = "auto"
     min_cosine: float | None = None
@@ -108,6 +107,7 @@ class Quantize(Pass):
     metric: Metric | None = field(default=None, repr=False)
     min_metric: float = 0.0
     fold: bool = True
+    attention: str | None = None
     requantize: bool = False
     statistics: str | None = None
 
