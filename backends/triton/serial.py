@@ -38,6 +38,7 @@ _EXPRESSIONS: dict[str, Any] = {
 }  # fmt: skip
 # Arguments that are named in torch.
 _PLAIN = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+NODES = 200_000
 _WORD = re.compile(r"\w{0,40}", re.ASCII)
 _NAME = re.compile(r"[a-zA-Z_]\w{0,500}", re.ASCII)
 _SYMBOL = re.compile(r"[a-z]\d{1,9}")
@@ -158,7 +159,7 @@ def restore(
         return _Reader(data["symbols"], weights, device).program(data["nodes"], signature)
     except ArtifactError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ArtifactError(f"the saved program has another form: {type(error).__name__}: {one_line(error)}") from error
 
 
@@ -179,6 +180,8 @@ class _Reader:
             self._symbols[name], self._hints[symbol] = symbol, HINT if hint is None else int(hint)
 
     def program(self, entries: Sequence[Mapping[str, Any]], signature: Signature) -> Program:
+        if len(entries) > NODES:
+            raise ArtifactError(f"the saved program has {len(entries)} nodes, at most {NODES} are read")
         graph = fx.Graph()
         for entry in entries:
             name = self._name(entry["name"])
@@ -279,10 +282,14 @@ class _Reader:
 
     def _expression(self, data: Any) -> sympy.Expr:
         if isinstance(data, int) and not isinstance(data, bool):
+            if not -(2**63) <= data < 2**63:
+                raise ArtifactError("the saved program has a size beyond 64 bits")
             return sympy.Integer(data)
         if isinstance(data, str):
             return self._symbols[data]
         name, *parts = data
+        if name in ("Pow", "PowByNatural") and not (isinstance(parts[0], str | int) and parts[1] in range(-8, 9)):
+            raise ArtifactError("the saved program has a size that is a power of another kind")  # it might never end
         return _EXPRESSIONS[name](*map(self._expression, parts))
 
     def _module(self) -> torch.nn.Module:
