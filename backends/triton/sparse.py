@@ -121,5 +121,5 @@ def _compressed(program: Program, sizes: Sizes, node: fx.Node, weight: fx.Node, 
     program.replace(node, new)
     stored = sum(program.tensor(part).numel() * program.tensor(part).element_size() for part in parts)
     share = stored / (numbers.numel() * numbers.element_size())
-    text_of_choice = f"sparse24_linear: {share:.0%} of the weight's bytes"
-    return text_of_choice if always else f"{text_of_choice} up to {FEW_ROWS} rows, beyond the dense weight"
+    said = f"sparse24_linear: {share:.0%} of the weight's bytes"
+    return said if always else f"{said} up to {FEW_ROWS} rows, beyond the dense weight"
