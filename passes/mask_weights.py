@@ -258,13 +258,16 @@ class MaskWeights(Pass):
         if not found:
             return
         batches, track = context.calibration, context.track
-        rankings = ranking.rank(program, found, self.method, batches, self.loss, track, self.seed)
+        reaches = None
+        if self.method == "sparsegpt":
+            reaches = ranking.reader_reaches(program, found, batches, self.loss, track)
+        rankings = ranking.rank(program, found, self.method, batches, self.loss, track, self.seed, reaches)
         if self._scope == "layer":
             counts = ranking.counts_by_share(found, float(self.sparsity or 0))
         else:
             counts = ranking.counts_by_loss(program, channels, found, rankings, float(self.sparsity or 0))
         keeps = [ranking.chosen(item, count) for item, count in zip(rankings, counts, strict=True)]
-        layers = structured.thinned(program, found, keeps, self._refits, batches, track)
+        layers = structured.thinned(program, found, keeps, self._refits, batches, track, reaches)
         if self._refits:
             structured.write(program, layers)
         for family, keep in zip(found, keeps, strict=True):

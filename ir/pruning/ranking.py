@@ -23,7 +23,7 @@ from .weights import gram
 DAMP = 0.01
 _SWAPS = 100  # exchanges after which rearranging stops
 _ROUNDS = 96  # in which neurons are eliminated
-_RANKED = 64  # batches that units are eliminated by: which ones go needs fewer tokens than fitting those that stay
+_RANKED = 64  # batches whose products units are eliminated by: that takes fewer tokens than fitting those that stay
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ def rank(
     loss: Loss | None,
     track: Track,
     seed: int,
+    reaches: Mapping[fx.Node, Reach] | None = None,
 ) -> list[Ranking]:
-    """A ranking of each family by a method of `MaskWeights`."""
+    """A ranking of each family by a method of `MaskWeights`; `reaches` of the readers, if they are known yet."""
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
         return [by_worth(torch.rand(len(family.channels), generator=generator)) for family in families]
@@ -65,9 +66,11 @@ def rank(
     if method == "wanda":
         powers = {node: total.diagonal() for node, total in grams(program, families, batches, track, None).items()}
         return [by_worth(_summed(program, family, powers)) for family in families]
-    batches = batches[:: -(-len(batches) // _RANKED)]  # from short texts to long ones, if they are sorted
-    reaches = reader_reaches(program, families, batches, loss, track)
-    totals = grams(program, families, batches, track, reaches)
+    if reaches is None:
+        reaches = reader_reaches(program, families, batches, loss, track)
+    some = slice(None, None, -(-len(batches) // _RANKED))  # from short texts to long ones, if they are sorted
+    spread = {node: Reach(item.tokens[some], item.channels) for node, item in reaches.items()}
+    totals = grams(program, families, batches[some], track, spread)
     return [_eliminated(program, family, totals, reaches) for family in track(list(families), "ranking units")]
 
 

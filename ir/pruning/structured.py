@@ -22,6 +22,7 @@ from ..graph import Program, arguments, same_value
 from ..rewrite import Track
 from .leastsquares import Batch, by_length, fitted, off
 from .masks import is_masked, put, stored, value
+from .sensitivity import Reach
 from .units import Family
 from .weights import output_sqnr_db
 
@@ -53,15 +54,17 @@ def thinned(
     refit: bool,
     batches: Sequence[Sequence[Tensor]],
     track: Track,
+    reaches: Mapping[fx.Node, Reach] | None = None,
 ) -> dict[fx.Node, Layer]:
     """The layers that read units without those that go, in graph order: each behind the thinned ones before it.
 
     Args:
         refit: whether what stays is fitted to what there was, in the layers that make the units, too.
+        reaches: of layers, what their tokens count in the fit; those of others count by the length of what is fitted.
     """
     wanted = _kept_columns(families, keeps)
     if refit and batches:
-        return _Fit(program, wanted | _makers(program, families, wanted), batches, track).run()
+        return _Fit(program, wanted | _makers(program, families, wanted), batches, track, reaches or {}).run()
     found: dict[fx.Node, Layer] = {}
     if not batches:
         return {node: _masked(program, node, keep) for node, keep in wanted.items()}
@@ -115,9 +118,14 @@ class _Fit:
     """The walk. Each batch is there twice: as the model was and, behind all of those, as it is to be."""
 
     def __init__(
-        self, program: Program, wanted: Mapping[fx.Node, Tensor], batches: Sequence[Sequence[Tensor]], track: Track
+        self,
+        program: Program,
+        wanted: Mapping[fx.Node, Tensor],
+        batches: Sequence[Sequence[Tensor]],
+        track: Track,
+        reaches: Mapping[fx.Node, Reach],
     ) -> None:
-        self.program, self.wanted, self.count = program, wanted, len(batches)
+        self.program, self.wanted, self.count, self.reaches = program, wanted, len(batches), reaches
         self.lockstep = Lockstep(program, [*batches, *batches], track, "fitting layers")
         self.found: dict[fx.Node, Layer] = {}
 
@@ -137,8 +145,9 @@ class _Fit:
             self.found[node] = Layer(weight, bias, keep, math.inf)
             return was + was
         batches = partial(self._batches, inputs, was, stream)
-        weight, bias = fitted(batches(), weight, bias, keep)
-        self.found[node] = Layer(weight, bias, keep, -10 * math.log10(max(off(batches(), weight, bias), 1e-30)))
+        tokens = self.reaches[node].tokens if node in self.reaches else None
+        weight, bias = fitted(batches(tokens), weight, bias, keep)
+        self.found[node] = Layer(weight, bias, keep, -10 * math.log10(max(off(batches(None), weight, bias), 1e-30)))
         return was + [hold(F.linear(item, weight, bias)) for item in inputs[self.count :]]
 
     def _same(self, values: Sequence[Tensor]) -> bool:
@@ -146,16 +155,20 @@ class _Fit:
         return all(map(torch.equal, values[: self.count], values[self.count :]))
 
     def _batches(
-        self, inputs: Sequence[Tensor], was: Sequence[Tensor], stream: Sequence[Sequence[Tensor]]
+        self,
+        inputs: Sequence[Tensor],
+        was: Sequence[Tensor],
+        stream: Sequence[Sequence[Tensor]],
+        tokens: Sequence[Tensor] | None,
     ) -> Iterator[Batch]:
-        """What a layer is to be fitted to, without padding."""
+        """What a layer is to be fitted to, without padding; tokens count by their lengths, or as they are said to."""
         for index, total in enumerate(was):
             lack = total
             for values in stream:
                 total = total + values[index]
                 lack = lack + (values[index] - values[index + self.count])
             rows = [self.lockstep.unpadded(item, index) for item in (inputs[index + self.count], lack, total)]
-            yield Batch(rows[0], rows[1], by_length(rows[2]))
+            yield Batch(rows[0], rows[1], by_length(rows[2]) if tokens is None else tokens[index])
 
 
 def _beside(node: fx.Node) -> list[fx.Node]:

@@ -177,15 +177,17 @@ def test_sparsegpt_takes_what_others_can_do_first() -> None:
     assert smallest.order[0] in (0, 1)
 
 
-def test_sparsegpt_looks_at_so_many_batches_spread_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sparsegpt_multiplies_so_many_batches_spread_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
     monkeypatch.setattr(ranking_module, "_RANKED", 2)
+    monkeypatch.setattr(ranking_module, "grams", lambda *given: seen.append(given) or grams(*given))
     batches = [[normal(2, 5, WIDTH, seed=seed)] for seed in range(5)]
-    spread, some, first = (
-        rank(traced(), found(), "sparsegpt", part, None, untracked, 0)[1].loss
-        for part in (batches, batches[::3], batches[:2])
-    )
-    assert torch.equal(spread, some)
-    assert not torch.equal(spread, first)
+    reaches = ranking_module.reader_reaches(traced(), found(), batches, None, untracked)
+    rank(traced(), found(), "sparsegpt", batches, None, untracked, 0, reaches)
+    _, _, looked_at, _, weights = seen[0]
+    assert [batch[0] is batches[place][0] for batch, place in zip(looked_at, (0, 3), strict=True)] == [True, True]
+    for node, reach in reaches.items():
+        assert all(a is b for a, b in zip(weights[node].tokens, (reach.tokens[0], reach.tokens[3]), strict=True))
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "fisher"])

@@ -16,6 +16,7 @@ from fxpress.ir.graph import Program
 from fxpress.ir.pruning.channels import follow
 from fxpress.ir.pruning.leastsquares import Batch, by_length, fitted
 from fxpress.ir.pruning.masks import masked, put, stored
+from fxpress.ir.pruning.sensitivity import Reach
 from fxpress.ir.pruning.structured import Layer, put_masks, thinned, write
 from fxpress.ir.pruning.units import Family, families
 from fxpress.ir.rewrite import untracked
@@ -183,6 +184,18 @@ def test_the_sum_is_fitted_to_what_it_was(case: str) -> None:
     if case != "scaled":
         alone = last_fit(fit, forward, TARGETS["scaled"][1])
         assert not torch.isclose(fit["e"].weight, alone, rtol=1e-2, atol=1e-3).all()
+
+
+def test_tokens_count_as_far_as_they_reach() -> None:
+    """Where that is known."""
+    traced = chain()
+    v = next(node for node in traced.calls(torch.ops.aten.linear.default) if node.args[1].target == "v")  # type: ignore[union-attr]
+    reaches = {v: Reach([torch.rand(TOKENS) for _ in BATCHES])}
+    layer = thinned(traced, found(traced), KEEPS, True, BATCHES, untracked, reaches)[v]
+    rows = [torch.tanh(gives(x, "u")) for (x,) in BATCHES]
+    batches = [Batch(x, gives(x, "v"), tokens) for x, tokens in zip(rows, reaches[v].tokens, strict=True)]
+    torch.testing.assert_close(layer.weight, fitted(batches, WEIGHTS["v"], None, KEEPS[0])[0])
+    assert not torch.isclose(layer.weight, chain_thinned(True)["v"].weight, rtol=1e-3, atol=1e-4).all()
 
 
 def test_what_makes_units_is_fitted_to_what_it_gave() -> None:
