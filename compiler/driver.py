@@ -29,8 +29,9 @@ from .pipeline import Passed, has_masks, parameters, parse_passes, run_passes, z
 from .precision import half_dtype, narrow_inputs, narrowed, precision_loss
 from .report import Report
 from .runners import Clock, OnnxRunner, Runner, best_backend, generated, make_runner, save_runner
+from .sizes import admit_ones, check_sizes
 from .statistics import statistics_file
-from .trace import Arguments, admit_ones, bind_example, plain_attention, trace
+from .trace import Arguments, bind_example, plain_attention, trace
 
 BACKENDS = ("auto", "eager", "onnx", "triton")
 FORMS = ("runtime", "qdq")
@@ -339,6 +340,7 @@ def _compile(model: torch.nn.Module | ExportedProgram, settings: _Settings, exam
     if isinstance(model, torch.nn.Module):
         with clock("check sizes"):
             program = admit_ones(program, model, flat)
+            check_sizes(program, model, flat)
     return _rewritten(type(module).__name__, program, flat, pytree.tree_leaves(eager), settings, clock)
 
 

@@ -10,7 +10,6 @@ import operator
 import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -385,62 +384,3 @@ def _leaf_names(spec: pytree.TreeSpec, path: str) -> Iterator[str]:
         keys = context
     for key, child in zip(keys, children, strict=True):
         yield from _leaf_names(child, f"{path}.{key}" if path else key)
-
-
-def admit_ones(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> Program:
-    """Extend ranges that start at 2 down to 1 where the graph is seen to be right there.
-
-    torch.export assumes that a dynamic size is 2 or more. Each group of axes (same place, same example size) is cut to
-    1, the model and the graph are run, and the bound is lowered if both agree to rounding.
-    """
-    lows = dict(program.signature.ranges)
-    groups: dict[tuple[int, int], set[str]] = {}
-    for spec, tensor in zip(program.signature.inputs, tensors, strict=True):
-        for axis, size in enumerate(spec.shape):
-            if isinstance(size, str):
-                groups.setdefault((axis, tensor.shape[axis]), set()).add(size)
-    movable = [names for names in groups.values() if all(lows.get(name, (0, None))[0] == 2 for name in names)]
-    admitted: set[str] = set()
-    for names in movable:
-        for cut in (names, names | admitted):
-            if not _agrees_at(program, model, _cut(program, tensors, cut)):
-                break
-        else:
-            admitted |= names
-    ranges = {name: (1 if name in admitted else low, high) for name, (low, high) in lows.items()}
-    return replace(program, signature=replace(program.signature, ranges=ranges))
-
-
-def _cut(program: Program, tensors: Sequence[Tensor], names: set[str]) -> list[Tensor]:
-    """The inputs with every axis whose size is one of `names` cut to 1."""
-    return [
-        tensor[tuple(slice(0, 1) if size in names else slice(None) for size in spec.shape)].contiguous()
-        for spec, tensor in zip(program.signature.inputs, tensors, strict=True)
-    ]
-
-
-def _agrees_at(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> bool:
-    """Whether graph and model agree on an input; False too where one of them fails."""
-    given = {spec.path: tensor for spec, tensor in zip(program.signature.inputs, tensors, strict=True)}
-    if any("." in path for path in given):
-        return False  # nested inputs: not rebuilt from their leaves, so the bound stays
-    with torch.no_grad(), plain_attention():
-        try:
-            expected = pytree.tree_leaves(model(**given, **_constants(program)))
-        except (RuntimeError, ValueError, IndexError):
-            return False  # nothing to compare with: the bound stays
-        try:
-            found = program.run(tensors)
-        except (RuntimeError, ValueError, IndexError):
-            return False
-    for value, truth in zip(found, expected, strict=True):
-        if isinstance(truth, Tensor):
-            if not isinstance(value, Tensor) or value.shape != truth.shape:
-                return False
-            if not torch.allclose(value, truth, rtol=1e-4, atol=1e-5, equal_nan=True):
-                return False
-    return True
-
-
-def _constants(program: Program) -> dict[str, Any]:
-    return {item.path: item.value for item in program.signature.constants if "." not in item.path}

@@ -8,7 +8,8 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from fxpress.compiler.trace import admit_ones, bind_example, trace
+from fxpress.compiler.sizes import admit_ones
+from fxpress.compiler.trace import bind_example, trace
 from fxpress.ir.equality import compare, run_float64
 from fxpress.ir.errors import FxpressError, InputError, TraceError
 from fxpress.ir.graph import Program

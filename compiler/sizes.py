@@ -1,0 +1,116 @@
+"""Sizes at which a traced graph is right: seen by running it beside its model, for torch.export promises too little at
+1 and now and then too much elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..ir.errors import TraceError
+from ..ir.graph import Program
+from .trace import plain_attention
+
+# Graph and model run the same operators: what rounding alone makes of that stays far below, a wrong constant far above.
+_APART = 0.01  # of the largest number of an output
+
+
+def admit_ones(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> Program:
+    """Extend ranges that start at 2 down to 1 where the graph is seen to be right there.
+
+    torch.export assumes that a dynamic size is 2 or more. Each group of axes (same place, same example size) is cut to
+    1, the model and the graph are run, and the bound is lowered if both agree to rounding.
+    """
+    lows = dict(program.signature.ranges)
+    groups = _groups(program, tensors).values()
+    movable = [names for names in groups if all(lows.get(name, (0, None))[0] == 2 for name in names)]
+    admitted: set[str] = set()
+    for names in movable:
+        for cut in (names, names | admitted):
+            pairs = _outputs(program, model, _cut(program, tensors, cut, 1))
+            if pairs is None or not all(_agree(*pair) for pair in pairs):
+                break
+        else:
+            admitted |= names
+    ranges = {name: (1 if name in admitted else low, high) for name, (low, high) in lows.items()}
+    return replace(program, signature=replace(program.signature, ranges=ranges))
+
+
+def check_sizes(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> None:
+    """Refuse a graph that is not the model's at another size: each group of axes one shorter than in the example.
+
+    Raises:
+        TraceError: names the input, its axis, and the output that differs.
+    """
+    ranges = program.signature.ranges
+    for (axis, size), names in _groups(program, tensors).items():
+        if size - 1 < max(2, *(ranges.get(name, (size, None))[0] for name in names)):
+            continue
+        pairs = _outputs(program, model, _cut(program, tensors, names, size - 1))
+        for name, pair in zip(program.signature.outputs, pairs or (), strict=False):
+            if problem := _difference(*pair):
+                given = next(spec.path for spec in program.signature.inputs if names & {*map(str, spec.shape)})
+                raise TraceError(
+                    f"torch.export's graph is wrong at other sizes: with axis {axis} of {given!r} at {size - 1}, "
+                    f"{name!r} {problem}; compile with dynamic_shapes=None, for the example's sizes alone"
+                )
+
+
+def _groups(program: Program, tensors: Sequence[Tensor]) -> dict[tuple[int, int], set[str]]:
+    """The names of dynamic sizes by the place of their axis and their size in the example."""
+    groups: dict[tuple[int, int], set[str]] = {}
+    for spec, tensor in zip(program.signature.inputs, tensors, strict=True):
+        for axis, size in enumerate(spec.shape):
+            if isinstance(size, str):
+                groups.setdefault((axis, tensor.shape[axis]), set()).add(size)
+    return groups
+
+
+def _cut(program: Program, tensors: Sequence[Tensor], names: Collection[str], size: int) -> list[Tensor]:
+    """The inputs with every axis whose size is one of `names` cut to a size."""
+    return [
+        tensor[tuple(slice(0, size) if name in names else slice(None) for name in spec.shape)].contiguous()
+        for spec, tensor in zip(program.signature.inputs, tensors, strict=True)
+    ]
+
+
+def _outputs(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> list[tuple[Any, Any]] | None:
+    """What graph and model give on an input, in pairs; None where one of them fails, or the input cannot be rebuilt."""
+    given = {spec.path: tensor for spec, tensor in zip(program.signature.inputs, tensors, strict=True)}
+    if any("." in path for path in given):
+        return None  # nested inputs: not rebuilt from their leaves
+    constants = {item.path: item.value for item in program.signature.constants if "." not in item.path}
+    with torch.no_grad(), plain_attention():
+        try:
+            expected = pytree.tree_leaves(model(**given, **constants))
+            found = program.run(tensors)
+        except (RuntimeError, ValueError, IndexError):
+            return None
+    return list(zip(found, expected, strict=True))
+
+
+def _agree(value: Any, truth: Any) -> bool:
+    """Whether the graph's output is the model's to rounding."""
+    if not isinstance(truth, Tensor):
+        return True
+    if not isinstance(value, Tensor) or value.shape != truth.shape:
+        return False
+    return torch.allclose(value, truth, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def _difference(value: Any, truth: Any) -> str:
+    """How the graph's output differs from the model's; empty: by rounding at most."""
+    if not isinstance(truth, Tensor) or not isinstance(value, Tensor):
+        return ""
+    if value.shape != truth.shape:
+        return f"has shape {list(value.shape)}, the model's {list(truth.shape)}"
+    finite = torch.isfinite(truth) & torch.isfinite(value)
+    if not truth.is_floating_point() or not bool(finite.any()):
+        return ""
+    apart = (value - truth)[finite].abs().max()
+    return "has other values than the model's" if bool(apart > _APART * truth[finite].abs().max()) else ""

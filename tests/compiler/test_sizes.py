@@ -1,0 +1,75 @@
+"""A graph that is right at the example's sizes alone is refused; one that is right everywhere passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxpress
+from fxpress.ir.errors import TraceError
+
+
+class Of(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+def compiled(function: Any, dynamic_shapes: Any = "auto", batch: int = 4, length: int = 6) -> Any:
+    x = torch.randn(batch, length, 8, generator=torch.Generator().manual_seed(0))
+    model = Of(function).eval()
+    return fxpress.compile(model, [], {"x": x}, dynamic_shapes, backend="eager")
+
+
+def pairs(x: Tensor) -> Tensor:
+    """Neighbours added; an odd length loses its last row, which torch.export does not see."""
+    even = torch.empty(x.shape[1] // 2 * 2, device="meta").shape[0] if not torch.compiler.is_compiling() else x.shape[1]
+    return x[:, :even].cumsum(1)
+
+
+def baked(x: Tensor) -> Tensor:
+    """The length of the example, as a number of the graph."""
+    return x * (6.0 if torch.compiler.is_compiling() else float(x.shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (pairs, "with axis 1 of 'x' at 5, 'output' has shape [4, 5, 8], the model's [4, 4, 8]"),
+        (baked, "with axis 1 of 'x' at 5, 'output' has other values than the model's"),
+    ],
+)
+def test_wrong_at_another_size_is_refused(function: Any, message: str) -> None:
+    with pytest.raises(TraceError) as error:
+        compiled(function)
+    assert message in str(error.value) and "dynamic_shapes=None" in str(error.value)
+
+
+@pytest.mark.parametrize("function", [pairs, baked])
+def test_fixed_sizes_are_taken(function: Any) -> None:
+    assert compiled(function, dynamic_shapes=None).report.equal
+
+
+def test_lengths_that_the_graph_does_not_take_are_not_tried() -> None:
+    """Two is the least size that torch.export admits; one is tried apart, and only left out where it is wrong."""
+
+    def doubled(x: Tensor) -> Tensor:
+        return x * (2.0 if torch.compiler.is_compiling() else float(x.shape[1]))
+
+    report = compiled(doubled, length=2).report
+    assert sorted(low for low, _ in report.ranges.values()) == [1, 1, 2]
+
+
+def test_sizes_at_which_the_model_fails_say_nothing() -> None:
+    def even(x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and x.shape[1] % 2:
+            raise ValueError("even lengths alone")
+        return x * 2
+
+    assert compiled(even).report.equal
