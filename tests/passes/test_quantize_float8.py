@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,11 +29,13 @@ BOTH = {"weights": "float8_e4m3", "activations": "float8_e4m3"}
 X = (2, 5, 8)
 
 
+@functools.cache
 def one(dtype: torch.dtype = torch.float32) -> Program:
     parts = {"w": normal(4, 8, dtype=dtype), "b": normal(4, dtype=dtype, seed=1)}
     return program(lambda m, x: F.linear(x, m.w, m.b), normal(*X, dtype=dtype), **parts)
 
 
+@functools.cache
 def encoder(dtype: torch.dtype = torch.float32) -> Program:
     return rewritten(program(tiny.encoder().to(dtype), *tiny.inputs().values()), Canonicalize())[0]
 

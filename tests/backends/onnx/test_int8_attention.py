@@ -67,7 +67,9 @@ def split(name: str, batch: int, length: int) -> tuple[dict[str, Tensor], dict[s
     return tensors, {key: value for key, value in named.items() if key not in tensors}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in ("static", "key mask") else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_equals_its_reference(name: str, tmp_path: Path) -> None:
     example, options = split(name, 3, 6)
     model = Attends(options).eval()
