@@ -33,11 +33,13 @@ def main() -> None:
         for arch in task["archs"]:
             place = folder / str(arch)
             place.mkdir()
-            for batch in task["batches"]:
+            for number, batch in enumerate(task["batches"]):
                 loaded = Loaded(task["source"])  # kept, as its file is
                 module = loaded.module
                 if task["forms"] is not None:
-                    Tuner(once, Memory("none", folder / "memory"), "no GPU").attach(module, task["forms"])
+                    # A place of its own: what is remembered of another one would not be compiled for this one.
+                    tuner = Tuner(once, Memory("none", folder / "memory"), f"sm_{arch}, batch {number}")
+                    tuner.attach(module, task["forms"])
                 for key, code in compiled(module, [empty(shape) for shape in batch], weights, arch).items():
                     (place / f"{key}.json").write_text(code.metadata, encoding="utf-8")
                     (place / f"{key}.cubin").write_bytes(code.binary)
