@@ -26,23 +26,20 @@ def once(call: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    """Read a task from standard input; write `ARCH/KEY.json` and `ARCH/KEY.cubin` below the folder that is given."""
+    """Read a task from standard input; write `KEY.json` and `KEY.cubin` into the folder that is given."""
     task, folder = json.load(sys.stdin), Path(sys.argv[1])
     weights = {name: empty(shape) for name, shape in task["weights"].items()}
     with torch.no_grad():
-        for arch in task["archs"]:
-            place = folder / str(arch)
-            place.mkdir()
-            for number, batch in enumerate(task["batches"]):
-                loaded = Loaded(task["source"])  # kept, as its file is
-                module = loaded.module
-                if task["forms"] is not None:
-                    # A place of its own: what is remembered of another one would not be compiled for this one.
-                    tuner = Tuner(once, Memory("none", folder / "memory"), f"sm_{arch}, batch {number}")
-                    tuner.attach(module, task["forms"])
-                for key, code in compiled(module, [empty(shape) for shape in batch], weights, arch).items():
-                    (place / f"{key}.json").write_text(code.metadata, encoding="utf-8")
-                    (place / f"{key}.cubin").write_bytes(code.binary)
+        for number, batch in enumerate(task["batches"]):
+            loaded = Loaded(task["source"])  # kept, as its file is
+            if task["forms"] is not None:
+                # A place of its own: of what is remembered of another batch, not all would be compiled for this one.
+                tuner = Tuner(once, Memory("none", folder / "memory"), f"batch {number}")
+                tuner.attach(loaded.module, task["forms"])
+            found = compiled(loaded.module, [empty(shape) for shape in batch], weights, task["arch"])
+            for key, code in found.items():
+                (folder / f"{key}.json").write_text(code.metadata, encoding="utf-8")
+                (folder / f"{key}.cubin").write_bytes(code.binary)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -173,7 +174,7 @@ def build(
     archs: Sequence[int],
     forms: Mapping[str, str] | None = None,
 ) -> dict[int, dict[str, Code]]:
-    """Compile a generated module for architectures, in a process of its own, without a GPU.
+    """Compile a generated module for architectures, in a process for each, without a GPU.
 
     Args:
         source: of the module.
@@ -187,12 +188,17 @@ def build(
         LoweringError: a kernel cannot be compiled.
     """
     task = {
-        "source": source, "archs": list(archs), "forms": None if forms is None else dict(forms),
+        "source": source, "forms": None if forms is None else dict(forms),
         "weights": {name: _shape(item) for name, item in weights.items()},
         "batches": [[_shape(item) for item in batch] for batch in batches],
     }  # fmt: skip
+    with ThreadPoolExecutor(max_workers=min(len(archs), os.cpu_count() or 1) or 1) as pool:
+        return dict(zip(archs, pool.map(lambda arch: _built({**task, "arch": arch}), archs), strict=True))
+
+
+def _built(task: Mapping[str, Any]) -> dict[str, Code]:
+    """The machine code of a task, for one architecture."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found: dict[int, dict[str, Code]] = {arch: {} for arch in archs}
     with tempfile.TemporaryDirectory(prefix="fxpress-") as folder:
         ran = subprocess.run(
             [sys.executable, "-P", "-m", "fxpress.backends.triton.build", folder],
@@ -200,12 +206,11 @@ def build(
         )  # fmt: skip
         if ran.returncode:
             last = (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
-            raise LoweringError(f"machine code for {', '.join(f'sm_{arch}' for arch in archs)} cannot be made: {last}")
-        for arch in archs:
-            for path in sorted(Path(folder, str(arch)).glob("*.cubin")):
-                metadata = path.with_suffix(".json").read_text(encoding="utf-8")
-                found[arch][path.stem] = Code(metadata, path.read_bytes())
-    return found
+            raise LoweringError(f"machine code for sm_{task['arch']} cannot be made: {last}")
+        return {
+            path.stem: Code(path.with_suffix(".json").read_text(encoding="utf-8"), path.read_bytes())
+            for path in sorted(Path(folder).glob("*.cubin"))
+        }
 
 
 def _shape(tensor: Tensor) -> list[Any]:
