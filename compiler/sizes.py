@@ -89,7 +89,7 @@ def _outputs(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]
         try:
             expected = pytree.tree_leaves(model(**given, **constants))
             found = program.run(tensors)
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError, TypeError):  # the last: an empty list among the inputs is missing
             return None
     return list(zip(found, expected, strict=True))
 

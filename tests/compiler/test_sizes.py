@@ -73,3 +73,12 @@ def test_sizes_at_which_the_model_fails_say_nothing() -> None:
         return x * 2
 
     assert compiled(even).report.equal
+
+
+def test_inputs_that_cannot_be_rebuilt_say_nothing() -> None:
+    class WithList(nn.Module):
+        def forward(self, x: Tensor, others: list[Tensor]) -> Tensor:
+            return x + len(others)
+
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    assert fxpress.compile(WithList().eval(), [], {"x": x, "others": []}, backend="eager").report.equal
