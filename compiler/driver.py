@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import gc
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from .onnx_files import onnx_files, write_onnx
 from .pipeline import Passed, has_masks, parameters, parse_passes, run_passes, zeros
 from .precision import half_dtype, narrow_inputs, narrowed, precision_loss
 from .report import Report
-from .runners import Clock, OnnxRunner, Runner, best_backend, generated, make_runner, save_runner
+from .runners import Clock, OnnxRunner, Runner, best_backend, generated, make_runner, save_runner, without_collector
 from .sizes import admit_ones, check_sizes
 from .statistics import statistics_file
 from .trace import Arguments, bind_example, plain_attention, trace
@@ -244,13 +242,13 @@ class Compiled:
         )
         model = made.program.copy()
         found = Compiled(model, settings, self._origin)
-        with torch.no_grad(), _without_collector():
+        with torch.no_grad(), without_collector():
             eager = list(model.run(made.flat))
             found._made = _rewritten(made.report.model, model.copy(), made.flat, eager, settings, Clock())
         return found
 
     def _make(self, example: Arguments) -> None:
-        with _without_collector():
+        with without_collector():
             assert not isinstance(self._model, Program)  # it is made at once
             self._made = _compile(self._model, self._settings, example)
             if self._settings.dtype is not None and self._settings.verify:
@@ -482,18 +480,6 @@ def export_onnx(
 def _check_form(form: str) -> None:
     if form not in FORMS:
         raise InputError(f"unknown form {form!r}: {nearest(form, FORMS)}")
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Tracing makes millions of small objects that live on; searching them for cycles costs a tenth of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 __all__ = ["Compiled", "FxpressError", "compile", "export_onnx"]

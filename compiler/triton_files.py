@@ -34,7 +34,7 @@ from . import artifact
 from .artifact import LoadedModel
 from .precision import DTYPES, narrow_inputs
 from .report import Report
-from .runners import Runner
+from .runners import Runner, without_collector
 
 
 def check_archs(archs: Sequence[int] | None) -> list[int]:
@@ -165,7 +165,8 @@ class LoadedKernels(LoadedModel):
         self._dtype = None if data["dtype"] is None else DTYPES[data["dtype"]]
         try:
             code = read_code(folder, manifest["files"], data, damaged, arch_here(place))
-            self.runner = TritonRunner.restored(ready, code, tuner_here() if data["tune"] else None)
+            with without_collector():
+                self.runner = TritonRunner.restored(ready, code, tuner_here() if data["tune"] else None)
         except LoweringError as error:
             raise ArtifactError(f"{str(folder)!r} holds a program that this fxpress cannot run: {error}") from error
         if code and _digest(self.runner.source) != data["source"]:

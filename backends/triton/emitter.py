@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
 
 import sympy
@@ -69,7 +70,7 @@ class Frame:
         """The axes that are rows."""
         return tuple(axis for axis in range(len(self.shape)) if axis not in self.columns)
 
-    @property
+    @cached_property
     def index(self) -> Index:
         """The symbol of each axis, 0 for one of size 1: `rows`, `cols`, or `i0`, `i1`, ... where several axes make up
         rows or columns."""
@@ -116,6 +117,7 @@ class Frame:
                         yield str(self.index[axis]), place
 
 
+@cache
 def _symbol(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, integer=True, nonnegative=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -148,7 +149,12 @@ class Sizes:
 
 def text(expression: Any) -> str:
     """An expression as Python and Triton write it; both floor where nothing is negative."""
-    found: str = _PRINTER.doprint(sympy.sympify(expression))
+    return _written(sympy.sympify(expression))
+
+
+@functools.lru_cache(maxsize=4096)
+def _written(expression: sympy.Expr) -> str:
+    found: str = _PRINTER.doprint(expression)
     return found
 
 
