@@ -58,8 +58,9 @@ class MaskWeights(Pass):
         skip: names of modules that are not pruned.
         seed: of "random".
         block: height and width of blocks.
-        refit: whether the weights that stay make up for those that go, by least squares on the calibration data; None:
-            for "sparsegpt", and for heads and neurons by "fisher". Without it, what stays is as it was.
+        refit: whether the weights that stay make up for those that go, by least squares on the calibration data; with
+            heads and neurons so that the residual streams are what they were (He et al., 2017). None: for "sparsegpt",
+            and for heads and neurons by "fisher". Without it, what stays is as it was.
         loss: for methods that look at the outputs ("fisher", "movement", "sparsegpt" of heads and neurons), a number
             from the model's flat outputs that is to stay low; None: how far they are from what they are.
         fold: whether weights are zeroed for good and units cut, or masks left for training; the pass `fold` cuts then.
