@@ -46,7 +46,7 @@ def not_capturing() -> bool:
 
 def this_gpu() -> str:
     """What a measurement holds for: the GPU, its driver, and the versions of what makes kernels."""
-    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: "of unknown version")()
     versions = f"driver {driver}, triton {triton.__version__}, torch {torch.__version__}, cuda {torch.version.cuda}"
     return f"{torch.cuda.get_device_name()}; {versions}"
 
