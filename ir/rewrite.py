@@ -63,8 +63,8 @@ class Applied:
 class Sparsity:
     """What pruning left of a layer's weight: `zeros` of `numbers` are zero or cut.
 
-    `sqnr_db` is of the layer's output on calibration data, by the same inputs; of heads and neurons that were fitted, of
-    what they were fitted to; None: there was none.
+    `sqnr_db` is of the layer's output on calibration data, by the same inputs; where heads or neurons were fitted, of
+    what to; None: there was none.
     """
 
     layer: str
