@@ -66,7 +66,7 @@ class Results:
 
 def measure(tell: Callable[[str], None], quick: bool) -> Results:
     """All candidates in turn, in several rounds; each round begins with an empty cache."""
-    rounds, seconds = (1, 0.2) if quick else (3, 2.0)
+    rounds, seconds = (1, 0.2) if quick else (2, 2.0)
     times = {(name, point): Found() for point in SHAPES for name in CANDIDATES[point[0]]}
     for turn in range(rounds):
         for (name, point), found in times.items():
@@ -104,14 +104,15 @@ def section(results: Results) -> str:
     from report import environment
 
     lines = [
-        environment("3 rounds of 2 s, each process on one thread"),
+        environment("2 rounds of 2 s, each process on one thread"),
         "",
-        "A process whose cache is empty, and a second one that finds what the first left: seconds of torch.compile() or",
-        "fxpress.compile(), and of the first call. Imports before that are not counted; torch.compile() itself imports",
+        "A process whose cache is empty, and a second one that finds what the first left: seconds of torch.compile()",
+        "or fxpress.compile(), and of the first call. Imports before that are not counted; torch.compile() itself imports",
         "what a backend needs, of which PyTorch's own part is 0.2 to 0.5 s. Milliseconds: the median of the rounds'",
         "medians. The convolution model (a small ResNet, images of 64 x 64) has nothing of ours in it.",
         "",
-        "| model | batch, size | candidate | ms | spread | compile(), s | first call, s | second process: compile(), s | first call, s |",
+        "| model | batch, size | candidate | ms | spread | compile(), s | first call, s "
+        "| second process: compile(), s | first call, s |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for (name, (model, *shape)), found in results.times.items():
