@@ -107,9 +107,9 @@ def section(results: Results) -> str:
         environment("2 rounds of 2 s, each process on one thread"),
         "",
         "A process whose cache is empty, and a second one that finds what the first left: seconds of torch.compile()",
-        "or fxpress.compile(), and of the first call. Imports before that are not counted; torch.compile() imports what",
-        "a backend needs, of which PyTorch's own part is 0.2 to 0.5 s. Milliseconds: the median of the rounds' medians.",
-        "The convolution model (a small ResNet, images of 64 x 64) has nothing of ours in it.",
+        "or fxpress.compile(), and of the first call. Imports before that are not counted; torch.compile() imports",
+        "what a backend needs, of which PyTorch's own part is 0.2 to 0.5 s. Milliseconds: the median of the rounds'",
+        "medians. The convolution model (a small ResNet, images of 64 x 64) has nothing of ours in it.",
         "",
         "| model | batch, size | candidate | ms | spread | compile(), s | first call, s "
         "| second process: compile(), s | first call, s |",
