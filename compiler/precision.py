@@ -61,8 +61,12 @@ def precision_loss(model: torch.nn.Module, program: Program, flat: Sequence[Tens
     usual = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
     args, kwargs = narrow_inputs(example, usual)
     with torch.no_grad():
-        truth = [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if _is_float(leaf)]
-        found = [leaf for leaf in program.run(flat) if _is_float(leaf)]
+        return loss(program.run(flat), pytree.tree_leaves(model(*args, **kwargs)))
+
+
+def loss(found: Sequence[Any], truth: Sequence[Any]) -> dict[str, float]:
+    """How far outputs are from others: SQNR in dB and cosine, each of the worst; what is no float is not looked at."""
+    found, truth = ([leaf for leaf in side if _is_float(leaf) and leaf.numel()] for side in (found, truth))
     pairs = list(zip(found, truth, strict=True))
     return {
         "sqnr_db": min((sqnr_db(a, b) for a, b in pairs), default=float("inf")),

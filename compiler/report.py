@@ -221,7 +221,8 @@ def _tuned_table(tuned: list[dict[str, Any]]) -> Table:
     for column in ("operator", "sizes", "chosen", "candidates"):
         table.add_column(column)
     for item in tuned:
-        times = "; ".join(f"{name} {ms:.4f}" for name, ms in item["milliseconds"].items()) or "-"
+        measured = item["milliseconds"].items()
+        times = "; ".join(f"{name} failed" if ms is None else f"{name} {ms:.4f}" for name, ms in measured) or "-"
         table.add_row(*map(escape, (item["operator"], item["sizes"], item["chosen"], times)))
     return table
 

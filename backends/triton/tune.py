@@ -65,7 +65,7 @@ class Choice:
         """Plain data, for the report."""
         return {
             "operator": self.operator, "sizes": self.sizes, "chosen": self.chosen,
-            "milliseconds": {name: ms for name, ms in self.milliseconds.items() if ms is not None}, "calls": self.calls,
+            "milliseconds": dict(self.milliseconds), "calls": self.calls,
         }  # fmt: skip
 
 

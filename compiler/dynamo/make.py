@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...ir.equality import compare, cosine, run_float64, sqnr_db
+from ...ir.equality import compare, run_float64
 from ...ir.errors import InputError, LoweringError, TraceError, VerifyError, one_line
 from ...ir.graph import Program
 from ...ir.rewrite import Context
 from ..calibration import track
 from ..pipeline import Passed, counted, run_passes
+from ..precision import loss
 from ..report import Report
 from ..runners import OnnxRunner, Runner, best_backend, make_runner
 from .binding import Binding
@@ -182,7 +183,7 @@ def _check_trace(
         found = binding.finish(before, own)
         if seeded:
             torch.manual_seed(0)
-        truth = work.tried(theirs)
+        truth = work.tried(theirs, work.asked.dtype)
     pairs = [*zip(found, truth, strict=True), *((own[place], theirs[place]) for place, _ in binding.finish.changed)]
     for index, (value, usual) in enumerate(pairs):
         if not agree(value, usual, work.asked.dtype):
@@ -212,16 +213,8 @@ def _judge(
 
 def _measure_loss(work: Work, product: Product, values: Sequence[Any], binding: Binding) -> None:
     """How far half precision is from the graph in its own: the worst output's SQNR, and cosine."""
-    pairs = [
-        (value, usual)
-        for value, usual in zip(product(binding.copies(values)), work.tried(binding.copies(values)), strict=True)
-        if isinstance(usual, Tensor) and usual.is_floating_point() and usual.numel()
-    ]
-    work.report.precision = {
-        "dtype": str(work.asked.dtype).removeprefix("torch."),
-        "sqnr_db": round(min((sqnr_db(*pair) for pair in pairs), default=math.inf), 1),
-        "cosine": round(min((cosine(*pair) for pair in pairs), default=1.0), 6),
-    }
+    found = loss(product(binding.copies(values)), work.tried(binding.copies(values)))
+    work.report.precision = {"dtype": str(work.asked.dtype).removeprefix("torch."), **found}
 
 
 def _race(work: Work, name: str, product: Product, values: Sequence[Any], binding: Binding) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # By the names of functions and methods, which are the same for torch.x, Tensor.x and torch.nn.functional.x.

@@ -12,7 +12,6 @@ import torch
 from ...ir.errors import InputError, nearest
 from ...ir.rewrite import Pass
 from ...ir.signature import describe
-from .mixed import HALVES
 
 BACKENDS = ("auto", "eager", "onnx", "triton")
 FALLBACKS = ("eager", "error", "inductor")
@@ -78,7 +77,9 @@ def read_options(given: Any) -> Options:
     backend = _chosen("backend", given.get("backend", "auto"), BACKENDS)
     dtype = given.get("dtype")
     if dtype is not None:
-        dtype = HALVES[_chosen("dtype", str(dtype).removeprefix("torch."), tuple(HALVES))]
+        from ..precision import DTYPES
+
+        dtype = DTYPES[_chosen("dtype", str(dtype).removeprefix("torch."), tuple(DTYPES))]
         if backend == "onnx":
             raise InputError("option dtype needs another backend: ONNX Runtime's CPU kernels are of float32")
     return Options(passes, backend, _chosen("fallback", given.get("fallback", "eager"), FALLBACKS), calibration, dtype)

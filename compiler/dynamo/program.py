@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,14 +76,15 @@ def make_program(captured: Captured, values: Sequence[Any], *, live: bool = Fals
 
 def cast_weights(program: Program) -> None:
     """Make the casts of weights once, and not in every run; a weight that is read in one dtype alone keeps its name."""
-    for weight in [node for node in program.graph.nodes if node.op == "get_attr"]:
+    weights = [node for node in program.graph.nodes if node.op == "get_attr"]
+    readers = Counter(str(node.target) for node in weights)
+    for weight in weights:
         path = str(weight.target)
-        others = [node for node in program.graph.nodes if node.op == "get_attr" and node.target == path]
         casts = [node for node in weight.users if node.target in _CASTS]
-        dtypes = {node.meta["val"].dtype for node in casts}
+        dtypes = dict.fromkeys(node.meta["val"].dtype for node in casts)
         for dtype in dtypes:
             cast = attribute(program.module, path).detach().to(dtype)
-            if len(others) == len(dtypes) == 1 and len(casts) == len(weight.users):
+            if readers[path] == len(dtypes) == 1 and len(casts) == len(weight.users):
                 stored = weight
                 _assign(program.module, path, cast)
                 weight.meta["val"] = casts[0].meta["val"]

@@ -103,7 +103,7 @@ def _story(item: GraphReport) -> str:
     recompiled = f"compiled again: {item.recompiled}" if item.recompiled else ""
     times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in item.milliseconds.items())
     from_disk = "from the cache" if item.cache == "loaded" else ""
-    half = "{dtype}: {sqnr_db} dB, cosine {cosine}".format(**item.precision) if item.precision else ""
+    half = "{dtype}: {sqnr_db:.1f} dB, cosine {cosine:.6f}".format(**item.precision) if item.precision else ""
     return "; ".join(filter(None, [item.reason, times, half, recompiled, from_disk, *item.notes])) or "-"
 
 

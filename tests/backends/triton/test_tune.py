@@ -25,6 +25,7 @@ from fxpress.backends.triton import candidates, tune
 from fxpress.backends.triton.runner import TritonRunner
 from fxpress.backends.triton.tune import Tuner
 from fxpress.compiler import runners
+from fxpress.compiler.report import Report, render
 from fxpress.ir.equality import compare, run_float64
 from fxpress.ir.graph import Program
 from fxpress.ir.ops.attention import attention
@@ -320,7 +321,11 @@ def test_a_way_that_fails_is_not_taken(layer: Program, tmp_path: Path) -> None:
 
     fails.calls = 0  # type: ignore[attr-defined]
     runner = run(layer, tmp_path, fails)
-    assert list(runner.tuned[0]["milliseconds"]) == [runner.tuned[0]["chosen"]]
+    (choice,) = runner.tuned
+    failed = [name for name, ms in choice["milliseconds"].items() if ms is None]
+    assert failed == ["torch.matmul, epilogue"] and choice["chosen"] not in failed
+    report = Report("model", "triton", tuned=[choice])
+    assert "torch.matmul, epilogue failed" in " ".join(render(report, width=300).split())
     again = equal()
     run(layer, tmp_path, again)
     assert again.calls == 0, "that it fails is remembered"
