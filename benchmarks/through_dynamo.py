@@ -29,6 +29,7 @@ TARGETS = {  # of OURS: other candidates, and in how many times their time it st
     CONVOLUTION: {EAGER: 1.0},
 }
 FIRST_CALL = 2.0
+ROUNDS, SECONDS = 3, 3.0
 PASSES = ("quantize(int8), fuse", "mask_weights(0.5), fuse")  # on MiniLM, by both roads
 
 Point = tuple[str, int, int]
@@ -66,7 +67,7 @@ class Results:
 
 def measure(tell: Callable[[str], None], quick: bool) -> Results:
     """All candidates in turn, in several rounds; each round begins with an empty cache."""
-    rounds, seconds = (1, 0.2) if quick else (2, 2.0)
+    rounds, seconds = (1, 0.2) if quick else (ROUNDS, SECONDS)
     times = {(name, point): Found() for point in SHAPES for name in CANDIDATES[point[0]]}
     for turn in range(rounds):
         for (name, point), found in times.items():
@@ -104,7 +105,7 @@ def section(results: Results) -> str:
     from report import environment
 
     lines = [
-        environment("2 rounds of 2 s, each process on one thread"),
+        environment(f"{ROUNDS} rounds of {SECONDS:g} s, each process on one thread"),
         "",
         "A process whose cache is empty, and a second one that finds what the first left: seconds of torch.compile()",
         "or fxpress.compile(), and of the first call. Imports before that are not counted; torch.compile() imports",
