@@ -14,7 +14,7 @@ from torch.onnx.ops import symbolic
 from ....ir.graph import arguments, dtype, same_sizes, shape
 from ....ir.ops.attention import band
 from . import banded, causal, padded
-from .lowering import Lowering, Probe, always
+from .lowering import Lowering, Probe, always, scaled
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Attention:
 
     @property
     def factor(self) -> float:
-        """The number that scores are multiplied by."""
+        """The number that scores are multiplied by; in a lowering it is above zero."""
         return 1 / math.sqrt(self.query.shape[-1]) if self.scale is None else self.scale
 
     @property
@@ -137,7 +137,9 @@ def _lowering(function: Callable[[Attention], Tensor]) -> Callable[..., Tensor]:
     """A function with the operator's signature."""
 
     def lowered(*args: Any, **kwargs: Any) -> Tensor:
-        return function(Attention(*args, **kwargs))
+        given = Attention(*args, **kwargs)
+        query, scale = scaled(given.query, given.scale)
+        return function(replace(given, query=query, scale=scale))
 
     return lowered
 

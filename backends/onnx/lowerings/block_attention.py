@@ -12,8 +12,6 @@ ONNX, not in torch: traced, their number in a short example would become a const
 
 from __future__ import annotations
 
-import math
-
 import torch
 from onnxscript import graph, script
 from onnxscript import opset23 as op
@@ -22,7 +20,7 @@ from torch import Tensor
 from torch.onnx.ops import symbolic
 
 from .functions import DOMAIN
-from .lowering import Lowering
+from .lowering import Lowering, scaled
 
 LEAST = 512  # up to which length one mask is faster
 STEP = 2**19  # numbers that one step may hold
@@ -313,7 +311,8 @@ def _block_attention(
     scale: float | None = None,
 ) -> Tensor:
     kind = query.dtype
-    batch, heads, length, size = query.shape
+    batch, heads, length, _ = query.shape
+    query, scale = scaled(query, scale)
     if full is None:
         full = torch.zeros((1, 0), dtype=torch.int64)
     if key_mask is None:
@@ -330,7 +329,7 @@ def _block_attention(
             "block": block,
             "least": LEAST,
             "step": STEP,
-            "scale": 1 / math.sqrt(size) if scale is None else scale,
+            "scale": scale,
             "causal": int(causal),
         },
         dtype=operands[0].dtype,

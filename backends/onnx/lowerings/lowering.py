@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,12 @@ class Lowering:
 def reference(operator: OpOverload) -> Callable[..., Any]:
     """An operator's own reference, for a lowering to what torch's exporter makes of it."""
     return OPERATORS[operator].reference
+
+
+def scaled(query: Tensor, scale: float | None) -> tuple[Tensor, float]:
+    """Queries [B, H, N, D] and the scale of their scores, None being 1 / sqrt(D), as kernels take it: above zero."""
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return (query, factor) if factor > 0 else (query * factor, 1.0)
 
 
 @dataclass(frozen=True)

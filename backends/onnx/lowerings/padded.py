@@ -1,8 +1,10 @@
-"""Attention with a key mask: long sequences without padding run without the mask.
+"""Attention with a key mask, in a kernel that reads no mask where that is faster.
 
-A batch of one, or of equal lengths, has a key mask of ones. MultiHeadAttention's kernel, whose scores stay in the cache
-(FlashAttention, Dao et al., 2022), takes no masks; from a few hundred keys on it is faster than one that reads a mask
-for every score. The choice is made at each run, so it is written in ONNX.
+MultiHeadAttention's kernel keeps the scores of some queries in the cache (FlashAttention, Dao et al., 2022), and takes
+no mask; where all scores together are more than the second cache holds, it is faster than one that reads a mask for
+every score. A batch of one, or of equal lengths, has a key mask of ones. Else the mask is one more number of every key,
+and every query has the number that brings it to the score unscaled. The choice is made at each run, so it is written in
+ONNX.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from onnxscript.values import Opset
 from torch import Tensor, fx
 from torch.onnx.ops import symbolic
 
-from ....ir.graph import arguments, dtype, shape
+from ....ir.graph import arguments, dtype, same_sizes, shape
 from ....ir.ops.attention import ABSORBING
 from .functions import DOMAIN
 
 _FXPRESS = Opset(DOMAIN, 1)
 _MICROSOFT = Opset("com.microsoft", 1)
+_SCORES = 2**20  # numbers, of four bytes, that a second cache does not hold
 
 
 def refuses(node: fx.Node) -> str | None:
@@ -50,13 +53,27 @@ def key_masked_attention(
     A boolean mask gives zeros in rows without any key; an added one that absorbs every score makes them equal, which
     gives the mean.
     """
-    keys = key_mask
-    if empty == "mean":
-        keys = torch.where(key_mask, torch.zeros((), dtype=query.dtype), ABSORBING)
+    # Everything that is the same in all layers is computed of the mask alone, so that it is computed once.
+    keys = key_mask.shape[1]
+    length = keys if same_sizes([query.shape[1]], [key.shape[1]]) else query.shape[1]
+    large = torch.full((), key_mask.shape[0] * num_heads * length * keys, dtype=torch.int64) >= _SCORES
+    added = torch.where(key_mask, torch.zeros((), dtype=query.dtype), ABSORBING)
+    unscale = 1 / scale if abs(scale) * torch.finfo(query.dtype).max > -ABSORBING else 0.0  # else it overflows
+    unread = large if unscale else torch.zeros((), dtype=torch.bool)
     return symbolic(
         f"{DOMAIN}::{KeyMaskedAttention.name}",
-        (query, key, value, keys, key_mask.all()),
-        {"num_heads": num_heads, "scale": scale},
+        (
+            query,
+            key,
+            value,
+            added if empty == "mean" else key_mask,
+            added,
+            key_mask.all(),
+            large,
+            unread if empty == "mean" else unread & key_mask.any(1).all(),
+            torch.tensor([0, 0, num_heads, -1]),
+        ),
+        {"num_heads": num_heads, "scale": scale, "unscale": unscale},
         dtype=query.dtype,
         shape=(*query.shape[:2], value.shape[2]),
         version=1,
@@ -64,16 +81,32 @@ def key_masked_attention(
 
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
-def KeyMaskedAttention(query, key, value, keys, every, num_heads: int, scale: float):  # type: ignore[no-untyped-def]
-    """`keys` is the key mask, boolean or added; `every` says that it hides none."""
+def KeyMaskedAttention(  # type: ignore[no-untyped-def]
+    query, key, value, keys, added, every, large, unread, heads, num_heads: int, scale: float, unscale: float
+):
+    """`keys` is the key mask, boolean or added, and `added` the added one; `every` says that it hides none.
+
+    `large`: the scores are many; `unread`: they are, and the added mask gives what the key mask asks for.
+    """
     one = op.Constant(value_ints=[1])
-    length = op.Shape(key, start=1, end=2)
-    if op.And(every, op.Squeeze(length >= 384)):
-        result = _MICROSOFT.MultiHeadAttention(query, key, value, num_heads=num_heads, scale=scale)
-    else:  # the kernel broadcasts a mask over batch and heads only
-        rows = op.Expand(op.Unsqueeze(keys, one), op.Concat(one, op.Shape(query, start=1, end=2), one, axis=0))
-        mask = op.Unsqueeze(rows, one)
-        result = op.Attention(query, key, value, mask, q_num_heads=num_heads, kv_num_heads=num_heads, scale=scale)
+    if every:
+        if large:
+            result = _MICROSOFT.MultiHeadAttention(query, key, value, num_heads=num_heads, scale=scale)
+        else:
+            result = op.Attention(query, key, value, q_num_heads=num_heads, kv_num_heads=num_heads, scale=scale)
+    else:
+        if unread:
+            queries, keys_of = op.Reshape(query, heads), op.Reshape(key, heads)
+            factor = op.Expand(op.Constant(value_float=unscale), op.Concat(op.Shape(queries, end=3), one, axis=0))
+            wide = op.Reshape(op.Concat(queries, factor, axis=3), op.Constant(value_ints=[0, 0, -1]))
+            column = op.Unsqueeze(added, op.Constant(value_ints=[2, 3]))
+            masks = op.Expand(column, op.Concat(op.Shape(keys_of, end=3), one, axis=0))
+            tall = op.Reshape(op.Concat(keys_of, masks, axis=3), op.Constant(value_ints=[0, 0, -1]))
+            result = _MICROSOFT.MultiHeadAttention(wide, tall, value, num_heads=num_heads, scale=scale)
+        else:  # the kernel broadcasts a mask over batch and heads only
+            rows = op.Expand(op.Unsqueeze(keys, one), op.Concat(one, op.Shape(query, start=1, end=2), one, axis=0))
+            mask = op.Unsqueeze(rows, one)
+            result = op.Attention(query, key, value, mask, q_num_heads=num_heads, kv_num_heads=num_heads, scale=scale)
     return result
 
 

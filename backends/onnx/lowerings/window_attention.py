@@ -5,8 +5,6 @@ A block holds queries of one residue of the dilation: those at r, r + dilation, 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from onnxscript import opset23 as op
 from onnxscript import script
@@ -16,7 +14,7 @@ from torch.onnx.ops import symbolic
 
 from .banded import block_size
 from .functions import DOMAIN
-from .lowering import Lowering
+from .lowering import Lowering, scaled
 
 _FXPRESS = Opset(DOMAIN, 1)
 
@@ -35,7 +33,8 @@ def _window_attention(
     softcap: float = 0.0,
 ) -> Tensor:
     """fxpress::WindowAttention on [B, N, H * D]."""
-    batch, heads, length, width = query.shape
+    batch, heads, length, _ = query.shape
+    query, scale = scaled(query, scale)
     size, span = block_size(left + right), left + right
     rows, columns = torch.arange(size), torch.arange(size + span) - left
     distance = columns[None, :] - rows[:, None]
@@ -48,7 +47,7 @@ def _window_attention(
         {
             "left": left, "right": right, "least": 2 * dilation * (size + span),
             "q_num_heads": heads, "kv_num_heads": key.shape[1],
-            "scale": 1 / math.sqrt(width) if scale is None else scale, "softcap": softcap,
+            "scale": scale, "softcap": softcap,
         },
         dtype=query.dtype,
         shape=(batch, length, heads * value.shape[3]),

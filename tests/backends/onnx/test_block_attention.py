@@ -83,6 +83,7 @@ CASES: dict[str, Callable[[], Program]] = {
     "expander of tokens": lambda: sparse(expander_blocks, 4, block=1, degree=6, hubs=2),
     "dynamic, top_k": lambda: sparse(dynamic_blocks, block=16, top_k=2),
     "dynamic, mass": lambda: sparse(dynamic_blocks, 1, padded=False, rows=48, block=16, mass=0.1, scale=1.0),
+    "dynamic, negative scale": lambda: sparse(dynamic_blocks, 1, padded=False, block=16, mass=0.1, scale=-1.0),
     "dynamic, causal": lambda: sparse(dynamic_blocks, causal=True, rows=32, block=16, mass=0.2, similarity=0.08),
     "dynamic, each query": lambda: sparse(dynamic_blocks, causal=True, rows=1, block=32, top_k=2),
 }

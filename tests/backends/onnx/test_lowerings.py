@@ -201,6 +201,8 @@ ATTENTIONS = [
         )
     ],
     case("key mask, causal, left padded", lambda b, n: {**heads(b, n), "key_mask": left_padded(b, n)}, right=0),
+    case("negative scale", heads, scale=-0.7),
+    case("no scale", heads, scale=0.0),
 ]
 
 

@@ -32,13 +32,13 @@ class KeyMasked(nn.Module):
         return attention(query, key, key[..., : self.wide] * 2, key_mask=key_mask, **self.options)
 
 
-def inputs(batch: int, length: int, keys: int, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """With padding on the left of the last row, and with a row that has no key, where there are several rows."""
+def inputs(batch: int, length: int, keys: int, padding: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Padding "left" is the first half of the last row; "empty": the first row has no key besides."""
     generator = torch.Generator().manual_seed(length)
     key_mask = torch.ones(batch, keys, dtype=torch.bool)
-    if padded:
+    if padding != "none":
         key_mask[-1, : keys // 2] = False
-        key_mask[0] &= batch == 1
+        key_mask[0] &= padding != "empty"
     return (
         torch.randn(batch, length, HEADS * SIZE, generator=generator),
         torch.randn(batch, keys, HEADS * SIZE, generator=generator),
@@ -50,24 +50,46 @@ def program(wide: int = SIZE, dynamic: bool = True, **options: Any) -> Program:
     model = KeyMasked(wide, options).eval()
     batch, keys = Dim("batch"), Dim("keys", min=2)
     shapes = {"x": {0: batch, 1: Dim("length", min=2)}, "y": {0: batch, 1: keys}, "key_mask": {0: batch, 1: keys}}
-    return trace(model, bind_example(model, inputs(2, 6, 7, True)), shapes if dynamic else None)
+    return trace(model, bind_example(model, inputs(2, 6, 7, "empty")), shapes if dynamic else None)
+
+
+OPTIONS: list[tuple[int, dict[str, Any]]] = [
+    (8, {}),
+    (8, {"empty": "mean", "scale": 0.3}),
+    (4, {"scale": -2.0}),
+    (8, {"scale": 0.0}),
+    (8, {"scale": 1e-20}),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("wide", "options"), [(8, {}), (8, {"empty": "mean", "scale": 0.3}), (4, {"scale": 2.0})])
-def test_equals_the_reference_in_every_branch(wide: int, options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("padding", ["none", "left", "empty"])
+@pytest.mark.parametrize(("wide", "options"), OPTIONS)
+def test_equals_the_reference_in_every_branch(wide: int, options: dict[str, Any], padding: str, tmp_path: Path) -> None:
+    """The kernel that reads no mask runs where 4 heads * batch * length * keys is 2 ** 20 or more."""
     traced = program(wide, **options)
     (lowering,) = [item for item in LOWERINGS[attention] if item.refuses is refuses]
     save(to_onnx(traced, dict.fromkeys(traced.calls(attention), lowering)), tmp_path / "model.onnx")
     run = Session(tmp_path / "model.onnx", threads=1).run
-    for padded in (False, True):
-        for batch, length, keys in ((2, 6, 7), (1, 1, 1), (3, 5, 383), (3, 5, 384), (1, 400, 400), (2, 700, 401)):
-            tensors = inputs(batch, length, keys, padded)
-            found = [torch.from_numpy(array) for array in run([tensor.numpy() for tensor in tensors])]
-            with torch.no_grad():
-                expected = traced.run(tensors)
-            verdict = compare(found, expected, run_float64(traced, tensors))
-            assert verdict.reasons == (), (padded, batch, length, keys)
+    for batch, length, keys in ((2, 6, 7), (1, 1, 1), (2, 255, 513), (2, 256, 512), (1, 512, 512), (3, 301, 405)):
+        tensors = inputs(batch, length, keys, padding)
+        found = [torch.from_numpy(array) for array in run([tensor.numpy() for tensor in tensors])]
+        with torch.no_grad():
+            expected = traced.run(tensors)
+        verdict = compare(found, expected, run_float64(traced, tensors))
+        assert verdict.reasons == (), (batch, length, keys)
+
+
+def test_masked_keys_weigh_nothing_where_no_mask_is_read(tmp_path: Path) -> None:
+    """Whatever stands in padding, the other rows are the same to the last bit."""
+    traced = program()
+    (lowering,) = [item for item in LOWERINGS[attention] if item.refuses is refuses]
+    save(to_onnx(traced, dict.fromkeys(traced.calls(attention), lowering)), tmp_path / "model.onnx")
+    run = Session(tmp_path / "model.onnx", threads=1).run
+    queries, keys, mask = inputs(2, 512, 512, "left")
+    loud = torch.where(mask[..., None], keys, 1e4 * keys)
+    (found,), (other,) = (run([item.numpy() for item in (queries, given, mask)]) for given in (keys, loud))
+    assert (found == other).all()
 
 
 def test_keys_of_any_length_are_not_measured() -> None:

@@ -20,10 +20,11 @@ SIZES = [(2, 6), (1, 1), (3, 40), (2, 101), (1, 64), (3, 257)]
         {"left": 3, "right": 2, "globals": 2},
         {"left": 5, "right": 0, "globals": 3, "causal": True},
         {"left": 2, "right": 2, "dilation": 2, "scale": 0.3},
+        {"left": 2, "right": 2, "scale": -0.3},
         {"left": 2, "right": 2, "globals": 1, "dilation": 3, "softcap": 2.0},
         {"left": 0, "right": 0, "globals": 1},
     ],
-    ids=["global", "sinks", "dilation", "all", "star without ring"],
+    ids=["global", "sinks", "dilation", "negative scale", "all", "star without ring"],
 )
 def test_equals_the_reference_at_every_length(options: dict[str, Any], tmp_path: Path) -> None:
     def mix(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Tensor:
