@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..ir.graph import Program
-from ..ir.pruning import masks
+from ..ir.pruning import head_dims, masks
 from ..ir.pruning.units import cut_unread
 from ..ir.quantization.fold import fold
 from ..ir.rewrite import Context, Pass, PassResult
@@ -16,7 +16,7 @@ from ..ir.rewrite import Context, Pass, PassResult
 class Fold(Pass):
     """Store quantized weights as integers, and let linear layers between quantize and dequantize multiply integers.
 
-    Masked weights become zero for good, and heads and neurons that nothing reads any more are cut.
+    Masked weights become zero for good, and heads, their dimensions and neurons that nothing reads any more are cut.
     `Quantize` and `MaskWeights` do this themselves unless they are told `fold=False`.
 
         before:  %y = aten.linear(fxpress.dequantize(%q, %s, %z), fxpress.dequantize(fxpress.quantize(@w, @s), @s))
@@ -30,7 +30,7 @@ class Fold(Pass):
         result = PassResult()
         if count := masks.fold(program):
             result.rewrites["mask"] = count
-            result.rewrites.update(cut_unread(program))
+            result.rewrites.update({**cut_unread(program), **head_dims.cut_unread(program)})
         if count := fold(program):
             result.rewrites["quantize"] = count
         return result

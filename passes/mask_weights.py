@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..ir.errors import InputError, RewriteError, nearest
 from ..ir.expand import expand, slices
 from ..ir.graph import Program
 from ..ir.layers import fits, is_named, name_of
 from ..ir.pattern import Refusal
+from ..ir.pruning import head_dims, masks, ranking, structured, weights
 from ..ir.pruning import layers as residual
-from ..ir.pruning import masks, ranking, structured, weights
 from ..ir.pruning.channels import follow
 from ..ir.pruning.select import Pattern
-from ..ir.pruning.sensitivity import Loss, fisher, slopes
-from ..ir.pruning.units import cut_unread, families
+from ..ir.pruning.sensitivity import Loss, Reach, fisher, slopes
+from ..ir.pruning.units import Family, cut_unread, families
 from ..ir.rewrite import Applied, Context, Pass, PassResult, Sparsity
 
 aten = torch.ops.aten
 METHODS = ("random", "magnitude", "wanda", "sparsegpt", "fisher", "movement")
 CALIBRATED = ("wanda", "sparsegpt", "fisher", "movement")
-UNIT_PATTERNS = ("heads", "neurons", "heads+neurons")
+UNIT_PATTERNS = ("heads", "neurons", "heads+neurons", "dims", "dims+neurons")
 PATTERNS = ("unstructured", "n:m", "2:4", "4:8", "blocks", *UNIT_PATTERNS, "layers", "branches")
 
 
@@ -49,8 +49,10 @@ class MaskWeights(Pass):
             al., 2020). All but the first two need calibration data, as layers by "magnitude" do.
         pattern: "unstructured"; "2:4", "4:8" or any "n:m", n of m neighbours in a row stay; "blocks" of `block` x
             `block`; "heads" of attention, with their query, key, value and output weights; "neurons" of feed-forward
-            blocks, in multiples of 8; "heads+neurons"; "layers" with all their residual branches; "branches", each
-            attention and feed-forward block by itself.
+            blocks, in multiples of 8; "heads+neurons"; "dims", the dimensions of all heads of an attention alike, in
+            multiples of 8, of queries and keys and of values, once the heads have bases in which the last matter least
+            (Lin et al., 2024, "MoDeGPT"), by "sparsegpt" alone; "dims+neurons"; "layers" with all their residual
+            branches; "branches", each attention and feed-forward block by itself.
         scope: "layer": every layer loses the same share; "global": layers that matter less lose more; "auto": global
             for "fisher", and for heads and neurons by "sparsegpt"; else by layer.
         layers: names of modules, with * and ?, or of parts of them: only those are pruned. Empty: all linear layers but
@@ -104,6 +106,8 @@ class MaskWeights(Pass):
             raise InputError(f"loss must be a function of the model's outputs, found {self.loss!r}")
         if self.loss is not None and self.method == "sparsegpt" and self.kind not in UNIT_PATTERNS:
             raise InputError(f"method 'sparsegpt' has no use for a loss with pattern {self.pattern!r}")
+        if "dims" in self.kind and self.method != "sparsegpt":
+            raise InputError(f"dims are chosen by 'sparsegpt', found {self.method!r}")
         if self.kind in ("layers", "branches") and (self.refit or self.scope == "global"):
             raise InputError(f"{self.kind} go as a whole; refit and scope are for weights, heads and neurons")
         if self.kind in ("layers", "branches") and self.method not in ("random", "magnitude"):
@@ -177,6 +181,7 @@ class MaskWeights(Pass):
         if self.fold:
             masks.fold(program)
             cut_unread(program)
+            head_dims.cut_unread(program)
             program.clean()
         return result
 
@@ -245,6 +250,8 @@ class MaskWeights(Pass):
     def _units(self, program: Program, context: Context, result: PassResult) -> None:
         channels = follow(program)
         every, refused = families(channels)
+        heads = head_dims.find(program) if "dims" in self.pattern else head_dims.Found()
+        every = [*every, *(item.family for item in heads.dims)]
         kinds = self.pattern.split("+")
         spared = [item for item in every if any(fits(name, self.skip) for name in item.layers)]
         found = [item for item in every if item.kind in kinds and item not in spared]
@@ -252,8 +259,10 @@ class MaskWeights(Pass):
         named = {name_of(node) for node in self._linears(program)} if self.layers else set()
         for name, reason in refused.items():
             result.refusals.append(Refusal(f"its inputs cannot be cut: {reason}", self.pattern, name))
+        result.refusals += [Refusal(reason, "dims", name) for name, reason in heads.refused.items()]
         if not found:
             reasons = [f"{name}: {refused[name]}" for name in sorted(named) if name in refused]
+            reasons += [f"{name}: {reason}" for name, reason in heads.refused.items()]
             raise RewriteError(f"there are no {self.pattern} that can be cut" + (f"; {reasons[0]}" if reasons else ""))
         found = [item for item in found if context.take()]
         if not found:
@@ -262,7 +271,8 @@ class MaskWeights(Pass):
         reaches = None
         if self.method == "sparsegpt":
             reaches = ranking.reader_reaches(program, found, batches, self.loss, track)
-        rankings = ranking.rank(program, found, self.method, batches, self.loss, track, self.seed, reaches)
+        worths = self._turn(program, heads, found, reaches or {}, context)
+        rankings = ranking.rank(program, found, self.method, batches, self.loss, track, self.seed, reaches, worths)
         if self._scope == "layer":
             counts = ranking.counts_by_share(found, float(self.sparsity or 0))
         else:
@@ -283,6 +293,23 @@ class MaskWeights(Pass):
                 keep = program.tensor(node.args[1].args[1])  # type: ignore[union-attr, arg-type]
                 name = name_of(node)
                 result.sparsity.append(Sparsity(name, keep.numel(), int((keep == 0).sum()), errors.get(name)))
+
+    def _turn(
+        self,
+        program: Program,
+        heads: head_dims.Found,
+        found: Sequence[Family],
+        reaches: Mapping[fx.Node, Reach],
+        context: Context,
+    ) -> dict[int, Tensor]:
+        """Give heads bases in which the last dimensions matter least; what those of queries are worth, by family."""
+        dims = {id(item.family): item for item in heads.dims}
+        places = [place for place, family in enumerate(found) if id(family) in dims]
+        if not places:
+            return {}
+        batches, some = ranking.spread(context.calibration, reaches)
+        turned = [dims[id(found[place])] for place in places]
+        return dict(zip(places, head_dims.turn(program, turned, batches, context.track, some), strict=True))
 
     # --- layers ------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ number of its channel, or none. So every way to lay out heads is understood, and
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,7 +160,7 @@ class _Following:
         weight, bias = given["weight"], given["bias"]
         columns = self._along_last(node, given["input"])
         own = stored(weight)
-        reason = _not_own(node, own) or (bias is not None and _not_own(node, stored(bias))) or None
+        reason = not_own(node, own) or (bias is not None and not_own(node, stored(bias))) or None
         if columns is not None:
             if own is None or reason:
                 self._fix(columns, str(reason))
@@ -203,20 +203,11 @@ class _Following:
     def _view(self, node: fx.Node) -> Tensor | None:
         """The view of the numbers."""
 
-        def small(used: fx.Node) -> Any:
-            found = self.found.values.get(used)
-            if found is not None:
-                return found
-            value = used.meta["val"]
-            return torch.full(self._shape(used), NONE) if isinstance(value, Tensor) else self._size(value)
-
         given = arguments(node)
         source = self._numbers(given.get("self"))
         if node.target is aten.slice.Tensor and given["step"] != 1 and source is not None:
             self._fix(source, f"{spell(node)} takes every {given['step']}th of it{source_of(node)}")
-        assert callable(node.target)
-        result: Tensor = node.target(*fx.node.map_arg(node.args, small), **fx.node.map_arg(node.kwargs, small))
-        return result
+        return viewed(node, self.found.values, self.sizes)
 
     def _mix(self, node: fx.Node, source: Any) -> Tensor:
         """What mixes the elements of the last axis makes one channel of them."""
@@ -257,7 +248,7 @@ class _Following:
         if not broad:
             return
         own = stored(other)
-        if own is not None and len(broad) == 1 and not _not_own(node, own):
+        if own is not None and len(broad) == 1 and not not_own(node, own):
             axis = broad[0]
             along = numbers.movedim(axis, 0).reshape(numbers.shape[axis], -1)
             if bool((along == along[:, :1]).all()):
@@ -304,7 +295,23 @@ class _Following:
         return evaluated(size, self.sizes)
 
 
-def _not_own(node: fx.Node, weight: fx.Node | None) -> str | None:
+def viewed(node: fx.Node, values: Mapping[fx.Node, Tensor], sizes: dict[Any, int]) -> Tensor:
+    """What a view makes of numbers, on small sizes; what has none is `NONE`."""
+
+    def small(used: fx.Node) -> Any:
+        if used in values:
+            return values[used]
+        value = used.meta["val"]
+        if not isinstance(value, Tensor):
+            return evaluated(value, sizes)
+        return torch.full(tuple(evaluated(size, sizes) for size in value.shape), NONE)
+
+    assert callable(node.target)
+    result: Tensor = node.target(*fx.node.map_arg(node.args, small), **fx.node.map_arg(node.kwargs, small))
+    return result
+
+
+def not_own(node: fx.Node, weight: fx.Node | None) -> str | None:
     """Why a weight cannot be cut for one reader."""
     if weight is None:
         return f"{spell(node)} has a weight that is computed{source_of(node)}"

@@ -20,6 +20,9 @@ def unit_macs(program: Program, channels: Channels, family: Family) -> float:
             each = _tokens(axis.reader) * sizes[1 - axis.axis]
             mine = int((family.units(axis) >= 0).sum())
             total += each * mine / len(family.channels)
+    if family.attention is not None:
+        batch, heads, length, _ = (_hint(size) for size in family.attention.meta["val"].shape)
+        return total + batch * heads * length * _hint(arguments(family.attention)["key"].meta["val"].shape[2])
     for node, found in channels.heads.items():
         if bool(torch.isin(found, family.channels).any()):
             given = arguments(node)

@@ -41,7 +41,7 @@ class Ranking:
 def by_worth(worth: Tensor, joint: Tensor | None = None) -> Ranking:
     """Units whose losses add up."""
     order = torch.argsort(worth, stable=True)
-    loss = torch.cat([torch.zeros(1), worth[order].cumsum(0)])
+    loss = torch.cat([worth.new_zeros(1), worth[order].cumsum(0)])
     return Ranking(order, loss, joint)
 
 
@@ -54,8 +54,12 @@ def rank(
     track: Track,
     seed: int,
     reaches: Mapping[fx.Node, Reach] | None = None,
+    worths: Mapping[int, Tensor] | None = None,
 ) -> list[Ranking]:
-    """A ranking of each family by a method of `MaskWeights`; `reaches` of the readers, if they are known yet."""
+    """A ranking of each family by a method of `MaskWeights`; `reaches` of the readers, if known yet.
+
+    `worths`: of the units of a family that no layer reads, by the place of the family: what the outputs lose.
+    """
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
         return [by_worth(torch.rand(len(family.channels), generator=generator)) for family in families]
@@ -68,10 +72,21 @@ def rank(
         return [by_worth(_summed(program, family, powers)) for family in families]
     if reaches is None:
         reaches = reader_reaches(program, families, batches, loss, track)
-    some = slice(None, None, -(-len(batches) // _RANKED))  # from short texts to long ones, if they are sorted
-    spread = {node: Reach(item.tokens[some], item.channels) for node, item in reaches.items()}
-    totals = grams(program, families, batches[some], track, spread)
-    return [_eliminated(program, family, totals, reaches) for family in track(list(families), "ranking units")]
+    some, reached = spread(batches, reaches)
+    totals = grams(program, families, some, track, reached)
+    found = []
+    for place, family in enumerate(track(list(families), "ranking units")):
+        read = bool(family.columns)
+        found.append(_eliminated(program, family, totals, reaches) if read else by_worth((worths or {})[place]))
+    return found
+
+
+def spread(
+    batches: Sequence[Sequence[Tensor]], reaches: Mapping[fx.Node, Reach]
+) -> tuple[Sequence[Sequence[Tensor]], dict[fx.Node, Reach]]:
+    """Some batches, from short texts to long ones if they are sorted, and the reaches on those."""
+    some = slice(None, None, -(-len(batches) // _RANKED))
+    return batches[some], {node: Reach(item.tokens[some], item.channels) for node, item in reaches.items()}
 
 
 def reader_reaches(
@@ -81,8 +96,9 @@ def reader_reaches(
     loss: Loss | None,
     track: Track,
 ) -> dict[fx.Node, Reach]:
-    """The reach of the layers that read units."""
-    return reach(program, [axis.reader for family in families for axis in family.columns], batches, loss, track)
+    """The reach of the layers that read units; and of those that make queries, which attention reads."""
+    judges = [axis.reader for family in families for axis in family.columns or family.rows[:1]]
+    return reach(program, judges, batches, loss, track)
 
 
 def _summed(program: Program, family: Family, powers: Mapping[fx.Node, Tensor] | None) -> Tensor:

@@ -64,7 +64,9 @@ def thinned(
     """
     wanted = _kept_columns(families, keeps)
     if refit and batches:
-        return _Fit(program, wanted | _makers(program, families, wanted), batches, track, reaches or {}).run()
+        every = wanted | _makers(program, families, wanted)
+        tokens = {node: item.tokens for node, item in (reaches or {}).items() if node in wanted}
+        return _Fit(program, every, _kept_rows(families, keeps), batches, track, tokens).run()
     found: dict[fx.Node, Layer] = {}
     if not batches:
         return {node: _masked(program, node, keep) for node, keep in wanted.items()}
@@ -89,6 +91,16 @@ def _kept_columns(families: Sequence[Family], keeps: Sequence[Tensor]) -> dict[f
             units = family.units(axis)
             mine = (units < 0) | keep[units.clamp(min=0)]
             wanted[axis.reader] = wanted[axis.reader] & mine if axis.reader in wanted else mine
+    return wanted
+
+
+def _kept_rows(families: Sequence[Family], keeps: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
+    """The rows that stay of layers that make what attention alone reads."""
+    wanted: dict[fx.Node, Tensor] = {}
+    for family, keep in zip(families, keeps, strict=True):
+        for axis in () if family.columns else family.rows:
+            units = family.units(axis)
+            wanted[axis.reader] = (units < 0) | keep[units.clamp(min=0)]
     return wanted
 
 
@@ -121,11 +133,13 @@ class _Fit:
         self,
         program: Program,
         wanted: Mapping[fx.Node, Tensor],
+        rows: Mapping[fx.Node, Tensor],
         batches: Sequence[Sequence[Tensor]],
         track: Track,
-        reaches: Mapping[fx.Node, Reach],
+        tokens: Mapping[fx.Node, Sequence[Tensor]],
     ) -> None:
-        self.program, self.wanted, self.count, self.reaches = program, wanted, len(batches), reaches
+        self.program, self.wanted, self.rows, self.tokens = program, wanted, rows, tokens
+        self.count = len(batches)
         self.lockstep = Lockstep(program, [*batches, *batches], track, "fitting layers")
         self.found: dict[fx.Node, Layer] = {}
 
@@ -141,12 +155,15 @@ class _Fit:
         (weight, bias), keep = _numbers(self.program, node), self.wanted[node]
         hold = self.lockstep.hold
         was = [hold(F.linear(item, weight, bias)) for item in inputs[: self.count]]
-        if bool(keep.all()) and all(map(self._same, [inputs, *stream])):
+        stays = node not in self.rows or bool(self.rows[node].all())
+        if stays and bool(keep.all()) and all(map(self._same, [inputs, *stream])):
             self.found[node] = Layer(weight, bias, keep, math.inf)
             return was + was
         batches = partial(self._batches, inputs, was, stream)
-        tokens = self.reaches[node].tokens if node in self.reaches else None
-        weight, bias = fitted(batches(tokens), weight, bias, keep)
+        weight, bias = fitted(batches(self.tokens.get(node)), weight, bias, keep)
+        if not stays:
+            weight = weight * self.rows[node].unsqueeze(1)
+            bias = None if bias is None else bias * self.rows[node]
         self.found[node] = Layer(weight, bias, keep, -10 * math.log10(max(off(batches(None), weight, bias), 1e-30)))
         return was + [hold(F.linear(item, weight, bias)) for item in inputs[self.count :]]
 

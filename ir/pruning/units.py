@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..graph import Program
 from ..layers import name_of
 from .channels import Axis, Channels, follow
 from .cut import cut, fits
 
-ROUND = 8  # neurons stay in multiples: every backend's matmul is faster than at odd sizes
+ROUND = 8  # neurons and dimensions stay in multiples: every backend's matmul is faster than at odd sizes
 
 
 @dataclass(frozen=True)
 class Family:
-    """Units that do the same work side by side: the heads of an attention, the neurons of a feed-forward block.
+    """Units that do the same work side by side: the heads of an attention, or the dimensions of all of them, the
+    neurons of a feed-forward block.
 
     Attributes:
-        kind: "heads" or "neurons".
+        kind: "heads", "neurons" or "dims".
         name: of the linear layers that read them.
         channels: [U], the channel of each unit.
-        columns: what reads them. rows: what makes them.
+        columns: what reads them. rows: what makes them. Attention alone reads the dimensions of queries and keys.
+        attention: of dimensions, the attention that has them.
     """
 
     kind: str
@@ -32,6 +34,7 @@ class Family:
     channels: Tensor
     columns: tuple[Axis, ...]
     rows: tuple[Axis, ...]
+    attention: fx.Node | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -41,7 +44,7 @@ class Family:
     @property
     def least(self) -> int:
         """How many units have to stay."""
-        return min(ROUND if self.kind == "neurons" else 1, len(self.channels))
+        return min(1 if self.kind == "heads" else ROUND, len(self.channels))
 
     def units(self, axis: Axis) -> Tensor:
         """The unit that each index of an axis belongs to; -1: to none."""
@@ -51,13 +54,18 @@ class Family:
     def rounded(self, count: int) -> int:
         """The nearest number of units that may stay."""
         size = len(self.channels)
-        if self.kind == "neurons" and size >= ROUND:
+        if self.kind != "heads" and size >= ROUND:
             count = round(count / ROUND) * ROUND if count < size else size
         return max(self.least, min(count, size))
 
 
 def _is_linear(axis: Axis) -> bool:
     return axis.reader.target is torch.ops.aten.linear.default
+
+
+def name_of_layers(layers: Sequence[fx.Node]) -> str:
+    """The names of several layers as one."""
+    return " + ".join(map(name_of, layers))
 
 
 def families(channels: Channels) -> tuple[list[Family], dict[str, str]]:
@@ -79,7 +87,7 @@ def families(channels: Channels) -> tuple[list[Family], dict[str, str]]:
         kind = "heads" if heads.intersection(free) else "neurons"
         members = torch.tensor(free)
         rows = tuple(axis for axis in channels.rows if bool(torch.isin(axis.channels, members).any()))
-        name = " + ".join(name_of(axis.reader) for axis in columns)
+        name = name_of_layers([axis.reader for axis in columns])
         found.append(Family(kind, name, members, tuple(columns), rows))
     return found, refused
 
