@@ -320,8 +320,7 @@ def _apply(program: Program, item: HeadDims, bases: Sequence[Tensor]) -> None:
 def cut_unread(program: Program) -> dict[str, int]:
     """Cut the dimensions that have no part in anything, because one side of all heads is zero: how many, as "dims"."""
     count = 0
-    for place in range(len(find(program).dims)):
-        item = find(program).dims[place]
+    for item in find(program).dims:  # no two have values or weights' indices in common
         size = len(item.family.channels)
         zero = _zero(program, item.turned) | _zero(program, item.undone)
         stay = max(item.family.least, min(size, -(-int((~zero).sum()) // ROUND) * ROUND))
