@@ -31,8 +31,8 @@ PASSES = {
 }
 PRUNING = {  # by workload
     "minilm-pruned": {
-        CUT70: "mask_weights(0.3, sparsegpt, 'heads+neurons'), fuse",
-        CUT50: "mask_weights(0.5, sparsegpt, 'heads+neurons'), fuse",
+        CUT70: "mask_weights(0.3, sparsegpt, 'dims+neurons'), fuse",
+        CUT50: "mask_weights(0.5, sparsegpt, 'dims+neurons'), fuse",
     },
     "bert-pruned": {
         CUT70: "mask_weights(0.3, magnitude, 'heads+neurons'), fuse",

@@ -1,4 +1,4 @@
-"""The section of a workload with fewer heads and neurons: speed over the dense model, quality, the targets."""
+"""The section of a workload with less of heads and neurons: speed over the dense model, quality, the targets."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from report_quality import quality_table
 from targets import Target, loss, speed, target_table
 from workloads import CUT50, CUT70, OURS, Shape, Workload
 
-CUT = """Whole heads and neurons are cut out of the weights (benchmarks/points.py), so that fewer numbers are multiplied
-without a sparse kernel. Multiplications: what is left of those in matmuls and attention, as the report of the compiled
-model counts them at fxpress's example.
+CUT = """Heads, or dimensions inside all heads, and neurons are cut out of the weights (benchmarks/points.py), so that
+fewer numbers are multiplied without a sparse kernel. Multiplications: what is left of those in matmuls and attention,
+as the report of the compiled model counts them at fxpress's example.
 """
 CORPUS = f"""Calibrated on {{calibration}} texts; what stays is fitted to them, and nothing is trained. Cosines are with
 eager fp32: of the states of tokens that are not padding, and of mean-pooled embeddings; mean and smallest. Texts are

@@ -215,8 +215,8 @@ WORKLOADS = {
         ),
         Workload(
             "minilm-pruned",
-            "all-MiniLM-L6-v2 with its trained weights and fewer heads and neurons, on docstrings and functions of "
-            "Python's standard library; at batch 8 half of the rows are padded in the last third",
+            "all-MiniLM-L6-v2 with its trained weights, smaller heads and fewer neurons, on docstrings and functions "
+            "of Python's standard library; at batch 8 half of the rows are padded in the last third",
             minilm,
             sentence,
             shapes=((1, 32), (1, 128), (8, 128), (1, 512)),
