@@ -36,7 +36,6 @@ from .ops import (  # noqa: F401  # the families register their operators
     table,
     window_attention,
 )
-from .ops.shapes import attention_result
 from .signature import Signature
 
 
@@ -295,8 +294,7 @@ def fake_result(program: Program, node: fx.Node) -> Any:
     args, kwargs = values
     assert callable(node.target)
     with program.fake_mode, torch.no_grad(), enable_python_dispatcher():  # the C++ kernels of some take no symbols
-        known = attention_result(*args, **kwargs) if node.target is attention.attention else None
-        return node.target(*args, **kwargs) if known is None else known
+        return node.target(*args, **kwargs)
 
 
 def _is_default(value: Any, default: Any) -> bool:

@@ -159,10 +159,6 @@ def to_onnx(program: Program, choices: Choices, opset: int = OPSET) -> onnx_ir.M
     """
     lowered, names = _lowered(program, choices)
     exported = _export(program, lowered)
-    known = _exportable(opset)
-    if all(known(node.target) for node in exported.graph.nodes if node.op == "call_function"):
-        # The exporter would trace the program once more to decompose what it cannot translate: half of the time.
-        exported.run_decompositions = lambda *_: exported
     try:
         model = write_onnx(exported, [tensor.name for tensor in program.signature.inputs], names, opset)
     except Exception as error:
@@ -175,6 +171,7 @@ def write_onnx(
     exported: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int = OPSET
 ) -> onnx_ir.Model:
     """torch's exporter, then what depends on weights alone is computed."""
+    _spare_decompositions(exported, opset)
     with quietly(), _translations_read_once():
         result = torch.onnx.export(
             exported,
@@ -190,6 +187,28 @@ def write_onnx(
     join_views(result.model)
     _fold_constants(result.model)
     return result.model
+
+
+_ALIASES = {  # operators that the exporter knows by another name
+    torch.ops.aten.__and__.Tensor: torch.ops.aten.bitwise_and.Tensor,
+    torch.ops.aten.__or__.Tensor: torch.ops.aten.bitwise_or.Tensor,
+    torch.ops.aten.__xor__.Tensor: torch.ops.aten.bitwise_xor.Tensor,
+}
+
+
+def _spare_decompositions(exported: ExportedProgram, opset: int) -> None:
+    """Keep the exporter from tracing once more, to decompose what it cannot translate, where there is nothing of it.
+
+    That would take as long as all the rest.
+    """
+    for node in list(exported.graph.nodes):
+        node.target = _ALIASES.get(node.target, node.target)
+        if node.target is torch.ops.aten.detach_.default:  # of torch.tensor(...)
+            node.replace_all_uses_with(node.args[0])
+            exported.graph.erase_node(node)
+    known = _exportable(opset)
+    if all(known(node.target) for node in exported.graph.nodes if node.op == "call_function"):
+        exported.run_decompositions = lambda *_: exported
 
 
 def _why_not(exported: ExportedProgram, error: BaseException, opset: int) -> str:

@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .shapes import broadcasts, divides, equal
 from .table import operator
 
 EMPTY = ("zeros", "nan", "mean")  # what a row without any allowed key gives
 ABSORBING = -1e30  # in fp32 nothing is left of a score that such a number, or a lower one, is added to
+
+
+def attention_result(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    left: Any = None,
+    right: Any = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    empty: str = "zeros",
+) -> Tensor | None:
+    """The shape rule of `attention`; None where its arguments are not seen to fit: the reference tells."""
+    if not (query.dim() == key.dim() == value.dim() == 4) or not (query.dtype == key.dtype == value.dtype):
+        return None
+    batch, heads, rows, size = query.shape
+    groups, columns = key.shape[1], key.shape[2]
+    computed = wide(query.dtype)
+    fit = (
+        computed.is_floating_point
+        and empty in EMPTY
+        and divides(groups, heads)
+        and equal(key.shape, (batch, groups, columns, size))
+        and equal(value.shape[:3], (batch, groups, columns))
+        and (bias is None or broadcasts(bias.shape, (batch, heads, rows, columns)))
+        and (bias is None or bias.dtype == torch.bool or torch.promote_types(bias.dtype, computed) == computed)
+        and (key_mask is None or (key_mask.dtype == torch.bool and equal(key_mask.shape, (batch, columns))))
+        and (sinks is None or equal(sinks.shape, (heads,)))
+    )
+    return like_attention(query, value) if fit else None
 
 
 @operator(
@@ -18,6 +53,7 @@ ABSORBING = -1e30  # in fp32 nothing is left of a score that such a number, or a
     "SymInt? left=None, SymInt? right=None, float? scale=None, float softcap=0.0, Tensor? sinks=None, "
     "str empty='zeros') -> Tensor",
     meaning="softmax(query key^T * scale + bias, over allowed keys) value, heads second",
+    shape=attention_result,
 )
 def attention(
     query: Tensor,

@@ -3,7 +3,7 @@
 An operator is a schema plus a reference in plain torch. The reference is registered as the operator's composite
 implementation, so that one function is the truth for every backend, the shape rule (it runs on fake tensors) and
 the gradient (autograd differentiates through it). Where running it on sizes that are symbols would tie them to the
-example's, as counting blocks does, the operator states its shape rule beside it.
+example's, as counting blocks does, or would take long, the operator states its shape rule beside it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def operator(
     Args:
         schema: the signature in torch.library's language, e.g. `"scale(Tensor input, float by) -> Tensor"`.
         meaning: one line that says what the operator computes.
-        shape: the shape rule, from the operator's arguments to empty tensors like its results; None: the reference.
+        shape: the shape rule, from the operator's arguments to empty tensors like its results, or to None where the
+            reference has to tell; None: the reference always.
 
     Raises:
         ValueError: if an operator of that name exists already.
@@ -67,12 +68,14 @@ def operator(
 
 
 def _by_shape(reference: Callable[..., Any], shape: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference, or on fake tensors the shape rule."""
+    """The reference, or on fake tensors without gradients the shape rule."""
 
     @functools.wraps(reference)
     def run(*args: Any, **kwargs: Any) -> Any:
         given = [*args, *kwargs.values()]
-        chosen = shape if any(isinstance(item, FakeTensor) for item in given) else reference
-        return chosen(*args, **kwargs)
+        fake = [item for item in given if isinstance(item, FakeTensor)]
+        flows = torch.is_grad_enabled() and any(item.requires_grad for item in fake)
+        known = shape(*args, **kwargs) if fake and not flows else None
+        return reference(*args, **kwargs) if known is None else known
 
     return run

@@ -11,8 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from fxpress.ir.errors import RewriteError
 from fxpress.ir.graph import Program, describe_value, fake_result
-from fxpress.ir.ops.attention import attention
-from fxpress.ir.ops.shapes import attention_result
+from fxpress.ir.ops.attention import attention, attention_result
 from fxpress.ir.ops.table import OPERATORS
 
 QUERY, KEY, VALUE = normal(2, 4, 5, 8), normal(2, 4, 7, 8), normal(2, 4, 7, 6)

@@ -70,8 +70,7 @@ def key_masked_attention(
             added,
             key_mask.all(),
             large,
-            unread if empty == "mean" else unread & key_mask.any(1).all(),
-            torch.tensor([0, 0, num_heads, -1]),
+            unread if empty == "mean" else torch.logical_and(unread, key_mask.any(1).all()),
         ),
         {"num_heads": num_heads, "scale": scale, "unscale": unscale},
         dtype=query.dtype,
@@ -82,7 +81,7 @@ def key_masked_attention(
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
 def KeyMaskedAttention(  # type: ignore[no-untyped-def]
-    query, key, value, keys, added, every, large, unread, heads, num_heads: int, scale: float, unscale: float
+    query, key, value, keys, added, every, large, unread, num_heads: int, scale: float, unscale: float
 ):
     """`keys` is the key mask, boolean or added, and `added` the added one; `every` says that it hides none.
 
@@ -96,6 +95,8 @@ def KeyMaskedAttention(  # type: ignore[no-untyped-def]
             result = op.Attention(query, key, value, q_num_heads=num_heads, kv_num_heads=num_heads, scale=scale)
     else:
         if unread:
+            number = op.Reshape(op.Constant(value_int=num_heads), one)
+            heads = op.Concat(op.Constant(value_ints=[0, 0]), number, op.Constant(value_ints=[-1]), axis=0)
             queries, keys_of = op.Reshape(query, heads), op.Reshape(key, heads)
             factor = op.Expand(op.Constant(value_float=unscale), op.Concat(op.Shape(queries, end=3), one, axis=0))
             wide = op.Reshape(op.Concat(queries, factor, axis=3), op.Constant(value_ints=[0, 0, -1]))

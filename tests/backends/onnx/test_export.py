@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from fxpress.backends.onnx.choose import choose
 from fxpress.backends.onnx.export import check, check_supported, save, to_onnx
 from fxpress.backends.onnx.session import Session
 from fxpress.compiler.trace import bind_example, trace
@@ -93,3 +94,21 @@ def test_the_exporters_table_is_read_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert [node.op_type for node in to_onnx(program, {}).graph] == [node.op_type for node in first.graph]
     assert _registration.ONNXRegistry.__dict__["from_torchlib"] is described
     assert isinstance(described, classmethod)
+
+
+class Masked(nn.Module):
+    """What torch's exporter would decompose: `&` and `|` of masks, and the lowerings of causal and masked attention."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        query = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        keys = (mask & (x[..., 0] > -3)) | (x[..., 1] > 3)
+        causal = attention(query, query, query, key_mask=mask, right=0)
+        return attention(causal, query, query, key_mask=keys)
+
+
+def test_nothing_of_ours_makes_the_exporter_trace_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = traced(Masked(), torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.bool))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.export.ExportedProgram, "run_decompositions", lambda *_: pytest.fail("it traces twice"))
+        choices, _ = choose(program)
+        to_onnx(program, choices)
