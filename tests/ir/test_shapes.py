@@ -97,3 +97,12 @@ def test_arguments_that_do_not_fit_are_refused_as_the_reference_does() -> None:
     last = next(iter(reversed(made.graph.nodes)))
     with pytest.raises(RewriteError, match="empty must be one of"):
         made.call(attention, query, key, key, before=last, empty="ones")
+
+
+def test_where_gradients_flow_the_reference_runs_on_fake_tensors() -> None:
+    with FakeTensorMode() as mode:
+        arguments = given({}, mode)
+        arguments["query"].requires_grad_()
+        assert attention(**arguments).requires_grad
+        with torch.no_grad():
+            assert not attention(**arguments).requires_grad
