@@ -37,7 +37,6 @@ def attention_result(
     fit = (
         computed.is_floating_point
         and empty in EMPTY
-        and (scale is not None or isinstance(size, int))  # else the reference fixes the size that it takes the root of
         and divides(groups, heads)
         and equal(key.shape, (batch, groups, columns, size))
         and equal(value.shape[:3], (batch, groups, columns))
