@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shapes import broadcasts, divides, equal
+from .shapes import broadcasts, divides, equal, fixed
 from .table import operator
 
 EMPTY = ("zeros", "nan", "mean")  # what a row without any allowed key gives
@@ -37,6 +37,7 @@ def attention_result(
     fit = (
         computed.is_floating_point
         and empty in EMPTY
+        and (scale is not None or fixed(size))  # else the reference fixes the size that it takes the root of
         and divides(groups, heads)
         and equal(key.shape, (batch, groups, columns, size))
         and equal(value.shape[:3], (batch, groups, columns))

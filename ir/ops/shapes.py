@@ -15,6 +15,11 @@ def equal(found: Sequence[Any], expected: Sequence[Any]) -> bool:
     )
 
 
+def fixed(size: Any) -> bool:
+    """Whether a size is a number, be it by a guard."""
+    return isinstance(size, int) or size.node.maybe_as_int() is not None
+
+
 def divides(groups: Any, heads: Any) -> bool:
     """Whether a number is known to divide another."""
     if isinstance(groups, int) and isinstance(heads, int):
