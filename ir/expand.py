@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -56,8 +57,11 @@ def expand(program: Program) -> int:
     return len(nodes)
 
 
-def inline(program: Program, node: fx.Node) -> list[fx.Node]:
+def inline(program: Program, node: fx.Node, function: Callable[..., Any] | None = None) -> list[fx.Node]:
     """Write a call of one of our operators as what its reference calls, one of ATen's as PyTorch does. The new nodes.
+
+    Args:
+        function: what is traced, if not the reference: it takes the operator's arguments and computes the same.
 
     Raises:
         RewriteError: the reference changes a tensor, which a program cannot say.
@@ -66,13 +70,13 @@ def inline(program: Program, node: fx.Node) -> list[fx.Node]:
     after:   the ATen operators that the reference runs, `sum`, `div`, `cat`, ...
     """
     target: Any = node.target
-    reference = OPERATORS[target].reference if target in OPERATORS else target
+    traced_as = function or (OPERATORS[target].reference if target in OPERATORS else target)
     nodes = list(node.all_input_nodes)
 
     def run(*values: Any) -> Any:
         known = dict(zip(nodes, values, strict=True))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-        return reference(*args, **kwargs)
+        return traced_as(*args, **kwargs)
 
     with program.fake_mode, torch.no_grad(), enable_python_dispatcher():
         traced = make_fx(run, pre_dispatch=target in OPERATORS)(*[used.meta["val"] for used in nodes])

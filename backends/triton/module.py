@@ -26,6 +26,7 @@ from ...kernels import (
     elementwise,
     float8,
     float8_matmul,
+    gathered_attention,
     int4_matmul,
     launch,
     linear_attention,
@@ -33,6 +34,7 @@ from ...kernels import (
     matmul_configs,
     matmul_descriptor,
     matmul_tiles,
+    pseudo_inverse,
     sparse24_matmul,
 )
 from .kernel import Kernel, attention_with_bias, form_of, product_kernel, tile_kernel
@@ -390,7 +392,7 @@ FORWARD = '''def forward(inputs, weights):
 '''
 LIBRARY: tuple[ModuleType, ...] = (
     elementwise, float8, launch, matmul_tiles, matmul_descriptor, matmul, matmul_configs, int4_matmul, sparse24_matmul,
-    float8_matmul, attention, block_attention, linear_attention, conv_attention,
+    float8_matmul, attention, block_attention, linear_attention, conv_attention, gathered_attention, pseudo_inverse,
 )  # fmt: skip
 RESERVED = {"torch", "triton", "tl", "math", "aten", "device", "Tensor", "inputs", "weights", "forward"}
 RESERVED |= {"placed", "max"}

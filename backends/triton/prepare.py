@@ -19,6 +19,7 @@ from ...ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from ...ir.ops.quantize import dequantize, int4_linear, int8_linear, int8_weight_linear
 from ...ir.ops.sparse import sparse24_linear
 from ...ir.ops.table import OPERATORS
+from .lowerings.attentions import WRITTEN
 from .lowerings.products import PRODUCTS
 from .lowerings.table import KERNELS, POINTWISE, VALUES
 from .sizes import Sizes
@@ -41,7 +42,7 @@ def prepare(program: Program) -> Program:
     for _ in range(DEPTH):
         foreign = [node for node in found.graph.nodes if node.target in OPERATORS and not _known(node.target)]
         for node in foreign:
-            inline(found, node)
+            inline(found, node, WRITTEN.get(node.target))
     for node in found.calls(aten.einsum.default):
         inline(found, node)
     for node in found.calls(integer_matmul):

@@ -7,6 +7,7 @@ floor(r m / n) of m. So padding, on either side, changes nothing, and n <= m tok
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -46,6 +47,17 @@ def _mask(key: Tensor, key_mask: Tensor | None) -> Tensor:
     return torch.ones((key.shape[0], key.shape[2]), dtype=torch.bool, device=key.device)
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Inverse = Callable[[Tensor, int], Tensor]
+
+
+def attend_all(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(query key^T + bias) value over the keys that `key_mask` [B, M] allows; finite where it allows none."""
+    scores = query @ key.transpose(-1, -2)
+    scores = scores if bias is None else scores + bias
+    return torch.softmax(scores.masked_fill(~key_mask[:, None, None, :], _HIDDEN), -1) @ value
+
+
 @operator(
     "nystrom_attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask=None, int landmarks=64, "
     "int iterations=6, float? scale=None) -> Tensor",
@@ -69,6 +81,22 @@ def nystrom_attention(
 
     Where no more tokens may be seen than there are landmarks, the result is exact attention.
     """
+    return nystrom(query, key, value, key_mask, landmarks, iterations, scale)
+
+
+def nystrom(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    landmarks: int = 64,
+    iterations: int = 6,
+    scale: float | None = None,
+    attend: Attend | None = None,
+    inverse: Inverse | None = None,
+) -> Tensor:
+    """What `nystrom_attention` computes, through `attend` and `inverse`: `attend_all` and `pseudo_inverse`."""
+    attend, inverse = attend or attend_all, inverse or inverse_by_iteration
     dtype = query.dtype
     query, key, value = _inputs(query, key, value)
     mask = _mask(key, key_mask)
@@ -78,20 +106,19 @@ def nystrom_attention(
     members = cast(members, query.dtype)[:, None]  # [B, 1, m, N]
     means = members / cast(sizes, query.dtype).clamp(min=1)[:, None, :, None]
     query_marks, key_marks = means @ query, means @ key  # [B, H, m, D]
-    no_mark = (sizes == 0)[:, None, None, :]
-    first = torch.softmax((query @ key_marks.transpose(-1, -2)).masked_fill(no_mark, _HIDDEN), -1)
-    middle = torch.softmax((query_marks @ key_marks.transpose(-1, -2)).masked_fill(no_mark, _HIDDEN), -1)
-    scores = (query_marks @ key.transpose(-1, -2)).masked_fill(~mask[:, None, None, :], _HIDDEN)
-    seen = torch.softmax(scores, -1) @ value  # exact attention of the landmarks, [B, H, m, E]
-    approximate = first @ (_pseudo_inverse(middle, iterations) @ seen)
+    marked = sizes > 0
+    seen = attend(query_marks, key, value, mask, None)  # exact attention of the landmarks, [B, H, m, E]
+    scores = query_marks @ key_marks.transpose(-1, -2)
+    middle = torch.softmax(scores.masked_fill(~marked[:, None, None, :], _HIDDEN), -1)
+    approximate = attend(query, key_marks, inverse(middle, iterations) @ seen, marked, None)
     own = members.transpose(-1, -2) @ seen  # each token's own landmark
     count = sizes.sum(-1)[:, None, None, None]
     result = torch.where(count <= landmarks, own, approximate) * cast(count > 0, query.dtype)
     return cast(result, dtype)
 
 
-def _pseudo_inverse(matrix: Tensor, iterations: int) -> Tensor:
-    """Of matrices [..., m, m] whose rows are probabilities, by the iteration of Razavi et al. (2014)."""
+def inverse_by_iteration(matrix: Tensor, iterations: int = 6) -> Tensor:
+    """What `pseudo_inverse` computes."""
     number = torch.arange(matrix.shape[-1], device=matrix.device)
     identity = cast(number[:, None] == number, matrix.dtype)
     columns = matrix.sum(-2, keepdim=True).amax(-1, keepdim=True)
@@ -100,6 +127,20 @@ def _pseudo_inverse(matrix: Tensor, iterations: int) -> Tensor:
         product = matrix @ found
         found = 0.25 * found @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
     return found
+
+
+@operator(
+    "pseudo_inverse(Tensor matrix, int iterations=6) -> Tensor",
+    meaning="the pseudo-inverse of matrices of probabilities, by an iteration of third order",
+    shape=lambda matrix, *args, **kwargs: torch.empty_like(matrix),
+)
+def pseudo_inverse(matrix: Tensor, iterations: int = 6) -> Tensor:
+    """Of matrices [..., m, m] whose rows are probabilities, the Moore-Penrose inverse (Razavi et al., 2014).
+
+    It begins at the transpose over the largest sum of a column, which the iteration converges from; `iterations` steps
+    are made, however near that is.
+    """
+    return inverse_by_iteration(matrix, iterations)
 
 
 @operator(
@@ -128,6 +169,21 @@ def linformer_attention(
 
     Where no more tokens may be seen than `rank`, the result is exact attention.
     """
+    return linformer(query, key, value, key_mask, pooling, rank, scale)
+
+
+def linformer(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    pooling: Tensor | None = None,
+    rank: int = 64,
+    scale: float | None = None,
+    attend: Attend | None = None,
+) -> Tensor:
+    """What `linformer_attention` computes, through `attend` (by default `attend_all`)."""
+    attend = attend or attend_all
     dtype = query.dtype
     query, key, value = _inputs(query, key, value)
     mask = _mask(key, key_mask)
@@ -138,11 +194,10 @@ def linformer_attention(
         keys, values = means @ key, means @ value
     else:
         keys, values = (_pooled(members, key, item, pooling[:, index]) for index, item in enumerate((key, value)))
-    scores = query @ keys.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    scores = scores + cast(sizes, query.dtype).clamp(min=1).log()[:, None, None, :]
-    scores = scores.masked_fill((sizes == 0)[:, None, None, :], _HIDDEN)
-    result = torch.softmax(scores, -1) @ values * cast(sizes.sum(-1) > 0, query.dtype)[:, None, None, None]
-    return cast(result, dtype)
+    keys = keys * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    often = cast(sizes, query.dtype).clamp(min=1).log()[:, None, None, :]
+    result = attend(query, keys, values, sizes > 0, often)
+    return cast(result * cast(sizes.sum(-1) > 0, query.dtype)[:, None, None, None], dtype)
 
 
 def _pooled(members: Tensor, key: Tensor, item: Tensor, vector: Tensor) -> Tensor:

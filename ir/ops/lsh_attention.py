@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import ABSORBING, like_attention
+from .attention import ABSORBING, cast, like_attention, wide
 from .table import operator
 
 OWN = -1e5  # the score of a token's own key where queries are keys: it counts only where there is no other
@@ -70,11 +71,35 @@ def lsh_attention(
     Rounds are weighted by the sums of their exponentials. Buckets are constants to the gradient. Half precision is
     computed in fp32 and rounded once at the end.
     """
+    dtype = query.dtype
+    query, key, value = (cast(tensor, wide(dtype)) for tensor in (query, key, value))
+    return cast(lsh(query, key, value, rotations, key_mask, chunk, shared, causal, scale), dtype)
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+
+
+def lsh(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotations: Tensor,
+    key_mask: Tensor | None = None,
+    chunk: int = 64,
+    shared: bool = False,
+    causal: bool = False,
+    scale: float | None = None,
+    attend: Attend | None = None,
+) -> Tensor:
+    """What `lsh_attention` computes, through `attend`: `gathered_attention`, by default what its reference computes.
+
+    `attend` is given queries, keys and values as they are; all else is computed in fp32 at least.
+    """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, found {chunk}")
     dtype = query.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        query, key, value = query.float(), key.float(), value.float()
+    given = query, key, value
+    query, key, value = (cast(tensor, wide(dtype)) for tensor in given)
     batch, heads, length, size = query.shape
     if key.shape[1] != heads:
         key, value = (tensor.repeat_interleave(heads // key.shape[1], 1) for tensor in (key, value))
@@ -91,13 +116,16 @@ def lsh_attention(
         else:
             seen = _windows(queries, keys, count, chunk, length)
     scale = size**-0.5 if scale is None else scale
-    totals, results = _attend(query, key, value, seen, scale, shared)
+    parts = (attend or _gathered)(*given, seen.rows, seen.columns, seen.first, seen.end, scale, shared)
+    totals, results = (cast(part, query.dtype).flatten(3, 4) for part in parts)
+    totals = totals.gather(-1, seen.found)
+    results = results.gather(3, seen.found[..., None].expand(*seen.found.shape, value.shape[-1]))
     own = (query * key).sum(-1)[:, :, None] * scale
     extra = torch.where(seen.own | shared, ABSORBING, own)
     weights = torch.softmax(torch.cat((totals, extra), 2), 2)[..., None]
     rounds = totals.shape[2]
     result = (weights[:, :, :rounds] * results).sum(2) + weights[:, :, rounds:].sum(2) * value
-    return result.masked_fill(~real[:, None, :, None], 0.0).to(dtype)
+    return cast(result.masked_fill(~real[:, None, :, None], 0.0), dtype)
 
 
 @dataclass(frozen=True)
@@ -239,24 +267,70 @@ def _past(queries: _Sorted, keys: _Sorted, chunk: int, length: int) -> _Seen:
     )
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, seen: _Seen, scale: float, shared: bool
+def _gathered(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """For each position the logarithm of its sum of exponentials in each round, [B, H, rounds, N], and the results."""
+    """What `gathered_attention` gives, not rounded."""
+    query, key, value = (cast(tensor, wide(tensor.dtype)) for tensor in (query, key, value))
+    if key.shape[1] != query.shape[1]:
+        repeat = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
 
     def pick(tensor: Tensor, positions: Tensor) -> Tensor:
         batch, heads = (torch.arange(size, device=tensor.device) for size in tensor.shape[:2])
         picked: Tensor = tensor[batch[:, None, None, None, None], heads[:, None, None, None], positions]
         return picked
 
-    scores = pick(query, seen.rows) @ pick(key, seen.columns).transpose(-1, -2) * scale
+    scores = pick(query, rows) @ pick(key, columns).transpose(-1, -2) * scale
     if shared:
-        own = seen.rows[..., :, None] == seen.columns[..., None, :]
-        scores = scores.masked_fill(own, OWN)
-    column = torch.arange(seen.columns.shape[-1], device=query.device)
-    visible = (column >= seen.first[..., None]) & (column < seen.end[..., None])
+        scores = scores.masked_fill(rows[..., :, None] == columns[..., None, :], OWN)
+    column = torch.arange(columns.shape[-1], device=query.device)
+    visible = (column >= first[..., None]) & (column < end[..., None])
     scores = scores.masked_fill(~visible, ABSORBING)
-    results = (torch.softmax(scores, -1) @ pick(value, seen.columns)).flatten(3, 4)
-    totals = torch.logsumexp(scores, -1).flatten(3)
-    found = seen.found[..., None].expand(*seen.found.shape, value.shape[-1])
-    return totals.gather(-1, seen.found), results.gather(3, found)
+    return torch.logsumexp(scores, -1), torch.softmax(scores, -1) @ pick(value, columns)
+
+
+def _gathered_shape(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, *others: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    results = query.new_empty((*rows.shape, value.shape[-1]))
+    return query.new_empty(rows.shape, dtype=wide(query.dtype)), results
+
+
+@operator(
+    "gathered_attention(Tensor query, Tensor key, Tensor value, Tensor rows, Tensor columns, Tensor first, "
+    "Tensor end, float scale, bool shared=False) -> (Tensor, Tensor)",
+    meaning="attention of queries at some places to keys at others, and the logarithms of its sums of exponentials",
+    shape=_gathered_shape,
+)
+def gathered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    shared: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The chunks of `lsh_attention`: each of them a few queries, which see a row of keys or a part of it.
+
+    Shapes: query [B, H, N, D]; key [B, G, M, D]; value [B, G, M, E], where G divides H; rows [B, H, T, C, R], places
+    in 0 .. N - 1; columns [B, H, T, C, W], places in 0 .. M - 1; first and end [B, H, T, C, R]: a query sees columns
+    first .. end - 1 of its chunk's W. Results: logarithms of sums of exponentials [B, H, T, C, R], in fp32 for half
+    precision, and attention [B, H, T, C, R, E]. With `shared` the key at a query's own place has the score -1e5.
+
+    A query that sees no column gives the mean of all W, and a logarithm so low (-1e30) that nothing is left of the mean
+    beside any other.
+    """
+    totals, results = _gathered(query, key, value, rows, columns, first, end, scale, shared)
+    return totals, cast(results, query.dtype)

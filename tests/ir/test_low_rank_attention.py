@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxpress.ir import graph  # noqa: F401  # registers every family
 from fxpress.ir.ops.attention import attention
-from fxpress.ir.ops.low_rank_attention import linformer_attention, nystrom_attention, segments
+from fxpress.ir.ops.low_rank_attention import linformer_attention, nystrom_attention, pseudo_inverse, segments
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
@@ -173,6 +173,11 @@ def test_many_steps_reach_the_pseudo_inverse() -> None:
         for rows, columns in ((query, key_marks), (query_marks, key_marks), (query_marks, key))
     )
     close(nystrom_attention(query, key, value, None, 3, 60), first @ torch.linalg.pinv(middle) @ last @ value)
+
+
+def test_pseudo_inverse_by_many_steps() -> None:
+    matrix = normal(3, 5, 5, dtype=torch.float64).softmax(-1)
+    close(pseudo_inverse(matrix, 40), torch.linalg.pinv(matrix))
 
 
 def test_a_tensor_beside_another_does_not_change_its_inverse() -> None:

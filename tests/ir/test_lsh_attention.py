@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxpress.ir import graph  # noqa: F401  # registers every family
 from fxpress.ir.ops.attention import attention
-from fxpress.ir.ops.lsh_attention import lsh_attention, random_rotations
+from fxpress.ir.ops.lsh_attention import gathered_attention, lsh_attention, random_rotations
 
 FORMS = list(product([False, True], [False, True]))  # shared, causal
 forms = pytest.mark.parametrize(("shared", "causal"), FORMS)
@@ -218,6 +218,22 @@ def test_gradient(shared: bool, causal: bool) -> None:
     tensors = [tensor.double().requires_grad_() for tensor in inputs(7, 2, 1, 1, 3)]
     rotations = random_rotations(2, 3, 2, 4).double()
     assert torch.autograd.gradcheck(lambda q, k, v: lsh_attention(q, k, v, rotations, None, 2, shared, causal), tensors)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gathered_attention_equals_its_definition(shared: bool) -> None:
+    query, key, value = inputs(9, batch=1)
+    random = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randint(0, 9, (1, 4, 2, 2, size), generator=random) for size in (3, 5))
+    first, end = (torch.randint(low, low + 3, (1, 4, 2, 2, 3), generator=random) for low in (0, 3))
+    totals, found = gathered_attention(query, key, value, rows, columns, first, end, 0.4, shared)
+    for head, turn, chunk, row in product(range(4), range(2), range(2), range(3)):
+        at = 0, head, turn, chunk
+        i, seen = rows[at][row], columns[at][first[at][row] : end[at][row]]
+        scores = 0.4 * key[0, head // 2, seen] @ query[0, head, i]
+        scores = torch.where((seen == i) & shared, -1e5, scores)
+        close(totals[at][row], scores.logsumexp(0))
+        close(found[at][row], scores.softmax(0) @ value[0, head // 2, seen])
 
 
 def test_equals_reformer() -> None:

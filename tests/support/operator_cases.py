@@ -39,6 +39,12 @@ def fixed(*sizes: int) -> Tensor:
     return (normal(*sizes) * 65536).to(torch.int32)
 
 
+def places(width: int) -> Tensor:
+    """[2, 4, 2, 3, width] of tokens: for each head, in two rounds of three chunks."""
+    return torch.randint(0, LENGTH, (2, 4, 2, 3, width), generator=torch.Generator().manual_seed(width))
+
+
+first = torch.arange(3).expand(2, 4, 2, 3, 3)
 mask = torch.ones(2, LENGTH, dtype=torch.bool)
 mask[1, 9:] = False
 q, k, v = heads(0), heads(1), heads(2)
@@ -75,6 +81,8 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("nystrom_attention", (q, k, v, mask, 4), {}),
     ("linformer_attention", (q, k, v, mask, None, 4), {}),
     ("lsh_attention", (q, k, v, normal(4, 8, 2, 2), mask, 4), {}),
+    ("gathered_attention", (q, grouped_k, grouped_v, places(3), places(8), first, first + 4, 0.4, True), {}),
+    ("pseudo_inverse", (normal(2, 3, 5, 5).softmax(-1),), {}),
     ("align_tokens", (q, mask), {}),
     ("align_tokens", (normal(2, LENGTH), mask, True), {}),
     ("pool_tokens", (normal(2, LENGTH, 8), mask), {}),

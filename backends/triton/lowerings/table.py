@@ -13,6 +13,8 @@ from ....ir.ops.attention import attention
 from ....ir.ops.block_attention import block_attention
 from ....ir.ops.conv_attention import conv_attention
 from ....ir.ops.linear_attention import linear_attention
+from ....ir.ops.low_rank_attention import pseudo_inverse
+from ....ir.ops.lsh_attention import gathered_attention
 from ....ir.ops.window_attention import window_attention
 from ..emitter import Emitter, Index, Value
 
@@ -50,6 +52,8 @@ KERNELS: dict[Any, tuple[str, dict[str, str]]] = {
     block_attention: ("block_attention", {}),
     linear_attention: ("linear_attention", {}),
     conv_attention: ("conv_attention", {}),
+    gathered_attention: ("gathered_attention", {}),
+    pseudo_inverse: ("pseudo_inverse", {}),
 }
 # Operators left to PyTorch's own library kernels, with the reason.
 EXTERN: dict[Any, str] = {}
