@@ -8,6 +8,7 @@ from typing import ClassVar
 from ..ir.graph import Program
 from ..ir.pruning import head_dims, masks
 from ..ir.pruning.units import cut_unread
+from ..ir.quantization.absorb import absorb
 from ..ir.quantization.fold import fold
 from ..ir.rewrite import Context, Pass, PassResult
 
@@ -33,4 +34,6 @@ class Fold(Pass):
             result.rewrites.update({**cut_unread(program), **head_dims.cut_unread(program)})
         if count := fold(program):
             result.rewrites["quantize"] = count
+        if count := absorb(program):
+            result.rewrites["smoothing into values"] = count
         return result

@@ -23,6 +23,7 @@ from ..ir.ops.quantize import dequantize, dynamic_quantize, int4_embedding, int4
 from ..ir.pattern import Refusal
 from ..ir.pruning.masks import masked
 from ..ir.quantization import grid as grids
+from ..ir.quantization.absorb import absorb
 from ..ir.quantization.attention import attentions, in_integers, ranges
 from ..ir.quantization.choice import UNTOUCHED, Choice
 from ..ir.quantization.fold import fold
@@ -225,6 +226,8 @@ class Quantize(Pass):
         program.clean()
         if self.fold:
             fold(program)
+            if count := absorb(program):
+                result.rewrites["smoothing into values"] = count
         if self.requantize:
             result.rewrites["requantize"], refusals = requantize(program)
             result.refusals += refusals

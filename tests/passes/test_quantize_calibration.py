@@ -18,7 +18,7 @@ from fxpress.ir.equality import sqnr_db
 from fxpress.ir.graph import Program
 from fxpress.ir.ops.quantize import int4_linear
 from fxpress.ir.rewrite import Context
-from fxpress.passes import Canonicalize, Quantize
+from fxpress.passes import Canonicalize, Fold, Quantize
 
 PLAIN = {"method": "minmax", "sensitive": None}  # everything rounded to nearest, with calibration data or without
 Batches = list[list[Tensor]]
@@ -77,6 +77,20 @@ def test_smoothquant_halves_the_error_of_outlier_channels() -> None:
         noise(wide(), ROWS, granularity="tensor", method=method, sensitive=None) for method in ("minmax", "smoothquant")
     )
     assert smooth < plain / 4  # in energy
+
+
+def test_the_layer_behind_values_smooths_what_attention_gives() -> None:
+    """Folded at once or later, no multiplication stands between attention and the layer that reads it."""
+    options: dict[str, Any] = {"method": "smoothquant", "sensitive": None}
+    at_once, result = rewritten(encoder(), Quantize(**options), context=calibrated(TEXTS))
+    unfolded, _ = rewritten(encoder(), Quantize(**options, fold=False), context=calibrated(TEXTS))
+    later, folding = rewritten(unfolded, Fold())
+    assert result.rewrites["smoothing into values"] == folding.rewrites["smoothing into values"] == 1
+    factors = [[str(node.args[1]) for node in made.calls(torch.ops.aten.mul.Tensor)] for made in (at_once, unfolded)]
+    assert len(factors[0]) == len(factors[1]) - 1
+    for text in TEXTS:
+        assert torch.equal(at_once.run(text)[0], later.run(text)[0])
+        torch.testing.assert_close(at_once.run(text)[0], unfolded.run(text)[0], atol=0.05, rtol=0)
 
 
 def test_outliers_need_no_finer_layers_once_smoothed() -> None:
