@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,13 @@ import fxpress
 from fxpress.backends.triton import sparse
 from fxpress.backends.triton.prepare import prepare
 from fxpress.backends.triton.sparse import compress
+from fxpress.compiler.driver import Compiled
 from fxpress.ir.ops.sparse import sparse24_linear
 from fxpress.ir.verify import verify
 from fxpress.passes import Fuse, MaskWeights
+
+
+X = normal(4, 640).half()
 
 
 class Mlp(nn.Module):
@@ -31,13 +36,17 @@ class Mlp(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(x)))
 
 
-@pytest.mark.slow
-def test_a_masked_model_reads_its_weights_compressed() -> None:
+@pytest.fixture(scope="module")
+def masked() -> Compiled:
+    """Of four rows."""
     torch.manual_seed(0)
-    model, x = Mlp().eval().half(), normal(4, 640).half()
     passes = [MaskWeights(0.5, pattern="2:4"), Fuse()]
-    compiled = fxpress.compile(model, passes, (x,), backend="triton", dynamic_shapes=None)
-    report = compiled.report
+    return fxpress.compile(Mlp().eval().half(), passes, (X,), backend="triton", dynamic_shapes=None)
+
+
+@pytest.mark.slow
+def test_a_masked_model_reads_its_weights_compressed(masked: Compiled) -> None:
+    report = masked.report
     assert [item["operator"] for item in report.choices] == [
         "linear [4, 640] x [1024, 640]", "linear [4, 1024] x [640, 1024]",
     ]  # fmt: skip
@@ -46,7 +55,17 @@ def test_a_masked_model_reads_its_weights_compressed() -> None:
     assert "2:4 sparse: 2 of 2 linear layers with so many zeros read them compressed" in str(report)
     assert "no speed-up" not in str(report)
     assert report.bytes_after < 0.57 * report.bytes_before
-    torch.testing.assert_close(compiled(x), compiled.program(x), rtol=2e-3, atol=4e-3)
+    torch.testing.assert_close(masked(X), masked.program(X), rtol=2e-3, atol=4e-3)
+
+
+@pytest.mark.slow
+def test_a_saved_model_holds_its_weights_compressed(masked: Compiled, tmp_path: Path) -> None:
+    masked.save(tmp_path / "mlp", archs=[])
+    loaded = fxpress.load(tmp_path / "mlp")
+    assert loaded.source == masked.source
+    assert torch.equal(loaded(X), masked(X))
+    dense = 2 * 2 * 640 * 1024  # bytes
+    assert sum(file.stat().st_size for file in (tmp_path / "mlp").glob("*.safetensors")) < 0.57 * dense
 
 
 def test_where_rows_may_be_many_the_dense_weight_stays_beside() -> None:
