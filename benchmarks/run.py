@@ -4,6 +4,7 @@
     .venv/bin/python benchmarks/run.py --only minilm      one workload; rewrites its section alone
     .venv/bin/python benchmarks/run.py --only minilm --only fxpress --shapes 1x128 --quick      only prints
     .venv/bin/python benchmarks/run.py --only sparsity    a section that is no workload (attention-scaling, ...)
+    .venv/bin/python benchmarks/run.py --into xeon        another processor's RESULTS.md, and plots, in benchmarks/xeon
 
 RESULTS.md is written when a workload was measured whole: all of its candidates and shapes, not --quick.
 
@@ -45,7 +46,7 @@ from rich.markdown import Markdown
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from workloads import OTHERS, REPLACED, SCALING, SPARSITY, THROUGH, WORKLOADS, Shape, Workload
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
+HERE = Path(__file__).parent
 SECTIONS = {"exact": section, "quantized": quantized_section, "pruned": pruned_section}
 CONSOLE = Console()
 
@@ -58,7 +59,11 @@ def main() -> None:
                         help="only this workload or candidate (again for more): "
                         + ", ".join(names).replace("%", "%%"))  # fmt: skip
     parser.add_argument("--shapes", nargs="+", metavar="BxL", default=[], help="only these shapes, such as 1x128")
+    parser.add_argument("--into", type=Path, metavar="FOLDER", default=Path(),
+                        help="of the results, within benchmarks/: a processor of its own")  # fmt: skip
     options = parser.parse_args()
+    folder = HERE / options.into
+    folder.mkdir(exist_ok=True)
     candidates = [name for name in CANDIDATES if name in options.only]
     every = list(WORKLOADS) if candidates or options.shapes else [*WORKLOADS, *OTHERS]
     measures = {
@@ -66,16 +71,16 @@ def main() -> None:
     }  # fmt: skip
     for name in [name for name in (*WORKLOADS, *OTHERS) if name in options.only] or every:
         if name in measures:
-            measures[name](options.quick)
+            measures[name](folder, options.quick)
             continue
         workload = WORKLOADS[name]
         wanted = [name for name in workload.candidates if name in (candidates or CANDIDATES)]
         shapes = [shape for shape in workload.shapes if not options.shapes or named(shape) in options.shapes]
         if wanted and shapes:
-            measure(workload, wanted, shapes, options.quick)
+            measure(folder, workload, wanted, shapes, options.quick)
 
 
-def measure(workload: Workload, names: list[str], shapes: list[Shape], quick: bool) -> None:
+def measure(into: Path, workload: Workload, names: list[str], shapes: list[Shape], quick: bool) -> None:
     """Measure a workload and print its section; write it, and the plot, if it was measured whole."""
     rounds, seconds = (2, 0.1) if quick else (5, 0.5)
     whole = len(names) == len(workload.candidates) and len(shapes) == len(workload.shapes) and not quick
@@ -90,22 +95,22 @@ def measure(workload: Workload, names: list[str], shapes: list[Shape], quick: bo
             measurement.measure_quality()
     results = measurement.results
     text = SECTIONS[workload.kind](workload, results, f"{rounds} rounds of {seconds} s")
-    publish(workload.name, text, summary_rows(workload, results) if workload.kind == "exact" else [], whole)
+    publish(into, workload.name, text, summary_rows(workload, results) if workload.kind == "exact" else [], whole)
     if whole and workload.kind == "quantized":
-        draw(lambda: plot(results, RESULTS.with_name(PLOT)))
+        draw(lambda: plot(results, into / PLOT))
 
 
-def measure_sparsity(quick: bool) -> None:
+def measure_sparsity(into: Path, quick: bool) -> None:
     """Judge every setting of sparsity.py and print the section; write it if it was judged whole."""
     import sparsity
 
     cases = sparsity.cases(quick)  # training shows a progress of its own
     with progress(SPARSITY) as tell:
         found = {case.name: (case, sparsity.measure(case, tell)) for case in cases}
-    publish(SPARSITY, sparsity.section(found), [], whole=not quick)
+    publish(into, SPARSITY, sparsity.section(found), [], whole=not quick)
 
 
-def measure_scaling(quick: bool) -> None:
+def measure_scaling(into: Path, quick: bool) -> None:
     """Every kind of attention at every length, and the plot."""
     import attention_scaling
     import plot_attention
@@ -113,28 +118,28 @@ def measure_scaling(quick: bool) -> None:
 
     with tempfile.TemporaryDirectory(prefix="fxpress-bench-") as folder, progress(SCALING) as tell:
         found = attention_scaling.measure(tell, Path(folder), quick)
-    publish(SCALING, report_scaling.section(found), [], whole=not quick)
+    publish(into, SCALING, report_scaling.section(found), [], whole=not quick)
     if not quick:
-        draw(lambda: plot_attention.plot(found, RESULTS.with_name(report_scaling.PLOT)))
+        draw(lambda: plot_attention.plot(found, into / report_scaling.PLOT))
 
 
-def measure_replaced(quick: bool) -> None:
+def measure_replaced(into: Path, quick: bool) -> None:
     """Judge every kind of attention and print the section; write it if it was judged whole."""
     import attention_quality
 
     tasks = attention_quality.tasks(quick)  # training shows a progress of its own
     with progress(REPLACED) as tell:
         found = [(task, attention_quality.measure(task, tell)) for task in tasks]
-    publish(REPLACED, attention_quality.section(found), [], whole=not quick)
+    publish(into, REPLACED, attention_quality.section(found), [], whole=not quick)
 
 
-def measure_through(quick: bool) -> None:
+def measure_through(into: Path, quick: bool) -> None:
     """MiniLM through torch.compile's backends, and the first calls of processes."""
     import through_dynamo
 
     with progress(THROUGH) as tell:
         found = through_dynamo.measure(tell, quick)
-    publish(THROUGH, through_dynamo.section(found), [], whole=not quick)
+    publish(into, THROUGH, through_dynamo.section(found), [], whole=not quick)
 
 
 @contextmanager
@@ -152,14 +157,15 @@ def progress(name: str) -> Iterator[Callable[[str], None]]:
         yield tell
 
 
-def publish(name: str, body: str, summary: list[str], whole: bool) -> None:
+def publish(into: Path, name: str, body: str, summary: list[str], whole: bool) -> None:
     """Print a section, and put it into the file if it is whole."""
-    old = RESULTS.read_text(encoding="utf-8") if whole and RESULTS.exists() else ""
+    file = into / "RESULTS.md"
+    old = file.read_text(encoding="utf-8") if whole and file.exists() else ""
     text = update(old, name, body, summary)
     CONSOLE.print(Markdown(text))
     if whole:
-        RESULTS.write_text(text, encoding="utf-8")
-        CONSOLE.print(f"written: {RESULTS}")
+        file.write_text(text, encoding="utf-8")
+        CONSOLE.print(f"written: {file}")
 
 
 def draw(write: Callable[[], None]) -> None:
