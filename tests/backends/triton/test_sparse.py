@@ -21,7 +21,6 @@ from fxpress.ir.ops.sparse import sparse24_linear
 from fxpress.ir.verify import verify
 from fxpress.passes import Fuse, MaskWeights
 
-
 X = normal(4, 640).half()
 
 
