@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
 from ...ir.errors import LoweringError, one_line
-from ...ir.graph import Program, identifier, source_of
+from ...ir.graph import Program, dtype, identifier, source_of
 from ...ir.printer import target_name
 from ...ir.quantization.fold import fold
 from .lowerings import functions
@@ -201,11 +201,19 @@ def _spare_decompositions(exported: ExportedProgram, opset: int) -> None:
 
     That would take as long as all the rest.
     """
+    aten = torch.ops.aten
     for node in list(exported.graph.nodes):
         node.target = _ALIASES.get(node.target, node.target)
-        if node.target is torch.ops.aten.detach_.default:  # of torch.tensor(...)
+        if node.target is aten.detach_.default:  # of torch.tensor(...)
             node.replace_all_uses_with(node.args[0])
             exported.graph.erase_node(node)
+        elif node.target is aten.to.dtype:
+            node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": dtype(node)}
+        elif node.target is aten.square.default:
+            node.target, node.args = aten.mul.Tensor, node.args * 2
+        elif node.target is aten.numpy_T.default:
+            axes = list(range(node.meta["val"].dim()))
+            node.target, node.args = aten.permute.default, (*node.args, axes[::-1])
     known = _exportable(opset)
     if all(known(node.target) for node in exported.graph.nodes if node.op == "call_function"):
         exported.run_decompositions = lambda *_: exported

@@ -15,6 +15,7 @@ from fxpress.ir.equality import compare, run_float64
 from fxpress.ir.errors import LoweringError
 from fxpress.ir.graph import Program
 from fxpress.ir.ops.attention import attention
+from fxpress.ir.ops.norm import rms_norm
 from fxpress.ir.rewrite import Context
 from fxpress.passes import Canonicalize
 
@@ -112,3 +113,27 @@ def test_nothing_of_ours_makes_the_exporter_trace_twice(monkeypatch: pytest.Monk
         patch.setattr(torch.export.ExportedProgram, "run_decompositions", lambda *_: pytest.fail("it traces twice"))
         choices, _ = choose(program)
         to_onnx(program, choices)
+
+
+class Spelled(nn.Module):
+    """Squares, casts and transposes as models and our references write them, which torch's exporter would decompose."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        casts = mask.to(torch.float32) + mask.to(torch.int64) + x[..., 0].to(torch.float16).to(torch.float32)
+        product = (x[0].square().T @ x[0]).T.to(x.dtype)
+        return rms_norm(x, torch.ones(8), 1e-6) + product[:1] + casts[..., None]
+
+
+def test_other_spellings_of_what_the_exporter_knows_do_not_either(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = [torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.bool)]
+    program = traced(Spelled(), *given)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.export.ExportedProgram, "run_decompositions", lambda *_: pytest.fail("it traces twice"))
+        choices, _ = choose(program)
+        model = to_onnx(program, choices)
+    save(model, tmp_path / "m.onnx")
+    found = Session(tmp_path / "m.onnx").run([tensor.numpy() for tensor in given])
+    comparison = compare([torch.from_numpy(found[0])], program.run(given), run_float64(program, given))
+    assert comparison.equal, comparison.reasons
