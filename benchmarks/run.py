@@ -63,7 +63,6 @@ def main() -> None:
                         help="of the results, within benchmarks/: a processor of its own")  # fmt: skip
     options = parser.parse_args()
     folder = HERE / options.into
-    folder.mkdir(exist_ok=True)
     candidates = [name for name in CANDIDATES if name in options.only]
     every = list(WORKLOADS) if candidates or options.shapes else [*WORKLOADS, *OTHERS]
     measures = {
@@ -164,6 +163,7 @@ def publish(into: Path, name: str, body: str, summary: list[str], whole: bool) -
     text = update(old, name, body, summary)
     CONSOLE.print(Markdown(text))
     if whole:
+        into.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
         CONSOLE.print(f"written: {file}")
 

@@ -58,6 +58,18 @@ def attend_all(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor, bias
     return torch.softmax(scores.masked_fill(~key_mask[:, None, None, :], _HIDDEN), -1) @ value
 
 
+def inverse_by_iteration(matrix: Tensor, iterations: int = 6) -> Tensor:
+    """What `pseudo_inverse` computes."""
+    number = torch.arange(matrix.shape[-1], device=matrix.device)
+    identity = cast(number[:, None] == number, matrix.dtype)
+    columns = matrix.sum(-2, keepdim=True).amax(-1, keepdim=True)
+    found = matrix.transpose(-1, -2) / columns
+    for _ in range(iterations):
+        product = matrix @ found
+        found = 0.25 * found @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
+    return found
+
+
 @operator(
     "nystrom_attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask=None, int landmarks=64, "
     "int iterations=6, float? scale=None) -> Tensor",
@@ -72,6 +84,8 @@ def nystrom_attention(
     landmarks: int = 64,
     iterations: int = 6,
     scale: float | None = None,
+    attend: Attend = attend_all,
+    inverse: Inverse = inverse_by_iteration,
 ) -> Tensor:
     """The Nystrom method on the softmax matrix (Nystromformer: Xiong et al., 2021).
 
@@ -80,23 +94,9 @@ def nystrom_attention(
     order (Razavi et al., 2014); more are not better: few of them leave small singular values small, which regularises.
 
     Where no more tokens may be seen than there are landmarks, the result is exact attention.
+
+    `attend` and `inverse` are no arguments of the operator: a backend that has kernels for them traces through those.
     """
-    return nystrom(query, key, value, key_mask, landmarks, iterations, scale)
-
-
-def nystrom(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None = None,
-    landmarks: int = 64,
-    iterations: int = 6,
-    scale: float | None = None,
-    attend: Attend | None = None,
-    inverse: Inverse | None = None,
-) -> Tensor:
-    """What `nystrom_attention` computes, through `attend` and `inverse`: `attend_all` and `pseudo_inverse`."""
-    attend, inverse = attend or attend_all, inverse or inverse_by_iteration
     dtype = query.dtype
     query, key, value = _inputs(query, key, value)
     mask = _mask(key, key_mask)
@@ -117,22 +117,10 @@ def nystrom(
     return cast(result, dtype)
 
 
-def inverse_by_iteration(matrix: Tensor, iterations: int = 6) -> Tensor:
-    """What `pseudo_inverse` computes."""
-    number = torch.arange(matrix.shape[-1], device=matrix.device)
-    identity = cast(number[:, None] == number, matrix.dtype)
-    columns = matrix.sum(-2, keepdim=True).amax(-1, keepdim=True)
-    found = matrix.transpose(-1, -2) / columns
-    for _ in range(iterations):
-        product = matrix @ found
-        found = 0.25 * found @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
-    return found
-
-
 @operator(
     "pseudo_inverse(Tensor matrix, int iterations=6) -> Tensor",
     meaning="the pseudo-inverse of matrices of probabilities, by an iteration of third order",
-    shape=lambda matrix, *args, **kwargs: torch.empty_like(matrix),
+    shape=lambda matrix, *args, **kwargs: matrix.new_empty(matrix.shape),
 )
 def pseudo_inverse(matrix: Tensor, iterations: int = 6) -> Tensor:
     """Of matrices [..., m, m] whose rows are probabilities, the Moore-Penrose inverse (Razavi et al., 2014).
@@ -157,6 +145,7 @@ def linformer_attention(
     pooling: Tensor | None = None,
     rank: int = 64,
     scale: float | None = None,
+    attend: Attend = attend_all,
 ) -> Tensor:
     """Keys and values projected to `rank` rows along the sequence (Linformer: Wang et al., 2020).
 
@@ -168,22 +157,9 @@ def linformer_attention(
     and exp(k . pooling[h, 1]) in that of the values. Zeros are plain means.
 
     Where no more tokens may be seen than `rank`, the result is exact attention.
+
+    `attend` is as of `nystrom_attention`.
     """
-    return linformer(query, key, value, key_mask, pooling, rank, scale)
-
-
-def linformer(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None = None,
-    pooling: Tensor | None = None,
-    rank: int = 64,
-    scale: float | None = None,
-    attend: Attend | None = None,
-) -> Tensor:
-    """What `linformer_attention` computes, through `attend` (by default `attend_all`)."""
-    attend = attend or attend_all
     dtype = query.dtype
     query, key, value = _inputs(query, key, value)
     mask = _mask(key, key_mask)

@@ -27,6 +27,40 @@ def _shape(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: A
     return like_attention(query, value)
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+
+
+def _gathered(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    shared: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What `gathered_attention` gives, not rounded."""
+    query, key, value = (cast(tensor, wide(tensor.dtype)) for tensor in (query, key, value))
+    if key.shape[1] != query.shape[1]:
+        repeat = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+
+    def pick(tensor: Tensor, positions: Tensor) -> Tensor:
+        batch, heads = (torch.arange(size, device=tensor.device) for size in tensor.shape[:2])
+        picked: Tensor = tensor[batch[:, None, None, None, None], heads[:, None, None, None], positions]
+        return picked
+
+    scores = pick(query, rows) @ pick(key, columns).transpose(-1, -2) * scale
+    if shared:
+        scores = scores.masked_fill(rows[..., :, None] == columns[..., None, :], OWN)
+    column = torch.arange(columns.shape[-1], device=query.device)
+    visible = (column >= first[..., None]) & (column < end[..., None])
+    scores = scores.masked_fill(~visible, ABSORBING)
+    return torch.logsumexp(scores, -1), torch.softmax(scores, -1) @ pick(value, columns)
+
+
 @operator(
     "lsh_attention(Tensor query, Tensor key, Tensor value, Tensor rotations, Tensor? key_mask=None, int chunk=64, "
     "bool shared=False, bool causal=False, float? scale=None) -> Tensor",
@@ -43,6 +77,7 @@ def lsh_attention(
     shared: bool = False,
     causal: bool = False,
     scale: float | None = None,
+    attend: Attend = _gathered,
 ) -> Tensor:
     """Locality-sensitive hashing attention (Reformer, Kitaev et al., 2020).
 
@@ -70,30 +105,8 @@ def lsh_attention(
 
     Rounds are weighted by the sums of their exponentials. Buckets are constants to the gradient. Half precision is
     computed in fp32 and rounded once at the end.
-    """
-    dtype = query.dtype
-    query, key, value = (cast(tensor, wide(dtype)) for tensor in (query, key, value))
-    return cast(lsh(query, key, value, rotations, key_mask, chunk, shared, causal, scale), dtype)
 
-
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
-
-
-def lsh(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rotations: Tensor,
-    key_mask: Tensor | None = None,
-    chunk: int = 64,
-    shared: bool = False,
-    causal: bool = False,
-    scale: float | None = None,
-    attend: Attend | None = None,
-) -> Tensor:
-    """What `lsh_attention` computes, through `attend`: `gathered_attention`, by default what its reference computes.
-
-    `attend` is given queries, keys and values as they are; all else is computed in fp32 at least.
+    `attend` is no argument of the operator: a backend with a kernel of `gathered_attention` traces through that.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, found {chunk}")
@@ -116,7 +129,7 @@ def lsh(
         else:
             seen = _windows(queries, keys, count, chunk, length)
     scale = size**-0.5 if scale is None else scale
-    parts = (attend or _gathered)(*given, seen.rows, seen.columns, seen.first, seen.end, scale, shared)
+    parts = attend(*given, seen.rows, seen.columns, seen.first, seen.end, scale, shared)
     totals, results = (cast(part, query.dtype).flatten(3, 4) for part in parts)
     totals = totals.gather(-1, seen.found)
     results = results.gather(3, seen.found[..., None].expand(*seen.found.shape, value.shape[-1]))
@@ -265,37 +278,6 @@ def _past(queries: _Sorted, keys: _Sorted, chunk: int, length: int) -> _Seen:
         of * chunk + place - before.gather(-1, of),
         _bucket_of(queries) == _bucket_of(keys),
     )
-
-
-def _gathered(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    first: Tensor,
-    end: Tensor,
-    scale: float,
-    shared: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """What `gathered_attention` gives, not rounded."""
-    query, key, value = (cast(tensor, wide(tensor.dtype)) for tensor in (query, key, value))
-    if key.shape[1] != query.shape[1]:
-        repeat = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-
-    def pick(tensor: Tensor, positions: Tensor) -> Tensor:
-        batch, heads = (torch.arange(size, device=tensor.device) for size in tensor.shape[:2])
-        picked: Tensor = tensor[batch[:, None, None, None, None], heads[:, None, None, None], positions]
-        return picked
-
-    scores = pick(query, rows) @ pick(key, columns).transpose(-1, -2) * scale
-    if shared:
-        scores = scores.masked_fill(rows[..., :, None] == columns[..., None, :], OWN)
-    column = torch.arange(columns.shape[-1], device=query.device)
-    visible = (column >= first[..., None]) & (column < end[..., None])
-    scores = scores.masked_fill(~visible, ABSORBING)
-    return torch.logsumexp(scores, -1), torch.softmax(scores, -1) @ pick(value, columns)
 
 
 def _gathered_shape(

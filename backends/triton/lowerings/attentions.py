@@ -1,7 +1,7 @@
 """Attentions in place of exact attention that are made of the kernels that there are, where their references are not.
 
-The references materialise scores, and rows that are gathered; through these functions, which compute the same, they are
-exact attention to few keys, attention to gathered places, and the inverse of a small matrix.
+The references materialise scores, and rows that are gathered; through the functions here, which compute the same, they
+are exact attention to few keys, attention to gathered places, and the inverse of a small matrix.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from torch import Tensor
 from ....ir.ops.attention import attention
 from ....ir.ops.low_rank_attention import (
     inverse_by_iteration,
-    linformer,
     linformer_attention,
-    nystrom,
     nystrom_attention,
     pseudo_inverse,
 )
-from ....ir.ops.lsh_attention import gathered_attention, lsh, lsh_attention
+from ....ir.ops.lsh_attention import gathered_attention, lsh_attention
+from ....ir.ops.table import OPERATORS
 from ....kernels.pseudo_inverse import LARGEST
 
 
@@ -35,9 +34,12 @@ def _inverse(matrix: Tensor, iterations: int) -> Tensor:
     return found
 
 
-# What is traced in the place of an operator's reference.
+# What is traced in the place of an operator's reference: the reference, through these.
 WRITTEN: dict[Any, Callable[..., Any]] = {
-    nystrom_attention: functools.partial(nystrom, attend=_attend, inverse=_inverse),
-    linformer_attention: functools.partial(linformer, attend=_attend),
-    lsh_attention: functools.partial(lsh, attend=gathered_attention),
+    target: functools.partial(OPERATORS[target].reference, **through)
+    for target, through in (
+        (nystrom_attention, {"attend": _attend, "inverse": _inverse}),
+        (linformer_attention, {"attend": _attend}),
+        (lsh_attention, {"attend": gathered_attention}),
+    )
 }
