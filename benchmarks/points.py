@@ -13,6 +13,7 @@ from workloads import (
     CUTS,
     INT4,
     INT4_NEAREST,
+    INT4_OF_INT8,
     INT8,
     INT8_CLOSE,
     INT8_STATIC,
@@ -27,6 +28,7 @@ PASSES = {
     INT8: "quantize(int8), fuse",
     INT8_STATIC: "quantize(int8, mode=static), fuse",
     INT4: "quantize(int4), fuse",
+    INT4_OF_INT8: "quantize(int4, activations=int8), fuse",
     INT4_NEAREST: "quantize(int4, method=minmax), fuse",
 }
 PRUNING = {  # by workload

@@ -21,7 +21,7 @@ from ..ir.graph import Program, arguments
 from ..ir.ops.attention import attention
 from ..ir.ops.float8 import float8_quantize
 from ..ir.ops.int8_attention import int8_attention
-from ..ir.ops.quantize import dequantize, int4_embedding, int4_linear, quantize, unpack_int4
+from ..ir.ops.quantize import dequantize, expand_int4, int4_embedding, int4_linear, quantize, unpack_int4
 from ..ir.pruning.masks import is_masked, masked
 from ..ir.rewrite import Context, Pass
 from ..ir.verify import verify
@@ -313,7 +313,7 @@ def _looks_up_scales(node: fx.Node) -> bool:
 
 
 def _is_packed(tensor: Tensor, reader: fx.Node) -> bool:
-    return reader.target in (int4_linear, int4_embedding) and tensor.dtype == torch.uint8
+    return reader.target in (int4_linear, int4_embedding, expand_int4) and tensor.dtype == torch.uint8
 
 
 def _width(reader: fx.Node) -> int:

@@ -92,6 +92,15 @@ class Program:
         weight: Tensor = attribute(self.module, str(node.target))
         return weight
 
+    def computed(self, node: fx.Node) -> Tensor:
+        """The value of a node that reads weights alone, without a gradient."""
+        if node.op == "get_attr":
+            return self.tensor(node).detach()
+        assert callable(node.target)
+        with torch.no_grad():
+            found: Tensor = node.target(*fx.map_arg(node.args, self.computed), **fx.map_arg(node.kwargs, self.computed))
+        return found
+
     # --- edits -------------------------------------------------------------------------------------------------
 
     def call(

@@ -60,8 +60,9 @@ class Quantize(Pass):
 
     Attributes:
         weights: "int8" or "float8_e4m3", a scale for each output channel; "int4", for each group of a row.
-        activations: "int8", for weights that are; "float8_e4m3", for weights that are, a scale for each token; None:
-            linear layers read floats; "auto": "int8" where the weights are, else None.
+        activations: "int8", for weights of "int8", or of "int4", which are integers of 8 bits as soon as the model is
+            loaded; "float8_e4m3", for weights that are, a scale for each token; None: linear layers read floats;
+            "auto": "int8" where the weights are, else None.
         mode: "dynamic": ranges of activations are taken at run time; "static": from calibration data, one for all of
             an activation; "auto": each layer's as the target allows, static ones being the fastest, and dynamic without
             calibration data.
@@ -82,7 +83,8 @@ class Quantize(Pass):
         sensitive: "auto": with calibration data, layers are made finer until the outputs reach the target; None: no
             layer is.
         min_cosine, min_sqnr_db: targets over the calibration data: mean cosine of the output vectors with the model's,
-            or signal to noise in dB; the worst output counts. Neither: 0.995.
+            or signal to noise in dB; the worst output counts; layers of 4 bits become finer by 8. Neither: 0.995, but
+            with "int4" no target: each layer's activations have the ranges of the smallest error.
         metric, min_metric: instead, a score of (outputs, the model's outputs) that is to be reached.
         fold: whether integers are stored and multiplied, or quantize and dequantize left for training.
         requantize: with mode="static", integers become the integers of the next layer without floats between them where
@@ -136,7 +138,7 @@ class Quantize(Pass):
         if size is not None and (size < 16 or size & (size - 1)):
             raise InputError(f"group_size must be a power of two of 16 or more, found {size}")
         self._check_kinds()
-        if size is not None and self._level != "float":
+        if size is not None and self._level != "float" and self.weights != "int4":
             raise InputError("int8 matmuls take one scale a row; give activations=None for a group_size")
         if self.mode == "static" and self.granularity == "token":
             raise InputError("static ranges are of the whole tensor; give granularity='tensor' or mode='dynamic'")
@@ -159,8 +161,6 @@ class Quantize(Pass):
 
     def _check_kinds(self) -> None:
         """Refuse activations that no kernel multiplies by the weights, and what float8 has not."""
-        if self.weights == "int4" and self.activations == "int8":
-            raise InputError("weights of 4 bits are multiplied by float activations; give activations=None")
         if (self.activations == FLOAT8 and self.weights != FLOAT8) or (
             self.activations == "int8" and self.weights == FLOAT8
         ):
@@ -213,15 +213,16 @@ class Quantize(Pass):
         sites, refusals = linear_sites(program, self.skip)
         result.refusals += refusals
         choices = self._choices(program, original, sites, context, result)
-        insertion = Insertion(program, BITS[self.weights], BITS[self.embeddings or "int8"])
+        insertion = Insertion(program, BITS[self.embeddings or "int8"])
         for site in sites:
             choice = choices[site]
             if choice is UNTOUCHED:
                 result.refusals.append(Refusal("too sensitive: it stays in floats", "linear", site.linears[0].name))
             elif context.take():
                 insertion.linears(site, choice)
-                result.rewrites[f"linear ({choice.name})"] += len(site.linears)
-                result.matches.append(Applied("linear", site.name, f"{choice.name}: {choice.sqnr_db:.1f} dB"))
+                name = choice.name + ", 8 bits" * (choice.bits != BITS[self.weights])
+                result.rewrites[f"linear ({name})"] += len(site.linears)
+                result.matches.append(Applied("linear", site.name, f"{name}: {choice.sqnr_db:.1f} dB"))
         self._tables(program, insertion, context, result)
         program.clean()
         if self.fold:
@@ -249,15 +250,24 @@ class Quantize(Pass):
             return "float8"
         return "static" if self.mode == "static" else self.granularity
 
-    def _way(self, level: str, calibrated: bool) -> Way:
+    def _way(self, level: str, calibrated: bool, bits: int | None = None) -> Way:
+        """A way to quantize a site; `bits` of its weights, if others than asked for."""
         words = self._words
         auto = words == ["auto"]
-        bits = BITS[self.weights]
+        bits = bits or BITS[self.weights]
         symmetric = self.symmetric if self.symmetric is not None else bits == 8
         group = self.group_size or (None if bits == 8 else GROUP)
+        if level != "float" and bits == 8:  # integer matmuls take one scale a row
+            symmetric, group = True, None
         return Way(
             level=level,
-            grid=grids.Grid(bits, symmetric if level == "float" else True, group, self.weights == FLOAT8),
+            grid=grids.Grid(
+                bits,
+                symmetric,
+                group,
+                float8=self.weights == FLOAT8,
+                nested=bits == 4 and level != "float",
+            ),
             clip="minmax" if bits == 8 else "mse",
             range=next((word for word in words if word in RANGES), "minmax"),
             symmetric=bool(self.symmetric),
@@ -303,11 +313,12 @@ class Quantize(Pass):
         fitting, judging = _split(context.calibration)
         coarse = "tensor" if self.mode == "dynamic" else "static"
         levels = (coarse, "token") if level == "auto" else (level,)
-        found = self._options(
-            program, sites, fitting, [self._way(item, True) for item in levels], record, context.track
-        )
+        ways = [self._way(item, True) for item in levels]
+        if self.weights == "int4" and self._has_target:
+            ways += [self._way(item, True, 8) for item in levels]
+        found = self._options(program, sites, fitting, ways, record, context.track)
         fitter = _Fitter(self, program, fitting, record, context.track)
-        if self.sensitive is None or not (level == "auto" or self._has_target):
+        if self.sensitive is None or not ((level == "auto" and self.weights != "int4") or self._has_target):
             return fitter({site: min(choices, key=lambda item: item.noise) for site, choices in found.items()})
         cosine = COSINE if self.min_sqnr_db is None and self.min_cosine is None else self.min_cosine
         target = Target(cosine, self.min_sqnr_db, self.metric, self.min_metric)
@@ -336,7 +347,7 @@ class Quantize(Pass):
         """Every way in which each site may be quantized, on what it reads in the model as it is."""
         lockstep = Lockstep(program, batches, track, "calibrating")
         found: dict[Site, list[Choice]] = {}
-        by_level = {way.level: way for way in ways}
+        known = {(way.level, way.grid.bits): way for way in ways}
 
         def choose(site: Site) -> Choice:
             weights, low = _weights(program, site), least(site.source)
@@ -350,7 +361,9 @@ class Quantize(Pass):
                     *record.options(
                         site,
                         make,
-                        lambda choice: rounded(choice, _for(by_level[choice.activation.level], site), weights),
+                        lambda choice: rounded(
+                            choice, _for(known[choice.activation.level, choice.bits], site), weights
+                        ),
                     )
                 ]
             return UNTOUCHED
@@ -424,7 +437,7 @@ class _Fitter:
         def choose(site: Site) -> Choice:
             choice = chosen[site]
             if id(choice) not in self.known:
-                way = _for(self.rewrite._way(choice.activation.level, True), site)
+                way = _for(self.rewrite._way(choice.activation.level, True, choice.bits), site)
                 fits = choice is not UNTOUCHED and (way.gptq or way.correct)
                 weights = _weights(self.program, site)
                 with _blaming(site):

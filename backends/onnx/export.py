@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from .nibbles import store_nibbles
 from .views import join_views
 
 OPSET = 23
+_WEIGHT = 1024  # numbers from which on a constant counts as a weight
 Choices = Mapping[fx.Node, Lowering]
 
 
@@ -257,7 +259,9 @@ def _fold_constants(model: onnx_ir.Model) -> None:
     """
     limit = 2**40  # of any size
     with quietly():
-        onnxscript.optimizer.fold_constants(model, input_size_limit=limit, output_size_limit=limit)
+        onnxscript.optimizer.fold_constants(
+            model, input_size_limit=limit, output_size_limit=limit, should_fold=lambda node: not _unpacks(node) and None
+        )
         onnx_ir.passes.Sequential(
             onnx_ir.passes.common.RemoveUnusedNodesPass(),
             onnx_ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -266,6 +270,16 @@ def _fold_constants(model: onnx_ir.Model) -> None:
             onnx_ir.passes.common.OutputFixPass(),
             onnx_ir.passes.common.NameFixPass(),
         )(model)
+
+
+def _unpacks(node: onnx_ir.Node) -> bool:
+    """Whether a node makes more bytes of a weight: the file keeps the fewer, and a session computes the rest."""
+    if node.op_type not in ("Cast", "BitShift") or node.inputs[0] is None or node.inputs[0].const_value is None:
+        return False
+    shape, dtype, before = node.outputs[0].shape, node.outputs[0].dtype, node.inputs[0].const_value
+    if shape is None or dtype is None or not shape.is_static() or before.size < _WEIGHT:
+        return False
+    return bool(math.prod(shape.numpy()) * dtype.bitwidth > before.size * before.dtype.bitwidth)
 
 
 def leaves_of(program: Program) -> list[Leaf]:

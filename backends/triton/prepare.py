@@ -16,7 +16,7 @@ from ...ir.graph import Program, arguments, dtype, shape
 from ...ir.ops.float8 import FLOAT8, float8_linear, float8_products, float8_quantize, float8_scale
 from ...ir.ops.integer import integer_linear, integer_matmul
 from ...ir.ops.norm import add_layer_norm, add_rms_norm, rms_norm
-from ...ir.ops.quantize import dequantize, int4_linear, int8_linear, int8_weight_linear
+from ...ir.ops.quantize import dequantize, expand_int4, int4_linear, int8_linear, int8_weight_linear
 from ...ir.ops.sparse import sparse24_linear
 from ...ir.ops.table import OPERATORS
 from .lowerings.attentions import WRITTEN
@@ -39,6 +39,9 @@ def prepare(program: Program) -> Program:
     found = program.copy()
     expand(found)
     _float8_linears(found)
+    for node in found.calls(expand_int4):
+        name = str(node.args[0].target).replace("packed", "integers")  # type: ignore[union-attr]
+        found.replace(node, found.add_weight(name, found.computed(node), trainable=False))
     for _ in range(DEPTH):
         foreign = [node for node in found.graph.nodes if node.target in OPERATORS and not _known(node.target)]
         for node in foreign:

@@ -134,6 +134,23 @@ def unpack_int4(packed: Tensor, width: int) -> Tensor:
 
 
 @operator(
+    "expand_int4(Tensor weight, Tensor weight_scale, Tensor? zero_point, int width) -> Tensor",
+    meaning="(weight - zero_point) weight_scale in integers of 8 bits, the weight two integers a byte",
+)
+def expand_int4(weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, width: int) -> Tensor:
+    """Integers of 8 bits that a weight of 4 bits in groups stands for, its groups' scales being integers, too.
+
+    Times one scale for each row they are the weight, so that `int8_linear` multiplies it (Lin et al., 2025, QServe:
+    W4A8KV4 quantization and system co-design). What they are is known before any input is.
+
+    Shapes: weight uint8 [N, ceil(K / 2)] as `pack_int4` gives it; weight_scale int8 [N, G], 1 or more, so small that
+    the result fits; zero_point int8 [N, G] or None for 0; width K; result int8 [N, K].
+    """
+    found: Tensor = dequantize(unpack_int4(weight, width), weight_scale, zero_point)
+    return found
+
+
+@operator(
     "int4_linear(Tensor input, Tensor weight, Tensor weight_scale, Tensor? zero_point, Tensor? bias) -> Tensor",
     meaning="input ((weight - zero_point) weight_scale)^T + bias, the weight two integers a byte",
 )

@@ -57,6 +57,7 @@ class Choice:
         weights: one for each linear, of the smoothed weight; None: it stays as it is.
         corrections: one for each linear, [N], added to the bias; None: nothing.
         noise: energy of the error over the energy of the outputs, on the calibration data; NaN without any.
+        bits: of the weights' integers.
     """
 
     activation: Activation
@@ -64,6 +65,7 @@ class Choice:
     weights: tuple[Quantized, ...] | None = None
     corrections: tuple[Tensor, ...] | None = None
     noise: float = math.nan
+    bits: int = 8
 
     @property
     def sqnr_db(self) -> float:
@@ -74,6 +76,11 @@ class Choice:
     def name(self) -> str:
         """For reports: `token, smoothed`."""
         return self.activation.level + ", smoothed" * (self.smooth is not None)
+
+    @property
+    def nested(self) -> bool:
+        """Whether the weights' scales are multiples, with which they are multiplied as integers of 8 bits."""
+        return self.bits == 4 and self.activation.level != "float"
 
     def scaled(self, x: Tensor) -> Tensor:
         """The input before it is rounded: shifted and smoothed, [..., K]."""

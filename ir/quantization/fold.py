@@ -10,7 +10,16 @@ from torch import fx
 
 from ..graph import Program, arguments, dtype, shape
 from ..ops.float8 import FLOAT8, float8_linear, float8_quantize, float8_scale
-from ..ops.quantize import dequantize, dynamic_quantize, int4_embedding, int4_linear, int8_linear, pack_int4, quantize
+from ..ops.quantize import (
+    dequantize,
+    dynamic_quantize,
+    expand_int4,
+    int4_embedding,
+    int4_linear,
+    int8_linear,
+    pack_int4,
+    quantize,
+)
 from .insert import items
 
 aten = torch.ops.aten
@@ -38,6 +47,7 @@ class _Folding:
     def __init__(self, program: Program) -> None:
         self.program = program
         self._weights: dict[tuple[fx.Node, bool], fx.Node] = {}
+        self._made: dict[fx.Node, fx.Node] = {}
         self._activations: dict[fx.Node, list[Any]] = {}
 
     def linear(self, node: fx.Node) -> fx.Node | None:
@@ -53,6 +63,10 @@ class _Folding:
         if activation is not None and bits == 8 and zero_point is None and shape(scale)[-1] == 1:
             parts = self._stored_activation(activation)
             return call(int8_linear, *parts, self._stored(weight), scale, given["bias"], before=node)
+        if activation is not None and bits == 4 and scale.target is dequantize:
+            parts = self._stored_activation(activation)
+            return call(int8_linear, *parts, self._expanded(weight), scale.args[1], given["bias"], before=node)
+        scale = self._scale(scale)
         if bits == 4:
             integers = self._stored(weight, packed=True)
             return call(int4_linear, given["input"], integers, scale, zero_point, given["bias"], before=node)
@@ -65,7 +79,7 @@ class _Folding:
             return None
         given = arguments(weight)
         if given["bits"] == 4:
-            parts = (self._stored(weight, packed=True), given["scale"], given["zero_point"], node.args[1])
+            parts = (self._stored(weight, packed=True), self._scale(given["scale"]), given["zero_point"], node.args[1])
             return self.program.call(int4_embedding, *parts, shape(weight)[-1], before=node)
         tables = _some(self._stored(weight), given["scale"], given["zero_point"])
         rows = [self.program.call(aten.embedding.default, table, node.args[1], before=node) for table in tables]
@@ -100,7 +114,7 @@ class _Folding:
         if (weight, packed) not in self._weights:
             given = arguments(weight)
             constants = {key: value for key, value in given.items() if isinstance(value, fx.Node)}
-            tensors = {key: self.program.tensor(value).detach() for key, value in constants.items()}
+            tensors = {key: self.program.computed(value) for key, value in constants.items()}
             name = f"{given['input'].target}_{'packed' if packed else 'integers'}"
             with torch.no_grad():
                 if weight.target is float8_quantize:
@@ -110,6 +124,23 @@ class _Folding:
             value = pack_int4(integers) if packed else integers
             self._weights[weight, packed] = self.program.add_weight(name, value, trainable=False)
         return self._weights[weight, packed]
+
+    def _expanded(self, weight: fx.Node) -> fx.Node:
+        """A weight of 4 bits with nested scales as integers of 8, before all that may read it."""
+        if weight not in self._made:
+            given = arguments(weight)
+            parts = (self._stored(weight, packed=True), given["scale"].args[0], given["zero_point"], shape(weight)[-1])
+            self._made[weight] = self.program.call(expand_int4, *parts, before=weight)
+        return self._made[weight]
+
+    def _scale(self, node: fx.Node) -> fx.Node:
+        """A scale as a constant: one that is nested, where its groups are multiplied as floats."""
+        if node.op == "get_attr":
+            return node
+        if node not in self._made:
+            name = f"{node.args[1].target}s"  # type: ignore[union-attr]
+            self._made[node] = self.program.add_weight(name, self.program.computed(node), trainable=False)
+        return self._made[node]
 
     def _stored_activation(self, activation: fx.Node) -> list[Any]:
         """Integers, stored as int8, scale and zero point of a dequantized activation."""

@@ -26,15 +26,18 @@ class Grid:
         group: how many numbers along the last axis share a scale, None for the whole row; the last group of a row may
             be shorter.
         float8: the numbers of float8_e4m3, which have 8 bits and no zero point.
+        nested: scales of groups are whole multiples of one scale of their row, so small that (integer - zero point) *
+            multiple is an integer of 8 bits (Lin et al., 2025, QServe): those are multiplied as weights of 8 bits are.
 
     Raises:
-        ValueError: bits or group are out of range, or do not go with float8.
+        ValueError: bits or group are out of range, or do not go with float8 or nested.
     """
 
     bits: int = 8
     symmetric: bool = True
     group: int | None = None
     float8: bool = False
+    nested: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -43,6 +46,8 @@ class Grid:
             raise ValueError(f"grid has groups of {self.group}, expected 1 or more, or None")
         if self.float8 and (self.bits != 8 or not self.symmetric):
             raise ValueError("grid of float8 has other bits or a zero point, expected 8 bits and symmetric=True")
+        if self.nested and self.bits > 4:
+            raise ValueError(f"grid of nested scales has {self.bits} bits, expected 4 or fewer")
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -134,6 +139,7 @@ def find_scale(
         weight: [N, K], float.
         grid: the integers.
         clip: "minmax" takes the whole range; "mse" shrinks it, as far as the squared error of the group gets smaller.
+            Of nested scales "minmax" takes the least multiple for the whole range, "mse" that of the least error.
         importance: [K], not negative: weights of the squared error, such as the mean square of each input.
 
     Returns:
@@ -153,19 +159,67 @@ def find_scale(
         high = torch.maximum(-low, high)
         low = -high
     scale, zero_point = _spread_over(low, high, grid)
+    full = scale
     if clip == "mse":
-        full = scale  # errors in its units: the squares of small weights must not vanish
         least = torch.full_like(scale, torch.inf)
         for ratio in _SHRUNKEN:
             tried, zeros = _spread_over(low * ratio, high * ratio, grid)
-            integers = to_integers(groups, tried, zeros, grid)
-            error = ((integers if zeros is None else integers - zeros) * (tried / full) - groups / full).square()
-            total = (error if cost is None else error * cost).sum(-1, keepdim=True)
+            total = _error(groups, tried, zeros, grid, full, cost)
             better = total < least
             least = torch.where(better, total, least)
             scale = torch.where(better, tried, scale)
             zero_point = None if zeros is None or zero_point is None else torch.where(better, zeros, zero_point)
+    if grid.nested:
+        room = _room(zero_point, grid).expand_as(scale)
+        used = (groups != 0).any(-1, keepdim=True)
+        row = torch.where(used, scale / room, 0).amax(1, keepdim=True)
+        row = torch.where(row >= torch.finfo(row.dtype).tiny, row, 1)
+        least, wanted = torch.full_like(scale, torch.inf), scale
+        scale = row.expand_as(scale)
+        for step in range(1, int(room.max()) + 1):
+            tried = row * step
+            total = _error(groups, tried, zero_point, grid, full, cost)
+            allowed = (room >= step) & (tried >= wanted * (1 - 1e-5) if clip == "minmax" else True)
+            better = used & allowed & (total < least)
+            least, scale = torch.where(better, total, least), torch.where(better, tried, scale)
     return scale[..., 0], None if zero_point is None else zero_point[..., 0].to(torch.int8)
+
+
+def _error(
+    groups: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, unit: Tensor, cost: Tensor | None
+) -> Tensor:
+    """Squared errors of groups, in units of a scale: the squares of small weights must not vanish."""
+    integers = to_integers(groups, scale, zero_point, grid)
+    error = ((integers if zero_point is None else integers - zero_point) * (scale / unit) - groups / unit).square()
+    return (error if cost is None else error * cost).sum(-1, keepdim=True)
+
+
+def _room(zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """The largest multiples with which all integers of groups, less their zero points, stay within -127..127."""
+    smallest, largest = grid.limits
+    zeros = torch.zeros(()) if zero_point is None else zero_point
+    return torch.floor(127 / torch.maximum(zeros - smallest, largest - zeros))
+
+
+def multiples(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """What nested scales [N, G] are made of: multiples from 1 on, int8 [N, G], and the scale of each row, [N, 1].
+
+    They are unique but for common factors, of which the row's scale takes all: fractions of numbers so small differ by
+    more than floats are rounded.
+
+    Raises:
+        ValueError: the scales of a row are no multiples of one.
+    """
+    top = scale.amax(-1, keepdim=True)
+    rows, found = torch.zeros_like(top), torch.zeros_like(scale)
+    for most in range(1, 128):
+        row = top / most
+        whole = (scale / row).round()
+        fits = ((scale / row - whole).abs() < 1e-4).all(-1, keepdim=True) & (rows == 0)
+        rows, found = torch.where(fits, row, rows), torch.where(fits, whole, found)
+        if bool((rows > 0).all()):
+            return found.to(torch.int8), rows
+    raise ValueError("scales of groups are no multiples of one scale of their row, expected those of a nested grid")
 
 
 def _spread_over(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:

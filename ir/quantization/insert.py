@@ -12,7 +12,7 @@ from ..graph import Program, arguments, dtype
 from ..ops.float8 import FLOAT8, float8_quantize, float8_scale
 from ..ops.quantize import dequantize, dynamic_quantize, quantize
 from .choice import Activation, Choice
-from .grid import Quantized
+from .grid import Quantized, multiples
 from .sites import Site
 
 aten = torch.ops.aten
@@ -26,12 +26,11 @@ class Insertion:
     Linears of half precision take and give it, with float32 in between: scales need its digits.
 
     Args:
-        bits: of the integers of linears' weights.
-        table_bits: of those of embeddings; of a table that is a linear's weight, too, there are the linear's.
+        table_bits: of the integers of embeddings; of a table that is a linear's weight, too, there are the linear's.
     """
 
-    def __init__(self, program: Program, bits: int, table_bits: int = 8) -> None:
-        self.program, self.bits, self.table_bits = program, bits, table_bits
+    def __init__(self, program: Program, table_bits: int = 8) -> None:
+        self.program, self.table_bits = program, table_bits
         self._weights: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
     def linears(self, site: Site, choice: Choice) -> None:
@@ -52,7 +51,7 @@ class Insertion:
                 name = f"{stored.target}_bias" if bias is None else f"{bias.target}_corrected"
                 bias = self.program.add_weight(name, new, trainable=self.program.tensor(stored).requires_grad)
             if choice.weights is not None:
-                stored = self.weight(stored, choice.weights[index], self.bits)
+                stored = self.weight(stored, choice.weights[index], choice.bits, choice.nested)
             parts = [None if item is None else self._cast(item, torch.float32, linear) for item in (stored, bias)]
             call = self.program.call(aten.linear.default, inputs, *parts, before=linear)
             self.program.replace(linear, self._cast(call, dtype(linear), linear))
@@ -63,15 +62,23 @@ class Insertion:
         new = self.program.call_again(lookup, weight=self.weight(stored, weight, self.table_bits))
         self.program.replace(lookup, self._cast(new, dtype(lookup), lookup))
 
-    def weight(self, stored: fx.Node, weight: Quantized, bits: int) -> fx.Node:
-        """The dequantized integers of a weight, whose floats become what the integers stand for."""
+    def weight(self, stored: fx.Node, weight: Quantized, bits: int, nested: bool = False) -> fx.Node:
+        """The dequantized integers of a weight, whose floats become what the integers stand for.
+
+        Where its scales are `nested`, they are dequantized multiples themselves, by which `fold` knows them.
+        """
         key = stored, weight.integers.dtype
         if key in self._weights:
             return self._weights[key]
         program, name = self.program, str(stored.target)
         first = next(node for node in program.graph.nodes if node.op == "call_function")
         values = program.add_weight(name, weight.dequantize(), trainable=program.tensor(stored).requires_grad)
-        constants = [program.add_weight(f"{name}_scale", weight.scale)]
+        if nested:
+            steps, rows = multiples(weight.scale)
+            parts = program.add_weight(f"{name}_multiples", steps), program.add_weight(f"{name}_scale", rows)
+            constants = [program.call(dequantize, *parts, before=first)]
+        else:
+            constants = [program.add_weight(f"{name}_scale", weight.scale)]
         if weight.zero_point is not None:
             constants.append(program.add_weight(f"{name}_zero_point", weight.zero_point))
         options: dict[str, Any] = {} if bits == 8 else {"bits": bits}

@@ -86,7 +86,8 @@ def plain(way: Way, weights: Sequence[Tensor], low: float | None) -> Choice:
 def rounded(choice: Choice, way: Way, weights: Sequence[Tensor]) -> Choice:
     """The choice with the weights, smoothed as it says, rounded to nearest."""
     scaled = [weight.float() if choice.smooth is None else weight.float() * choice.smooth for weight in weights]
-    return replace(choice, weights=tuple(nearest(weight, way.grid, clip=way.clip) for weight in scaled))
+    found = tuple(nearest(weight, way.grid, clip=way.clip) for weight in scaled)
+    return replace(choice, weights=found, bits=way.grid.bits)
 
 
 def options(way: Way, weights: Sequence[Tensor], low: float | None, data: Data) -> list[Choice]:

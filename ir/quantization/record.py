@@ -86,6 +86,7 @@ def _stated(choice: Choice) -> dict[str, Tensor]:
     found = {
         "level": torch.tensor(_LEVELS.index(activation.level)),
         "noise": torch.tensor(choice.noise, dtype=torch.float64),
+        "bits": torch.tensor(choice.bits),
     }
     if activation.low is not None:
         found["low"] = torch.tensor(activation.low, dtype=torch.float64)
@@ -119,6 +120,5 @@ def _read(kept: Mapping[str, Tensor]) -> Choice:
         for part in parts
     ]
     corrections = [part["correction"] for part in parts if "correction" in part]
-    return Choice(
-        activation, kept.get("smooth"), tuple(weights) or None, tuple(corrections) or None, float(kept["noise"])
-    )
+    smooth, noise, bits = kept.get("smooth"), float(kept["noise"]), int(kept["bits"])
+    return Choice(activation, smooth, tuple(weights) or None, tuple(corrections) or None, noise, bits)

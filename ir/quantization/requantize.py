@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..errors import RewriteError
 from ..graph import Program, arguments, dtype, shape
 from ..ops import integer
-from ..ops.quantize import dequantize, int8_linear, quantize
+from ..ops.quantize import dequantize, expand_int4, int8_linear, quantize
 from ..pattern import Refusal
 from .integers import dyadic
 
@@ -73,7 +73,8 @@ def _chain(program: Program, node: fx.Node) -> _Chain | str | None:
         is_relu |= here.target is aten.relu.default
         path.append(here)
         here = here.args[0]
-    fixed = here.target is int8_linear and _is_fixed(program, here, "scale", "zero_point", "weight", "weight_scale")
+    fixed = here.target is int8_linear and _is_fixed(program, here, "scale", "zero_point", "weight_scale")
+    fixed = fixed and (here.args[3].op == "get_attr" or here.args[3].target is expand_int4)
     fixed |= here.target is dequantize and _is_fixed(program, here, "scale", "zero_point") and _holds_integers(here)
     if not fixed:
         return None
@@ -104,7 +105,10 @@ def _write(program: Program, node: fx.Node, chain: _Chain) -> str | None:
     shift_of = _number(program, source["zero_point"])
     bias = None
     if chain.source.target is int8_linear:
-        weight, columns = program.tensor(source["weight"]), program.tensor(source["weight_scale"]).double().squeeze(-1)
+        weight, columns = (
+            program.computed(source["weight"]),
+            program.tensor(source["weight_scale"]).double().squeeze(-1),
+        )
         units = units * columns
         rows = weight.double().sum(1)
         given_bias = source["bias"]

@@ -107,7 +107,16 @@ def test_tied_weights_count_once() -> None:
     assert report.parameters_before == report.parameters_after == size(model)
 
 
-@pytest.mark.parametrize("passes", ["quantize(int8)", "quantize(int8, fold=False)", "quantize(int4)", "integer_only"])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "quantize(int8)",
+        "quantize(int8, fold=False)",
+        "quantize(int4)",
+        "quantize(int4, activations=int8)",
+        "integer_only",
+    ],
+)
 def test_quantized_weights_count_as_before_and_their_scales_do_not(passes: str) -> None:
     model = tiny.bert()
     compiled = compile(model, passes, tiny.text(), backend="eager", calibration=[tiny.text()], verify=False)

@@ -123,6 +123,7 @@ def test_a_repeated_run_computes_nothing(
     "options",
     [
         {"weights": "int4"},
+        {"weights": "int4", "activations": "int8"},
         {"weights": "float8_e4m3", "activations": "float8_e4m3"},
         {"activations": None, "method": "awq"},
     ],

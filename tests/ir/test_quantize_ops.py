@@ -16,6 +16,7 @@ from fxpress.ir.ops.quantize import (
     SMALLEST_SCALE,
     dequantize,
     dynamic_quantize,
+    expand_int4,
     int4_embedding,
     int4_linear,
     int8_linear,
@@ -406,6 +407,14 @@ def test_int4_linear_is_the_linear_layer_of_the_dequantized_weight(width: int, s
     torch.testing.assert_close(
         int4_linear(x, pack_int4(integers), scale, zero_point, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-4
     )
+
+
+def test_expand_int4_by_hand() -> None:
+    """In groups of 2: (3 - 1) * 9, (-8 - 1) * 9, 7 * 15."""
+    weight = pack_int4(torch.tensor([[3, -8, 7]], dtype=torch.int8))
+    steps, points = torch.tensor([[9, 15]], dtype=torch.int8), torch.tensor([[1, 0]], dtype=torch.int8)
+    found = expand_int4(weight, steps, points, 3)
+    assert found.dtype is torch.int8 and found.tolist() == [[18, -81, 105]]
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -97,6 +97,8 @@ CASES: dict[str, tuple[Callable[[], Program], Quantize, Batches]] = {
     "not_folded": (ONE, Quantize(fold=False), []),
     "weights_only": (ONE, Quantize(activations=None), []),
     "int4": (ONE, Quantize(weights="int4"), []),
+    "int4_of_int8": (ONE, Quantize(weights="int4", activations="int8"), []),
+    "int4_of_int8_not_folded": (ONE, Quantize(weights="int4", activations="int8", symmetric=True, fold=False), []),
     "int4_not_folded": (ONE, Quantize(weights="int4", fold=False, symmetric=True), []),
     "static": (ONE, Quantize(mode="static", **PLAIN), [[normal(*X)]]),
     "static_symmetric": (ONE, Quantize(mode="static", symmetric=True, **PLAIN), [[normal(*X)]]),
@@ -207,7 +209,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"group_size": 8, "activations": None}, "group_size must be a power of two of 16 or more, found 8"),
     ({"group_size": -32, "activations": None}, "group_size must be a power of two of 16 or more, found -32"),
     ({"group_size": 32}, "activations=None for a group_size"),
-    ({"weights": "int4", "activations": "int8"}, "give activations=None"),
+    ({"weights": "int4", "activations": "float8_e4m3"}, "activations are float8_e4m3, weights int4: give both alike"),
+    ({"weights": "int4", "activations": "int8", "method": "awq"}, "'awq' is for weights alone"),
     ({"mode": "static", "granularity": "token"}, "granularity='tensor' or mode='dynamic'"),
     ({"min_cosine": 0.99, "min_sqnr_db": 20}, "one of min_cosine, min_sqnr_db and metric"),
     ({"min_cosine": 1.5}, "min_cosine must lie between 0 and 1, found 1.5"),
@@ -350,7 +353,15 @@ def test_one_table_looked_up_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"granularity": "tensor"}, {"activations": None}, {"weights": "int4"}], ids=str
+    "options",
+    [
+        {},
+        {"granularity": "tensor"},
+        {"activations": None},
+        {"weights": "int4"},
+        {"weights": "int4", "activations": "int8"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 7), (3, 33), (17, 65)])
 def test_odd_sizes(rows: int, columns: int, options: dict[str, Any]) -> None:
@@ -361,19 +372,24 @@ def test_odd_sizes(rows: int, columns: int, options: dict[str, Any]) -> None:
         assert sqnr_db(after.run([x])[0], before.run([x])[0]) > (12 if options.get("weights") else 25)
 
 
+EDGES: list[dict[str, Any]] = [
+    {}, {"granularity": "tensor"}, {"weights": "int4"}, {"weights": "int4", "activations": "int8"}, {"mode": "static"},
+]  # fmt: skip
+
+
 def test_a_batch_of_nothing() -> None:
     after, _ = rewritten(ONE(), Quantize())
     assert after.run([torch.zeros(0, 5, 8)])[0].shape == (0, 5, 4)
 
 
-@pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"weights": "int4"}, {"mode": "static"}], ids=str)
+@pytest.mark.parametrize("options", EDGES, ids=str)
 def test_a_weight_of_zeros_leaves_the_bias(options: dict[str, Any]) -> None:
     before = program(linear, normal(*X), w=torch.zeros(4, 8), b=normal(4))
     after, _ = rewritten(before, Quantize(**options), calibrated([[normal(*X)]]))
     assert torch.equal(after.run([normal(*X)])[0], before.run([normal(*X)])[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"weights": "int4"}, {"mode": "static"}], ids=str)
+@pytest.mark.parametrize("options", EDGES, ids=str)
 @pytest.mark.parametrize("value", [0.0, -3.0, 1e-30, 1e12])
 def test_constant_activations_give_finite_numbers(value: float, options: dict[str, Any]) -> None:
     x = torch.full(X, value)
@@ -384,9 +400,12 @@ def test_constant_activations_give_finite_numbers(value: float, options: dict[st
         assert found.isfinite().all() and (found - expected).norm() <= 0.1 * expected.norm()
 
 
+MIXED = {"weights": "int4", "activations": "int8", "group_size": 16}  # bits
+
+
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("batches", [[], TEXTS], ids=["plain", "calibrated"])
-@pytest.mark.parametrize("options", [{}, {"activations": None}, {"weights": "int4", "group_size": 16}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"activations": None}, {"weights": "int4", "group_size": 16}, MIXED], ids=str)
 def test_half_precision_keeps_its_dtype(half: torch.dtype, batches: Batches, options: dict[str, Any]) -> None:
     before = encoder(dtype=half)
     after, result = rewritten(before, Quantize(**options), calibrated(batches))
@@ -441,7 +460,7 @@ def test_the_same_data_give_the_same_integers() -> None:
 # --- training --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"weights": "int4"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"weights": "int4"}, MIXED], ids=str)
 def test_what_is_not_folded_can_be_trained_and_folded_afterwards(options: dict[str, Any]) -> None:
     both = {"w": normal(16, 8) / 3, "b": normal(16, seed=1), "v": normal(4, 16, seed=2) / 4}
     traced = program(lambda m, x: F.linear(F.gelu(F.linear(x, m.w, m.b)), m.v), normal(32, 8), **both)

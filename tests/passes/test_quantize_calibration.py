@@ -16,7 +16,7 @@ from torch import Tensor
 from fxpress.ir.calibration.target import cosines
 from fxpress.ir.equality import sqnr_db
 from fxpress.ir.graph import Program
-from fxpress.ir.ops.quantize import int4_linear
+from fxpress.ir.ops.quantize import int4_linear, int8_linear
 from fxpress.ir.rewrite import Context
 from fxpress.passes import Canonicalize, Fold, Quantize
 
@@ -188,6 +188,26 @@ def test_scores_by_position_are_measured_at_several_lengths() -> None:
     before = program(lambda m, x: F.linear(x, m.w).squeeze(-1), normal(2, 5, 8), w=normal(1, 8))
     _, result = rewritten(before, Quantize(), calibrated(batches))
     assert len([match for match in result.matches if match.rule == "target"]) == 1
+
+
+def test_four_bits_that_multiply_integers_are_smoothed() -> None:
+    passes = Quantize(weights="int4", activations="int8", granularity="token", group_size=16)
+    after, result = rewritten(wide(), passes, calibrated(ROWS))
+    assert len(after.calls(int8_linear)) == 2 and any("smoothed" in name for name in result.rewrites)
+
+
+@pytest.mark.parametrize("activations", ["int8", None])
+def test_layers_of_four_bits_become_finer_by_eight_before_they_stay_in_floats(activations: str | None) -> None:
+    coarse, fine = (Quantize("int4", activations=activations, **more) for more in ({}, {"min_sqnr_db": 40.0}))
+    after, result = rewritten(encoder(), fine, calibrated(TEXTS))
+    eight = sum(count for name, count in result.rewrites.items() if name.endswith("8 bits)"))
+    assert 0 < eight < 6 and reasons(result) == []
+    given = list(tiny.inputs(3, 9).values())
+    expected = encoder().run(given)[0].detach()
+    before, found = (
+        each.run(given)[0].detach() for each in (rewritten(encoder(), coarse, calibrated(TEXTS))[0], after)
+    )
+    assert sqnr_db(before, expected) < 40 < sqnr_db(found, expected)
 
 
 def test_four_bits_read_floats_and_are_not_smoothed() -> None:

@@ -24,6 +24,7 @@ from fxpress.ir.verify import verify
 from fxpress.passes import Quantize
 
 BATCHES = [[normal(2, 5, 8, seed=seed)] for seed in range(4)]
+FOUR: dict[str, Any] = {"weights": "int4", "activations": "int8"}
 STATIC: dict[str, Any] = {"mode": "static", "method": "minmax", "sensitive": None}
 
 
@@ -56,7 +57,7 @@ def test_rule(function: Callable[..., Any], golden: Callable[[str], None]) -> No
 
 
 @pytest.mark.parametrize("function", [two, relu], ids=lambda item: item.__name__)
-@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"method": "minmax+smoothquant"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"method": "minmax+smoothquant"}, FOUR], ids=str)
 def test_integers_are_those_of_floats_but_for_ties(function: Callable[..., Any], options: dict[str, Any]) -> None:
     """Those of the second layer, read off at its input."""
     found = []

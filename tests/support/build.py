@@ -21,7 +21,7 @@ def module(function: Callable[..., Any], **weights: Tensor) -> nn.Module:
     made = type("Tiny", (nn.Module,), {"forward": function})()
     known: dict[int, nn.Parameter] = {}
     for name, tensor in weights.items():
-        weight = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+        weight = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, tensor.is_floating_point())
         made.register_parameter(name, known.setdefault(id(tensor), weight))
     return made.eval()
 

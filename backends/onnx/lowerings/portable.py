@@ -15,7 +15,7 @@ from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments, shape
 from ....ir.ops.norm import add_rms_norm, rms_norm
-from ....ir.ops.quantize import dequantize, unpack_int4
+from ....ir.ops.quantize import dequantize, expand_int4, unpack_int4
 from . import attention as attentions
 from . import quantize as quantizes
 from .lowering import Lowering, reference
@@ -75,3 +75,4 @@ RMS_NORM = (Lowering("Mul+Sqrt", reference(rms_norm)),)
 ADD_RMS_NORM = (Lowering("Add+Mul+Sqrt", reference(add_rms_norm)),)
 INT8_LINEAR = (Lowering("DequantizeLinear+MatMul", _int8_linear, _refuses_int8_linear),)
 INT4_LINEAR = (Lowering("DequantizeLinear+MatMul", _int4_linear),)
+EXPAND_INT4 = (Lowering("integers of 8 bits in the file", reference(expand_int4)),)

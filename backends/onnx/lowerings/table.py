@@ -68,6 +68,7 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     quantize.int8_linear: quantizes.INT8_LINEAR,
     quantize.int4_linear: quantizes.INT4_LINEAR,
     quantize.int4_embedding: quantizes.INT4_EMBEDDING,
+    quantize.expand_int4: quantizes.EXPAND_INT4,
     float8.float8_quantize: floats8.FLOAT8_QUANTIZE,
     float8.float8_scale: floats8.FLOAT8_SCALE,
     float8.float8_linear: floats8.FLOAT8_LINEAR,
@@ -113,6 +114,7 @@ PORTABLE: dict[Any, tuple[Lowering, ...]] = {
     norm.add_rms_norm: portable.ADD_RMS_NORM,
     quantize.int8_linear: portable.INT8_LINEAR,
     quantize.int4_linear: portable.INT4_LINEAR,
+    quantize.expand_int4: portable.EXPAND_INT4,
 }
 
 PROBES: dict[Any, Probe] = {

@@ -164,6 +164,7 @@ def test_openvino_multiplies_the_integers(static: Product) -> None:
         ("weights alone", {"activations": None}),
         ("4 bits", {"weights": "int4", "group_size": 16}),
         ("4 bits, not symmetric", {"weights": "int4", "symmetric": False}),
+        ("4 bits and activations of 8", {"weights": "int4", "activations": "int8"}),
         ("left for training", {"mode": "static", "fold": False}),
         ("not quantized", None),
     ],

@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import pytest
 import tiny
@@ -135,6 +136,9 @@ WAYS: dict[str, tuple[dict[str, Any], bool]] = {
     "weights_in_groups": ({"activations": None, "group_size": 16}, False),
     "int4": ({"weights": "int4"}, False),
     "int4_symmetric": ({"weights": "int4", "symmetric": True, "group_size": 16}, False),
+    "int4_of_int8": ({"weights": "int4", "activations": "int8"}, False),
+    "int4_of_int8_calibrated": ({"weights": "int4", "activations": "int8", "group_size": 16}, True),
+    "int4_of_int8_whole_rows": ({"weights": "int4", "activations": "int8", "group_size": 64, "symmetric": True}, False),
     "not_folded": ({"fold": False}, False),
     "int4_not_folded": ({"weights": "int4", "fold": False}, False),
 }
@@ -246,7 +250,7 @@ def test_models_stay_close_to_fp32(name: str, order: str, calibrated: bool) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"weights": "int4"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"weights": "int4"}, {"weights": "int4", "activations": "int8"}], ids=str)
 def test_a_saved_model_gives_the_same_bits(options: dict[str, Any], tmp_path: Path) -> None:
     session = compiled(tiny.encoder(), [Quantize(**options)], tiny.inputs())
     session.save(tmp_path / "saved")
@@ -256,10 +260,32 @@ def test_a_saved_model_gives_the_same_bits(options: dict[str, Any], tmp_path: Pa
         assert torch.equal(torch.as_tensor(loaded(**given)), session(**given))
 
 
-def test_a_saved_model_has_a_quarter_of_the_bytes(tmp_path: Path) -> None:
+SMALLER: dict[str, tuple[dict[str, Any], float]] = {
+    "8 bits": ({}, 0.3),
+    "4 bits": ({"weights": "int4"}, 0.2),
+    "4 bits that become 8": ({"weights": "int4", "activations": "int8"}, 0.2),
+}
+
+
+@pytest.mark.parametrize("way", SMALLER)
+def test_a_saved_model_has_fewer_bytes(way: str, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 512))
+    options, share = SMALLER[way]
     sizes = []
-    for name, passes in (("floats", []), ("integers", [Quantize()])):
+    for name, passes in (("floats", []), ("integers", [Quantize(**options)])):
         compiled(model, passes, (normal(2, 512),)).save(tmp_path / name)
         sizes.append(sum(file.stat().st_size for file in (tmp_path / name).rglob("*") if file.is_file()))
-    assert sizes[1] < 0.3 * sizes[0]
+    assert sizes[1] < share * sizes[0]
+
+
+def test_weights_of_4_bits_become_integers_of_8_when_a_session_is_made(tmp_path: Path) -> None:
+    """What ONNX Runtime makes of the model has the matmul of integers and nothing that unpacks its weight."""
+    passes = [Quantize("int4", activations="int8")]
+    fxpress.export_onnx(nn.Linear(64, 64).eval(), tmp_path / "m.onnx", passes, (normal(2, 64),), verify=False)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(tmp_path / "m.onnx", options, providers=["CPUExecutionProvider"])
+    before, after = (
+        [node.op_type for node in onnx.load(tmp_path / name).graph.node] for name in ("m.onnx", "optimized.onnx")
+    )
+    assert "BitShift" in before and "BitShift" not in after and "MatMulIntegerToFloat" in after

@@ -45,6 +45,7 @@ def test_an_encoder_takes_what_the_model_does() -> None:
     [
         [Quantize("int8")],
         [Quantize("int4", group_size=16)],
+        [Quantize("int4", activations="int8", group_size=16)],
         [MaskWeights(0.5, method="magnitude")],
         [ReplaceAttention("sliding_window", window=4, force=True)],
         [ReplaceAttention("performer", features=8, force=True)],

@@ -12,7 +12,7 @@ from build import inputs, normal, program
 from torch import Tensor
 
 from fxpress.ir.graph import Program
-from fxpress.ir.ops.quantize import dequantize, dynamic_quantize, int4_linear, int8_linear, quantize
+from fxpress.ir.ops.quantize import dequantize, dynamic_quantize, expand_int4, int4_linear, int8_linear, quantize
 from fxpress.ir.quantization.fold import fold
 from fxpress.ir.verify import verify
 
@@ -24,6 +24,7 @@ WEIGHTS = {
     "t": torch.full((6, 1), 0.02),
     "groups": torch.full((4, 2), 0.5),
     "points": torch.tensor([[1.0, -2.0]] * 4),
+    "multiples": torch.tensor([[3, 15]] * 4, dtype=torch.int8),
     "one": torch.tensor(0.03),
     "b": normal(4, seed=2),
 }
@@ -141,6 +142,37 @@ def test_four_bits_are_packed(points: bool) -> None:
     after = folded(lambda m, x: F.linear(x, grouped(m, points), m.b), 1)
     assert len(after.calls(int4_linear)) == 1
     assert after.module.w_packed.dtype is torch.uint8 and after.module.w_packed.shape == (4, 4)
+
+
+def nested(m: Any) -> Tensor:
+    """[4, 8] on a grid of 4 bits, in groups of 4 whose scales are multiples of their row's."""
+    scale = dequantize(m.multiples, m.s)
+    result: Tensor = dequantize(quantize(m.w, scale, bits=4), scale)
+    return result
+
+
+def test_four_bits_with_nested_scales_are_multiplied_as_integers_of_eight() -> None:
+    after = folded(lambda m, x: F.linear(dynamic(x), nested(m), m.b), 1)
+    assert len(after.calls(int8_linear)) == len(after.calls(expand_int4)) == 1
+    assert after.module.w_packed.dtype is torch.uint8 and not after.calls(aten.linear.default, dequantize)
+
+
+def test_nested_scales_beside_floats_are_scales_of_groups() -> None:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        shared = nested(m)
+        return F.linear(dynamic(x), shared), F.linear(x, shared)
+
+    after = folded(forward, 2)
+    assert len(after.calls(int8_linear)) == len(after.calls(int4_linear)) == 1
+    assert {name for name in after.module.state_dict() if "packed" in name} == {"w_packed"}
+
+
+def test_rows_of_nested_scales_are_looked_up() -> None:
+    before = program(lambda m, i: F.embedding(i, nested(m)), torch.tensor([[0, 3, 1]]), **WEIGHTS)
+    after = before.copy()
+    assert fold(after) == 1
+    verify(after)
+    assert torch.equal(after.run([torch.tensor([[2, 3]])])[0], before.run([torch.tensor([[2, 3]])])[0])
 
 
 def test_an_activation_with_a_scale_for_each_channel_stays_in_floats() -> None:

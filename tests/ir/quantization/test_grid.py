@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxpress.ir.quantization.grid import Clip, Grid, Quantized, find_scale, nearest, quantize, spread
+from fxpress.ir.quantization.grid import Clip, Grid, Quantized, find_scale, multiples, nearest, quantize, spread
 
 GRIDS = [Grid(bits, symmetric, group) for bits in (8, 4, 3, 2) for symmetric in (True, False) for group in (None, 16)]
 
@@ -232,3 +232,76 @@ def test_float8_keeps_small_numbers_beside_a_large_one() -> None:
 def test_float8_has_8_bits_and_no_zero_point(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="grid of float8 has other bits or a zero point"):
         Grid(float8=True, **options)  # type: ignore[arg-type]
+
+
+# --- nested scales ---------------------------------------------------------------------------------------------
+
+
+def integers_of_eight(quantized: Quantized, group: int) -> Tensor:
+    """What a nested weight's integers stand for, before the row's scale, as the plain sum has it."""
+    columns = quantized.integers.shape[1]
+    values = quantized.integers.to(torch.int64)
+    if quantized.zero_point is not None:
+        values = values - spread(quantized.zero_point, group, columns)
+    return values * spread(multiples(quantized.scale)[0], group, columns)
+
+
+@settings(max_examples=60)
+@given(
+    symmetric=st.booleans(),
+    bits=st.integers(2, 4),
+    group=st.sampled_from([1, 4, 16, 64]),
+    clip=st.sampled_from(["minmax", "mse"]),
+    spread_=st.floats(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_nested_scales_are_multiples_that_fit_in_eight_bits(
+    symmetric: bool, bits: int, group: int, clip: Clip, spread_: float, seed: int
+) -> None:
+    weight = normal(7, 37, seed=seed) * 10 ** (spread_ * normal(7, 37, seed=seed + 1)) + 0.3
+    weight[2] = 0
+    weight[3, 16:] = 0
+    quantized = nearest(weight, Grid(bits, symmetric, group, nested=True), clip=clip)
+    steps, rows = multiples(quantized.scale)
+    assert steps.dtype is torch.int8 and bool((steps >= 1).all()) and rows.shape == (7, 1)
+    torch.testing.assert_close(steps * rows, quantized.scale)
+    assert int(integers_of_eight(quantized, group).abs().max()) <= 127
+    assert not quantized.dequantize()[2].any()
+
+
+def test_nested_scales_cost_little() -> None:
+    weight = normal(64, 512)
+    free, nested = (nearest(weight, Grid(4, False, 32, nested=each), clip="mse") for each in (False, True))
+    assert error(free, weight) < error(nested, weight) < 1.05 * error(free, weight)
+
+
+def test_nested_scales_that_cover_the_range_clip_nothing() -> None:
+    weight = normal(20, 64)
+    quantized = nearest(weight, Grid(4, True, 16, nested=True), clip="minmax")
+    steps = (quantized.dequantize() - weight).abs() / spread(quantized.scale, 16, 64)
+    assert steps.max() < 0.5 + 1e-4
+
+
+def test_importance_chooses_multiples() -> None:
+    """With all the weight on the small numbers of a group, its step is as fine as they want it."""
+    weight = torch.tensor([[15.0, 0.1, 0.2, 0.3, 3.0, 3.0, 3.0, 3.0]])
+    grid = Grid(4, True, 4, nested=True)
+    importance = torch.tensor([0.0, 1, 1, 1, 1, 1, 1, 1])
+    small = torch.tensor([0.0, 1, 1, 1, 0, 0, 0, 0])
+    plain, weighed = (nearest(weight, grid, clip="mse", importance=each) for each in (None, importance))
+    assert error(weighed, weight, small) < 0.1 * error(plain, weight, small)
+
+
+def test_a_row_below_the_smallest_normal_number_is_zero() -> None:
+    quantized = nearest(torch.full((1, 8), 1e-38), Grid(4, True, 4, nested=True), clip="mse")
+    assert not quantized.dequantize().any() and multiples(quantized.scale)[0].tolist() == [[1, 1]]
+
+
+def test_scales_that_are_no_multiples_are_an_error() -> None:
+    with pytest.raises(ValueError, match="no multiples of one scale of their row"):
+        multiples(torch.tensor([[1.0, 2**0.5, 3**0.5]]))
+
+
+def test_nested_scales_of_eight_bits_are_an_error() -> None:
+    with pytest.raises(ValueError, match="nested scales has 8 bits, expected 4 or fewer"):
+        Grid(8, nested=True)
