@@ -37,7 +37,8 @@ demo: $(READY) ## compile and compare a pretrained sentence encoder
 	@$(BIN)/fxpress demo
 
 test: $(READY) ## run every test, with line coverage of ir/ and passes/ (below 90% fails)
-	@$(BIN)/pytest -n 2 --dist=worksteal --slow --cov
+	@$(BIN)/python -P -m slipcover --source ir,passes --json --out .coverage.json -m pytest -n 2 --dist=worksteal --slow
+	@$(BIN)/python -P -m slipcover --merge .coverage.json --out .coverage.json --skip-covered --fail-under 90
 
 exhaustive: $(READY) ## each of many alike that make test samples: kernels compiled for each architecture, families (after changes of kernels)
 	@$(BIN)/pytest -n 2 --slow --exhaustive -m exhaustive
@@ -67,5 +68,5 @@ size: ## lines of Python in each folder
 	done
 
 clean: ## remove build outputs and caches (not .venv)
-	@rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf build dist *.egg-info .coverage.json .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find $(wildcard $(CODE)) -name __pycache__ -prune -exec rm -rf {} +

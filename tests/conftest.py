@@ -1,9 +1,10 @@
 """What every test has: the golden fixture, the markers' skips, and settings that make runs repeatable and offline."""
 
 import difflib
+import gc
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # Property tests draw the same examples in each run, and the time that one takes on a busy machine is no failure.
 settings.register_profile("fxpress", deadline=None, derandomize=True)
 settings.load_profile("fxpress")
+# Graphs are many small objects that live long: collecting them as often as by default takes a tenth of the time.
+gc.set_threshold(200_000, 50, 100)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,20 +41,6 @@ class _RootIsNoTestPackage:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
         return pytest.Dir.from_parent(parent, path=path) if path == TESTS.parent else None
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Count lines (--cov) only in quick tests of what is counted: tracing makes a test take twice as long."""
-    controller = getattr(item.config.pluginmanager.getplugin("_cov"), "cov_controller", None)
-    counted = item.path.relative_to(TESTS).parts[0] in ("ir", "passes") and not item.get_closest_marker("slow")
-    if controller is None or counted:
-        return (yield)
-    controller.pause()
-    try:
-        return (yield)
-    finally:
-        controller.resume()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import aot
 import pytest
 import torch
+from sampled import sampled
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxpress.backends.triton.aot import LIMITS
@@ -133,7 +134,7 @@ FEW = (
 
 def tried(table: dict[str, dict[str, Any]]) -> list[Any]:
     """The cases of a table, most of them for --exhaustive alone."""
-    return [name if name in FEW else pytest.param(name, marks=pytest.mark.exhaustive) for name in table]
+    return sampled(table, table.keys() & {*FEW})
 
 
 def result(table: dict[str, dict[str, Any]], case: str, arch: int) -> dict[str, Any]:

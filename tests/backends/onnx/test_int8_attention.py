@@ -11,6 +11,7 @@ import pytest
 import torch
 from build import normal
 from kernels_agree import calling
+from sampled import sampled
 from torch import Tensor, nn
 
 import fxpress
@@ -67,9 +68,8 @@ def split(name: str, batch: int, length: int) -> tuple[dict[str, Tensor], dict[s
     return tensors, {key: value for key, value in named.items() if key not in tensors}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ("static", "key mask") else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sampled(CASES, many=("grouped", "no key, mean", "no key, nan")))
 def test_equals_its_reference(name: str, tmp_path: Path) -> None:
     example, options = split(name, 3, 6)
     model = Attends(options).eval()

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir
 import pytest
 import torch
+from sampled import sampled
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -352,6 +353,19 @@ OTHERS = [
     Case("split_linear, no bias", split_linear, rows, linear(24, bias=False), (("bias", None), ("sizes", [20, 4]))),
 ]
 CASES = [*ATTENTIONS, *OTHERS]
+CASES_BY_NAME = {item.name: item for item in CASES}
+ALIKE = [  # of the masks in groups, a few
+    name
+    for name in CASES_BY_NAME
+    if "groups, empty rows" in name
+    and name
+    not in (
+        "attention, key mask, causal, 4 groups, empty rows give nan",
+        "attention, bool mask, causal, 2 groups, empty rows give nan",
+        "attention, float mask, causal, 2 groups, empty rows give mean",
+        "attention, key mask, 2 groups, empty rows give mean",
+    )
+]
 
 
 def test_every_operator_has_a_case() -> None:
@@ -384,8 +398,9 @@ def is_standard(node: onnx_ir.Node) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("item", CASES, ids=[item.name for item in CASES])
-def test_every_lowering_equals_the_reference(item: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", sampled(CASES_BY_NAME, many=ALIKE))
+def test_every_lowering_equals_the_reference(name: str, tmp_path: Path) -> None:
+    item = CASES_BY_NAME[name]
     node = item.program().calls(item.target)[0]
     candidates = list(dict.fromkeys([*supported(node)[0], *standard(node)[0]]))
     assert candidates

@@ -160,9 +160,9 @@ def test_openvino_multiplies_the_integers(static: Product) -> None:
     ("name", "options"),
     [
         ("by token", {"granularity": "token"}),
-        ("by tensor", {"granularity": "tensor"}),
+        pytest.param("by tensor", {"granularity": "tensor"}, marks=pytest.mark.exhaustive),
         ("weights alone", {"activations": None}),
-        ("4 bits", {"weights": "int4", "group_size": 16}),
+        pytest.param("4 bits", {"weights": "int4", "group_size": 16}, marks=pytest.mark.exhaustive),
         ("4 bits, not symmetric", {"weights": "int4", "symmetric": False}),
         ("4 bits and activations of 8", {"weights": "int4", "activations": "int8"}),
         ("left for training", {"mode": "static", "fold": False}),

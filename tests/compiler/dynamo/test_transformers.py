@@ -23,6 +23,7 @@ hf.register_caches()
 
 FAMILIES = {family.name: family for family in families()}
 QUICK = ("bert", "gpt2")
+ALIKE = ("distilbert", "roberta", "qwen2", "mistral", "nn.Transformer")
 SIZES = ((2, 12), (3, 17), (4, 9))
 TINY = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
         "intermediate_size": 48, "max_position_embeddings": 64}  # fmt: skip
@@ -35,7 +36,9 @@ def _fresh() -> Iterator[None]:
 
 
 def _marks(family: str, backend: str) -> Any:
-    """Every family with the eager backend; with ONNX Runtime, which is tested for itself, a few in each run."""
+    """Most families with the eager backend; with ONNX Runtime, which is tested for itself, a few in each run."""
+    if family in ALIKE:
+        return pytest.mark.exhaustive
     if backend == "eager":
         return () if family in QUICK else pytest.mark.slow
     return pytest.mark.slow if family in (*QUICK, "llama") else pytest.mark.exhaustive

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from build import assert_equal, check, normal, program, reasons, rewritten
 from heads import additive, causal, examples, keep, merge, qkv, traced
+from sampled import sampled
 from torch import Tensor
 
 from fxpress.compiler.trace import trace
@@ -270,7 +271,7 @@ FACES: dict[str, tuple[dict[str, Any], int]] = {  # configuration, and the numbe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FACES)
+@pytest.mark.parametrize("name", sampled(FACES, many=("Llama", "Phi", "GPTNeoX", "XGLM", "GPTBigCode")))
 def test_eager_attention_of_hugging_face(name: str) -> None:
     import transformers
 
