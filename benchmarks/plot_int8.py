@@ -32,8 +32,9 @@ def plot(results: Results, file: Path) -> None:
         if row.measured and found is not None:
             places[row.name] = (eager.ms / row.ms, max(1 - found.pooled_mean, SMALLEST))
     figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    ours = [places[name] for name in (OURS, *POINTS) if name in places]
     axes.plot(
-        *zip(*_best([places[name] for name in (OURS, *POINTS) if name in places]), strict=True),
+        *zip(*_best(ours), strict=True),
         color="tab:red",
         linewidth=1,
         zorder=1,
@@ -42,7 +43,8 @@ def plot(results: Results, file: Path) -> None:
         own = name in (OURS, *POINTS)
         color, marker = ("tab:red", "o") if own else ("tab:blue", "s")
         axes.scatter(*place, color=color, marker=marker, zorder=2, label=f"{number}  {name}")
-        axes.annotate(str(number), place, (0, (7, -14)[number % 2]), textcoords="offset points", ha="center", fontsize=8)
+        height = (7, -14)[number % 2]  # neighbours' numbers do not cover each other
+        axes.annotate(str(number), place, (0, height), textcoords="offset points", ha="center", fontsize=8)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
     axes.set_yscale("log")
     axes.invert_yaxis()  # better is further right and further up
