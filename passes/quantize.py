@@ -29,7 +29,7 @@ from ..ir.quantization.choice import UNTOUCHED, Choice
 from ..ir.quantization.fold import fold
 from ..ir.quantization.insert import Insertion
 from ..ir.quantization.options import Data, Way, options, plain, refined, rounded
-from ..ir.quantization.precision import applied, search
+from ..ir.quantization.precision import applied, closest, search
 from ..ir.quantization.record import Record
 from ..ir.quantization.requantize import requantize
 from ..ir.quantization.sites import Site, embeddings, least, linear_sites
@@ -44,6 +44,7 @@ QUANTIZED = (
 RANGES = ("minmax", "average", "percentile", "entropy", "mse")
 IMPROVEMENTS = ("smoothquant", "awq", "gptq", "bias")  # these need calibration data
 GROUP = 32  # numbers of 4 bits that share a scale
+_NEAR = 1.1  # times the smallest noise
 COSINE = 0.995  # of the outputs, where no target is given and layers are made finer by their sensitivity
 
 
@@ -84,7 +85,7 @@ class Quantize(Pass):
             layer is.
         min_cosine, min_sqnr_db: targets over the calibration data: mean cosine of the output vectors with the model's,
             or signal to noise in dB; the worst output counts; layers of 4 bits become finer by 8. Neither: 0.995, but
-            with "int4" no target: each layer's activations have the ranges of the smallest error.
+            with "int4" none: each layer's activations have the fastest ranges within a tenth of the smallest error.
         metric, min_metric: instead, a score of (outputs, the model's outputs) that is to be reached.
         fold: whether integers are stored and multiplied, or quantize and dequantize left for training.
         requantize: with mode="static", integers become the integers of the next layer without floats between them where
@@ -319,7 +320,8 @@ class Quantize(Pass):
         found = self._options(program, sites, fitting, ways, record, context.track)
         fitter = _Fitter(self, program, fitting, record, context.track)
         if self.sensitive is None or not ((level == "auto" and self.weights != "int4") or self._has_target):
-            return fitter({site: min(choices, key=lambda item: item.noise) for site, choices in found.items()})
+            most = _NEAR if self.weights == "int4" else 1.0  # weights of 4 bits make most of the noise themselves
+            return fitter({site: closest(site, choices, most) for site, choices in found.items()})
         cosine = COSINE if self.min_sqnr_db is None and self.min_cosine is None else self.min_cosine
         target = Target(cosine, self.min_sqnr_db, self.metric, self.min_metric)
         finest = {site: [*choices, UNTOUCHED] for site, choices in found.items()}

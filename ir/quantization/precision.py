@@ -73,6 +73,14 @@ def cost(site: Site, choice: Choice) -> float:
     return float(smoothing + stored + ranging.get(choice.activation.level, 0))
 
 
+def closest(site: Site, choices: Iterable[Choice], most: float = 1.0) -> Choice:
+    """The cheapest choice with no more than `most` times the smallest noise; of equal cost the one with the least."""
+    choices = list(choices)
+    least = min(choice.noise for choice in choices)
+    near = [choice for choice in choices if choice.noise <= most * least]
+    return min(near, key=lambda choice: (cost(site, choice), choice.noise))
+
+
 Remember = Callable[[Choice, Callable[[], float]], float]
 Finish = Callable[[Mapping[Site, Choice]], Mapping[Site, Choice]]
 

@@ -20,7 +20,7 @@ from fxpress.ir.graph import Program
 from fxpress.ir.quantization.choice import UNTOUCHED, Choice
 from fxpress.ir.quantization.grid import Grid
 from fxpress.ir.quantization.options import Data, Way, options
-from fxpress.ir.quantization.precision import Search, applied, cost, run, search
+from fxpress.ir.quantization.precision import Search, applied, closest, cost, run, search
 from fxpress.ir.quantization.sites import Site, least, linear_sites
 from fxpress.ir.rewrite import untracked
 
@@ -184,6 +184,17 @@ def test_finer_is_dearer() -> None:
     assert {cost(site, static) for site in sites} == {0.0}
     assert 0 < cost(sites[0], coarse) < cost(sites[0], smoothed) < cost(sites[0], token)
     assert 0 < cost(sites[0], UNTOUCHED) < math.inf
+
+
+def test_the_closest_is_the_cheapest_of_those_near_the_smallest_noise() -> None:
+    _, (site, *_) = model()
+    kind, weights = type(found()[site][0].activation), found()[site][0].weights
+    static, tensor, token = (
+        Choice(kind(level), None, weights, noise=noise)
+        for level, noise in (("static", 1.2e-2), ("tensor", 1.05e-2), ("token", 1e-2))
+    )
+    every = [static, tensor, token]
+    assert [closest(site, every, most) for most in (1.0, 1.1, 1.3)] == [token, tensor, static]
 
 
 def outputs(function: Any, *batches: Sequence[Tensor]) -> list[Tensor]:
