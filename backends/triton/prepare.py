@@ -40,6 +40,8 @@ def prepare(program: Program) -> Program:
     expand(found)
     _float8_linears(found)
     for node in found.calls(expand_int4):
+        if any(part.op != "get_attr" for part in node.all_input_nodes):
+            continue  # no weight: unpacked as its reference says
         name = str(node.args[0].target).replace("packed", "integers")  # type: ignore[union-attr]
         found.replace(node, found.add_weight(name, found.computed(node), trainable=False))
     for _ in range(DEPTH):

@@ -105,6 +105,8 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("int8_linear", (int8(3, 16), torch.tensor(0.1), torch.tensor(3.0), int8(7, 16), normal(7, 1).abs(), None), {}),
     ("int4_linear", (x, torch.arange(56).reshape(7, 8).to(torch.uint8) * 4, normal(7, 4).abs(), None, bias), {}),
     ("int4_linear", (x, torch.arange(56).reshape(7, 8).to(torch.uint8), normal(7, 2), int8(7, 2) // 32, None), {}),
+    ("expand_int4", (nibbles, int8(7, 4).clamp(1, 15), None, 16), {}),
+    ("expand_int4", (nibbles, int8(7, 2).clamp(1, 11), int8(7, 2) // 32, 15), {}),
     ("int8_weight_linear", (x, int8(7, 16), normal(7, 1).abs(), None, bias), {}),
     ("int8_weight_linear", (x, int8(7, 16), normal(7, 4).abs(), int8(7, 4) // 8, None), {}),
     ("sparse24_linear", (x.half(), *pack_sparse24(sparse24(7, 16)), bias.half()), {}),

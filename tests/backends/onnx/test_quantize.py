@@ -18,7 +18,15 @@ from torch import Tensor, nn
 import fxpress
 from fxpress.ir.calibration.target import cosines
 from fxpress.ir.equality import sqnr_db
-from fxpress.ir.ops.quantize import dequantize, dynamic_quantize, int4_embedding, int4_linear, int8_linear, quantize
+from fxpress.ir.ops.quantize import (
+    dequantize,
+    dynamic_quantize,
+    expand_int4,
+    int4_embedding,
+    int4_linear,
+    int8_linear,
+    quantize,
+)
 from fxpress.passes import Fuse, Quantize
 
 Inputs = dict[str, Tensor]
@@ -157,6 +165,7 @@ def test_layers_agree_with_eager(way: str) -> None:
     batches = [(normal(3, 5, 37, seed=seed),) for seed in range(4)] if calibrated else []
     session = compiled(Layers(), [Quantize(**options)], (normal(2, 5, 37),), calibration=batches)
     assert len(session.program.calls(MULTIPLIED_BY.get(way, int8_linear))) == 3
+    assert len(session.program.calls(expand_int4)) == (3 if way.startswith("int4_of_int8") else 0)
     for size in ((2, 5), (3, 11), (1, 1)):
         x = normal(*size, 37, seed=7)
         close(session(x), session.program(x))
