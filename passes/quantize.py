@@ -30,7 +30,7 @@ from ..ir.quantization.fold import fold
 from ..ir.quantization.insert import Insertion
 from ..ir.quantization.options import Data, Way, options, plain, refined, rounded
 from ..ir.quantization.precision import applied, closest, search
-from ..ir.quantization.record import Record
+from ..ir.quantization.record import FORMAT, Record
 from ..ir.quantization.requantize import requantize
 from ..ir.quantization.sites import Site, embeddings, least, linear_sites
 from ..ir.rewrite import Applied, Context, Pass, PassResult, Track
@@ -85,7 +85,7 @@ class Quantize(Pass):
             layer is.
         min_cosine, min_sqnr_db: targets over the calibration data: mean cosine of the output vectors with the model's,
             or signal to noise in dB; the worst output counts; layers of 4 bits become finer by 8. Neither: 0.995, but
-            with "int4" none: each layer's activations have the fastest ranges within a tenth of the smallest error.
+            with "int4" none: integers beside it have the fastest ranges within a tenth of each layer's least noise.
         metric, min_metric: instead, a score of (outputs, the model's outputs) that is to be reached.
         fold: whether integers are stored and multiplied, or quantize and dequantize left for training.
         requantize: with mode="static", integers become the integers of the next layer without floats between them where
@@ -262,13 +262,7 @@ class Quantize(Pass):
             symmetric, group = True, None
         return Way(
             level=level,
-            grid=grids.Grid(
-                bits,
-                symmetric,
-                group,
-                float8=self.weights == FLOAT8,
-                nested=bits == 4 and level != "float",
-            ),
+            grid=grids.Grid(bits, symmetric, group, self.weights == FLOAT8, nested=bits == 4 and level != "float"),
             clip="minmax" if bits == 8 else "mse",
             range=next((word for word in words if word in RANGES), "minmax"),
             symmetric=bool(self.symmetric),
@@ -298,7 +292,7 @@ class Quantize(Pass):
         metric = getattr(self.metric, "__qualname__", type(self.metric).__name__)
         return (
             str(replace(self, fold=True, embeddings="int8", requantize=False, statistics=None, metric=None))
-            + f", metric {metric}"
+            + f", metric {metric}, record {FORMAT}"
         )
 
     def _calibrated(
@@ -320,7 +314,8 @@ class Quantize(Pass):
         found = self._options(program, sites, fitting, ways, record, context.track)
         fitter = _Fitter(self, program, fitting, record, context.track)
         if self.sensitive is None or not ((level == "auto" and self.weights != "int4") or self._has_target):
-            most = _NEAR if self.weights == "int4" else 1.0  # weights of 4 bits make most of the noise themselves
+            # Beside integers, weights of 4 bits make most of the noise themselves.
+            most = _NEAR if self.weights == "int4" and level != "float" else 1.0
             return fitter({site: closest(site, choices, most) for site, choices in found.items()})
         cosine = COSINE if self.min_sqnr_db is None and self.min_cosine is None else self.min_cosine
         target = Target(cosine, self.min_sqnr_db, self.metric, self.min_metric)

@@ -52,7 +52,7 @@ def check(
         lowerings: the candidates for a node, and why others are none.
     """
     problems = []
-    known = _exportable(opset)
+    known = exportable(opset)
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "output":
@@ -90,7 +90,7 @@ def _refuse(problems: Sequence[str]) -> None:
 
 
 @functools.cache
-def _exportable(opset: int) -> Callable[[Any], bool]:
+def exportable(opset: int) -> Callable[[Any], bool]:
     """Whether torch's exporter translates an operator at an opset."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -216,14 +216,14 @@ def _spare_decompositions(exported: ExportedProgram, opset: int) -> None:
         elif node.target is aten.numpy_T.default:
             axes = list(range(node.meta["val"].dim()))
             node.target, node.args = aten.permute.default, (*node.args, axes[::-1])
-    known = _exportable(opset)
+    known = exportable(opset)
     if all(known(node.target) for node in exported.graph.nodes if node.op == "call_function"):
         exported.run_decompositions = lambda *_: exported
 
 
 def _why_not(exported: ExportedProgram, error: BaseException, opset: int) -> str:
     """Why torch's exporter failed: the operators without translation that are left when all others are decomposed."""
-    known = _exportable(opset)
+    known = exportable(opset)
     try:
         left = exported.run_decompositions().graph.nodes
     except Exception:  # noqa: BLE001  # the error at hand is the one to report

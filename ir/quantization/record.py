@@ -16,6 +16,7 @@ from .choice import Activation, Choice
 from .grid import Quantized
 from .sites import Site
 
+FORMAT = 2  # of what is kept; files of another one are refused
 _LEVELS = ("float", "float8", "static", "tensor", "token")
 
 

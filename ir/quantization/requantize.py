@@ -74,7 +74,9 @@ def _chain(program: Program, node: fx.Node) -> _Chain | str | None:
         path.append(here)
         here = here.args[0]
     fixed = here.target is int8_linear and _is_fixed(program, here, "scale", "zero_point", "weight_scale")
-    fixed = fixed and (here.args[3].op == "get_attr" or here.args[3].target is expand_int4)
+    if fixed:
+        weight = arguments(here)["weight"]
+        fixed = weight.op == "get_attr" or weight.target is expand_int4
     fixed |= here.target is dequantize and _is_fixed(program, here, "scale", "zero_point") and _holds_integers(here)
     if not fixed:
         return None
@@ -105,10 +107,8 @@ def _write(program: Program, node: fx.Node, chain: _Chain) -> str | None:
     shift_of = _number(program, source["zero_point"])
     bias = None
     if chain.source.target is int8_linear:
-        weight, columns = (
-            program.computed(source["weight"]),
-            program.tensor(source["weight_scale"]).double().squeeze(-1),
-        )
+        weight = program.computed(source["weight"])
+        columns = program.tensor(source["weight_scale"]).double().squeeze(-1)
         units = units * columns
         rows = weight.double().sum(1)
         given_bias = source["bias"]

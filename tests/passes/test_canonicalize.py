@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from build import assert_equal, before_after, check, inputs, normal, program, reasons, rewritten
 from torch import Tensor
 
-from fxpress.backends.onnx.export import OPSET, _exportable
+from fxpress.backends.onnx.export import OPSET, exportable
 from fxpress.ir.graph import Program
 from fxpress.ir.rewrite import Context
 from fxpress.passes import Canonicalize
@@ -99,7 +99,7 @@ def test_rule(case: str, golden: Callable[[str], None]) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_all_that_is_introduced_is_translated_by_torch(case: str) -> None:
     """Else the exporter would decompose the whole program once more, which takes half of its time."""
-    known = _exportable(OPSET)
+    known = exportable(OPSET)
     before = CASES[case]()
     after, _ = rewritten(before, Canonicalize())
     calls = [{node.target for node in found.graph.nodes if node.op == "call_function"} for found in (before, after)]

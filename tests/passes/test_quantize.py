@@ -400,7 +400,7 @@ def test_constant_activations_give_finite_numbers(value: float, options: dict[st
         assert found.isfinite().all() and (found - expected).norm() <= 0.1 * expected.norm()
 
 
-MIXED = {"weights": "int4", "activations": "int8", "group_size": 16}  # bits
+MIXED = {"weights": "int4", "activations": "int8", "group_size": 16}  # 4 bits times 8
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])

@@ -187,13 +187,6 @@ def _int4_embedding(
     )
 
 
-def _unpacked(packed: Tensor, width: int) -> Tensor:
-    """The integers of two a byte as floats, which hold bytes exactly: the exporter has no shift of bytes."""
-    floats = packed.to(torch.float32)
-    high = (floats / 16).floor()
-    return torch.stack((floats - high * 16, high), -1).flatten(-2)[..., :width] - 8
-
-
 def _expand_int4(weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, width: int) -> Tensor:
     """Nodes that read constants alone: ONNX Runtime computes them once, when it loads the model."""
     rows, groups = weight_scale.shape
@@ -202,18 +195,19 @@ def _expand_int4(weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None
     both = (rows, bytes_.shape[1], 2)
     halves = symbolic("BitShift", (bytes_, torch.tensor([0, 4], dtype=torch.uint8)), {"direction": "RIGHT"},
                       dtype=torch.uint8, shape=both, version=11)  # fmt: skip
-    low = symbolic(
-        "BitwiseAnd", (halves, torch.tensor(15, dtype=torch.uint8)), dtype=torch.uint8, shape=both, version=18
-    )
+    mask = torch.tensor(15, dtype=torch.uint8)
+    raised = symbolic("BitwiseAnd", (halves, mask), dtype=torch.uint8, shape=both, version=18)
+    floats = raised.reshape(rows, groups, size).to(torch.float32)
     zeros = 8.0 if zero_point is None else zero_point.to(torch.float32).unsqueeze(-1) + 8
-    integers = (low.reshape(rows, groups, size).to(torch.float32) - zeros) * weight_scale.to(torch.float32).unsqueeze(
-        -1
-    )
+    integers = (floats - zeros) * weight_scale.to(torch.float32).unsqueeze(-1)
     return cast(integers.reshape(rows, -1)[:, :width], torch.int8)
 
 
 def _int4_rows(weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, indices: Tensor, width: int) -> Tensor:
-    integers = _unpacked(F.embedding(indices, weight), width)
+    """The same in floats, which hold bytes exactly: the exporter has no shift of bytes."""
+    packed = F.embedding(indices, weight).to(torch.float32)
+    high = (packed / 16).floor()
+    integers = torch.stack((packed - high * 16, high), -1).flatten(-2)[..., :width] - 8
     zeros = None if zero_point is None else F.embedding(indices, zero_point)
     found: Tensor = reference(dequantize)(integers, F.embedding(indices, weight_scale), zeros)
     return found
@@ -257,7 +251,7 @@ DYNAMIC_QUANTIZE = (
 )
 DEQUANTIZE = (Lowering("Cast+Mul", _dequantize),)
 INT4_LINEAR = (Lowering("MatMulNBits", _int4_linear, _refuses_int4_linear, standard=False),)
-EXPAND_INT4 = (Lowering("Floor+Mul", _expand_int4),)
+EXPAND_INT4 = (Lowering("BitShift+Mul", _expand_int4),)
 INT4_EMBEDDING = (
     Lowering("GatherBlockQuantized", _int4_embedding, _refuses_int4_embedding, standard=False),
     Lowering("Gather+Floor", _int4_rows),
