@@ -15,6 +15,8 @@ import triton.language as tl
 from .elementwise import tanh
 from .launch import arch_of
 
+FEW_QUERIES = 16  # up to which the heads that read the same keys share a block, and keys may be parted
+
 
 @triton.jit
 def load_tile(
@@ -306,7 +308,7 @@ def combine_kernel(
     tl.store(out + dims, result.to(out.dtype.element_ty), mask=dims < VALUE_DIM)
 
 
-def attention_config(
+def attention_configs(
     head_dim: int,
     value_dim: int,
     dtype: torch.dtype,
@@ -315,15 +317,17 @@ def attention_config(
     num_keys: int,
     has_mask: bool = False,
     has_bias: bool = False,
-) -> dict[str, int]:
-    """Blocks, warps and stages of `attention_kernel`, by size and compute capability.
+) -> list[dict[str, int]]:
+    """Blocks, warps and stages of `attention_kernel`, by size and compute capability, the best guess first.
 
-    Chosen so that a program stays within 227 KB of shared memory (sm_90 to sm_103) or 99 KB (others), where a bias of
-    the scores' size is kept too, and, up to 128 dimensions, spills no registers: tests/kernels/test_attention_aot.py.
+    That is chosen so that a program stays within 227 KB of shared memory (sm_90 to sm_103) or 99 KB (others), where a
+    bias of the scores' size is kept too, and, up to 128 dimensions, spills no registers: tests/kernels/
+    test_attention_aot.py. The others are for measurements to choose among; they may not fit.
     """
     large = 90 <= arch < 120
     width = max(triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim), 16)
     has_mask = has_mask or head_dim != width or value_dim != width
+    others = []
     if dtype == torch.float32:
         # Exact products, without tensor cores: Triton up to 3.7 takes those of sm_100, in tf32, from 64 rows on where
         # scores depend on 8 bits, as of a mask (triton-lang/triton#10176).
@@ -332,18 +336,25 @@ def attention_config(
         sizes = (128, 64, 8, 3) if has_mask else (128, 64, 4, 3)
         if has_bias:
             sizes = (128, 64 if large else 32, 8, 2)
+        others = [(128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 3)]
     elif width <= 128 and not large:
         sizes = (64, 64, 8, 2) if has_bias else (128, 32, 8, 3) if has_mask else (128, 64, 8, 2)
+        others = [(64, 64, 4, 2), (64, 32, 4, 3)]
     elif width <= 128:
         sizes = (128, 64, 8, 2) if has_bias else (128, 128, 8, 2) if arch == 90 else (128, 64, 8, 3)
+        others = [(128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 2)]
     else:
         sizes = (64, 64 if large else 32, 8, 2) if width <= 256 else (16, 16, 4, 1)
-    block_m, block_n, num_warps, num_stages = sizes
-    if num_rows <= 32 and width <= 128 and dtype != torch.float32:
-        block_n, num_warps, num_stages = min(block_n, 64), 4, 3
-    block_m = max(16, min(block_m, triton.next_power_of_2(num_rows)))
-    block_n = max(16, min(block_n, triton.next_power_of_2(num_keys)))
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+    found = []
+    for block_m, block_n, num_warps, num_stages in (sizes, *others):
+        if num_rows <= 32 and width <= 128 and dtype != torch.float32:
+            block_n, num_warps, num_stages = min(block_n, 64), 4, 3
+        block_m = max(16, min(block_m, triton.next_power_of_2(num_rows)))
+        block_n = max(16, min(block_n, triton.next_power_of_2(num_keys)))
+        config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+        if config not in found:
+            found.append(config)
+    return found
 
 
 def attention_splits(programs: int, seen_keys: int, arch: int) -> int:
@@ -371,6 +382,7 @@ def attention(
     statistics: torch.Tensor | None = None,
     window: tuple = (None, None, None, False),
     kernel: object = None,
+    config: dict | None = None,
 ) -> torch.Tensor:
     """Attention as the operator fxpress::attention defines it, in fp16, bf16 or fp32.
 
@@ -380,6 +392,7 @@ def attention(
     those of `kernel`.
     `statistics` [2, B, H, N] in fp32 gets the largest score of each row and its sum of exp(score - largest).
     `window` is what `window_attention` adds: first_globals [B], num_globals, dilation, and whether it is causal.
+    `config` is one of `attention_configs`, by default the first.
 
     What lies in blocks of keys that are skipped, outside of the band or all padding, is not read, be it NaN or not.
     """
@@ -400,12 +413,13 @@ def attention(
 
     repeat = num_heads // num_groups
     *globals_and_dilation, causal = window
-    packed = num_queries <= 16 and window == (None, None, None, False)
+    packed = num_queries <= FEW_QUERIES and window == (None, None, None, False)
     num_rows = num_queries * repeat if packed else num_queries
     has_window = window[1:3] != (None, None)  # takes as many registers as a bias
-    config = attention_config(
-        head_dim, value_dim, dtype, arch, num_rows, num_keys, key_mask is not None, has_bias or has_window
-    )
+    if config is None:
+        config = attention_configs(
+            head_dim, value_dim, dtype, arch, num_rows, num_keys, key_mask is not None, has_bias or has_window
+        )[0]
     programs = triton.cdiv(num_rows, config["BLOCK_M"]) * batch * (num_groups if packed else num_heads)
     splits = 1
     if packed and empty != "mean" and statistics is None:

@@ -242,10 +242,10 @@ def attention_backward_config(
 ) -> dict[str, int]:
     """Blocks, warps and stages of the gradient kernels, that of the query or that of key and value, by architecture.
 
-    Within the limits of `attention_config`: tests/kernels/test_attention_aot.py.
+    Within the limits of `attention_configs`: tests/kernels/test_attention_aot.py.
     """
     width = max(triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim), 16)
-    if dtype == torch.float32:  # exact products, without tensor cores: as in attention_config
+    if dtype == torch.float32:  # exact products, without tensor cores: as in attention_configs
         sizes = (32, 32, 4, 2) if width <= 64 else (16, 16, 4, 1)
         if of_query and width > 64:
             sizes = (16, 32 if width <= 128 else 16, 4, 2)

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CONFIGS = 6  # configurations of a generated kernel that are measured, at most
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (*HALVES, torch.float32)
 EIGHT = torch.float8_e4m3fn
 
 
@@ -184,12 +186,42 @@ def _with_epilogue(module: ModuleType) -> Callable[..., Any]:
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-def attention_ways(attention: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, **given: Any) -> list[Way]:
-    """The ways to run `attention(query, key, value, ...)`; the first one is the module's own function."""
-    found = [Way("attention of kernels/", attention)]
+def attention_ways(
+    module: ModuleType, attention: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, **given: Any
+) -> list[Way]:
+    """The ways to run `attention(query, key, value, ...)`; the first one is what the module does by itself.
+
+    Args:
+        attention: the module's own function.
+    """
+    rows, mask, bias = query.shape[2], given.get("key_mask"), given.get("bias")
+    configs = module.attention_configs(
+        query.shape[3], value.shape[3], query.dtype, module.arch_of(query.device), rows, key.shape[2],
+        mask is not None, bias is not None,
+    )  # fmt: skip
+    if rows <= module.FEW_QUERIES:  # heads share blocks, and keys are parted: as the function itself decides
+        configs = configs[:1]
+    own, *others = configs
+    found = [Way(f"attention, {_attention_config(own)}", attention)]
+    found += [Way(f"attention, {_attention_config(config)}", _attending(attention, config)) for config in others]
     if _takes(query, key, **given):
         found.append(Way("SDPA", _library_attention))
+        if query.dtype in HALVES:
+            found.append(Way("SDPA, cuDNN", _cudnn_attention))
     return found
+
+
+def _attention_config(config: Mapping[str, Any]) -> str:
+    return f"{config['BLOCK_M']}x{config['BLOCK_N']}, {config['num_warps']} warps, {config['num_stages']} stages"
+
+
+def _attending(attention: Callable[..., Any], config: Mapping[str, Any]) -> Callable[..., Any]:
+    return lambda query, key, value, **given: attention(query, key, value, **given, config=config)
+
+
+def _cudnn_attention(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _library_attention(query, key, value, **given)
 
 
 def _takes(

@@ -372,8 +372,8 @@ class Emitter:
         other = "0.0" if dtype.is_floating_point and dtype is not FLOAT8 else "0"
         mask = f", mask={' & '.join(masks)}, other={other}" if masks else ""
         code = f"tl.load({source.name} + {self.text(offset)}{mask})"
-        if not names:  # one number: the same shape as every other value
-            code = f"tl.load({source.name} + tl.full([1, 1], {self.text(offset)}, tl.int32){mask})"
+        if not moving and not still:  # one number, at a stride's distance or a known one: as blocks of [1, 1]
+            code = f"tl.load({source.name} + tl.full([1, 1], {self.text(offset)}, tl.int64){mask})"
         if dtype is FLOAT8:  # as bytes: not every architecture has such numbers
             code = f"float8_value({code}).to(tl.float32)"
         elif dtype in NARROW:

@@ -14,16 +14,19 @@ from ...ir.errors import one_line
 
 Forward = Callable[[Sequence[Tensor]], list[Any]]
 LIMIT = 8  # graphs: each keeps the memory of all that is computed in it
+WORTH = 16 * 2**20  # bytes that a GPU copies in the time that a launch from Python takes, about 10 us
 
 
 class Graphs:
     """Runs `forward`, from the third call with the same shapes on by replaying what the second one launched.
 
     A launch from Python takes longer than most kernels of a small batch run; a graph launches all at once. The first
-    call compiles kernels, which a capture must not. What is returned is a copy that later calls leave alone.
+    call compiles kernels, which a capture must not. What is returned is a copy that later calls leave alone. Where the
+    copies of inputs and outputs would take longer than the launches, no graph is made.
 
     Args:
         forward: from tensors to a list of outputs; it reads nothing back from the GPU.
+        launches: how many kernels it launches.
         capture: from a forward and its tensors to its replay on other tensors of the same shapes.
         limit: how many graphs are kept; the one that was not used for the longest time goes first.
     """
@@ -31,20 +34,24 @@ class Graphs:
     def __init__(
         self,
         forward: Forward,
+        launches: int,
         capture: Callable[[Forward, Sequence[Tensor]], Forward] | None = None,
         limit: int = LIMIT,
     ) -> None:
         self._forward, self._capture, self._limit = forward, capture or captured, limit
+        self._most = launches * WORTH
         self._seen: OrderedDict[Any, Forward | None] = OrderedDict()
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Any]:
         """Run, or replay."""
         key = tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)
         if key not in self._seen:
-            self._seen[key] = None
+            outputs = self._forward(tensors)
+            copied = sum(item.nbytes for item in (*tensors, *outputs) if isinstance(item, Tensor))
+            self._seen[key] = None if copied <= self._most else self._forward
             while len(self._seen) > self._limit:
                 self._seen.popitem(last=False)
-            return self._forward(tensors)
+            return outputs
         self._seen.move_to_end(key)
         if self._seen[key] is None:
             try:

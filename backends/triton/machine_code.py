@@ -7,6 +7,7 @@ Triton's cache on disk, which all programs of a user share, is neither read nor 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,11 +26,13 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import AsyncCompileMode
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.compiler import compile as triton_compile
 from triton.compiler.compiler import make_backend
+from triton.errors import TritonError
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -165,6 +168,27 @@ def launch_nothing(module: ModuleType, tensors: Sequence[Tensor], weights: Mappi
 
 def _only_compiling(run: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: run(*args, **{**kwargs, "warmup": True})
+
+
+def compile_launches(module: ModuleType, calls: Sequence[Callable[[], Any]]) -> None:
+    """Compile in parallel what calls would launch of a module's kernels, none of which is launched.
+
+    What cannot be compiled is passed over: the call itself will raise it.
+    """
+    kernels = [kernel for kernel in kernels_of(module).values() if isinstance(kernel, JITFunction)]
+    if not kernels:
+        return  # interpreted
+    launching = [kernel.run for kernel in kernels]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        try:
+            for kernel in kernels:
+                kernel.run = _only_compiling(kernel.run)
+            for call in calls:
+                with contextlib.suppress(RuntimeError, TritonError):
+                    call()
+        finally:
+            for kernel, run in zip(kernels, launching, strict=True):
+                kernel.run = run
 
 
 def build(

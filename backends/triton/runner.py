@@ -138,7 +138,7 @@ class TritonRunner:
         if tuner is not None:
             tuner.attach(self._loaded.module, generated.forms)
         self._weights = self._on_one_device()
-        self._graphs = Graphs(self._forward)
+        self._graphs = Graphs(self._forward, sum(item["launches"] for item in generated.launches))
 
     def _on_one_device(self) -> dict[str, Tensor]:
         """The weights by name; constants that the model left on the CPU go to the GPU, where kernels read."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from ...ir.graph import short_dtype
 from ..memory import Memory, fastest
 from .candidates import Way, attention_ways, configured_ways, full_precision, product_ways
+from .machine_code import compile_launches
 
 Run = Callable[[Way], Any]
 Timer = Callable[[Callable[[], Any]], float]
@@ -110,7 +112,7 @@ class Tuner:
             known["matmul"] = functools.partial(self._product, module, matmul, forms)
         if "attention" in known:
             attention = known["attention"]
-            known["attention"] = functools.partial(self._attention, attention)
+            known["attention"] = functools.partial(self._attention, module, attention)
         for name, configs in FORMATS.items():
             if name in known:
                 known[name] = functools.partial(self._formatted, module, configs, known[name])
@@ -137,7 +139,8 @@ class Tuner:
             count = x.shape[:-2].numel() if w.dim() == 2 else w.shape[:-2].numel()
             types = " x ".join(dict.fromkeys(map(_type, (x, w))))
             sizes = f"{types} [{_class(count)}, {_class(rows)}, {inner}] x [{columns}, {inner}]"
-            way = self._choose(name, sizes, digest(given["kernels"][0]), ways, lambda way: way.run(x, w, **given))
+            kernel = digest(given["kernels"][0])
+            way = self._choose(module, name, sizes, kernel, ways, lambda way: way.run(x, w, **given))
             if way is None:
                 return matmul(x, w, **given)
             self._remember(key, way)
@@ -156,27 +159,35 @@ class Tuner:
             rows, inner = _class(x.shape[:-1].numel()), x.shape[-1]
             options = "".join(f", {name}={_said(item)}" for name, item in facts.items() if item is not None)
             sizes = f"{_type(x)} x {_type(w)} [{rows}, {inner}] x [{w.shape[0]}, {inner}]{options}"
-            way = self._choose(kernel.__name__, sizes, digest(kernel), ways, lambda way: way.run(x, w, **given))
+            run: Run = lambda way: way.run(x, w, **given)  # noqa: E731
+            way = self._choose(module, kernel.__name__, sizes, digest(kernel), ways, run)
             if way is None:
                 return function(x, w, **given)
             self._remember(exact, way)
         return self._ways[exact](x, w, **given)
 
     def _attention(
-        self, attention: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *others: Any, **given: Any
+        self,
+        module: ModuleType,
+        attention: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *others: Any,
+        **given: Any,
     ) -> Any:
         if others or not given.keys() <= OPTIONS:  # a window, or a bias that the kernel computes
             return attention(query, key, value, *others, **given)
         exact = tuple(map(_exact, (query, key, value))) + tuple((name, _exact(item)) for name, item in given.items())
         exact = (*exact, full_precision())
         if exact not in self._ways:
-            ways = attention_ways(attention, query, key, value, **given)
+            ways = attention_ways(module, attention, query, key, value, **given)
             batch, heads, rows, size = query.shape
             options = "".join(f", {name}={_said(item)}" for name, item in given.items() if item is not None)
             run: Run = lambda way: way.run(query, key, value, **given)  # noqa: E731
             queries = f"{_type(query)} [{_class(batch)}, {heads}, {_class(rows)}, {size}]"
             sizes = f"{queries} x [{key.shape[1]}, {_class(key.shape[2])}, {value.shape[3]}]{options}"
-            way = self._choose("attention", sizes, "", ways, run)
+            way = self._choose(module, "attention", sizes, digest(module.attention_kernel), ways, run)
             if way is None:
                 return attention(query, key, value, **given)
             self._remember(exact, way)
@@ -188,7 +199,7 @@ class Tuner:
         self._ways[exact] = way
 
     def _choose(
-        self, operator: str, sizes: str, kernel: str, ways: Sequence[Way], run: Run
+        self, module: ModuleType, operator: str, sizes: str, kernel: str, ways: Sequence[Way], run: Run
     ) -> Callable[..., Any] | None:
         """The fastest way for a class of calls: as remembered, else measured on one of them, which `run` runs; None:
         it is not known, and nothing can be measured now."""
@@ -198,7 +209,7 @@ class Tuner:
             times = self._known(key, by_name) if len(by_name) > 1 else {}
             if times is None and not self._ready():
                 return None
-            times = self._measure(key, ways, run) if times is None else times
+            times = self._measure(module, key, ways, run) if times is None else times
             self._choices[key] = Choice(operator, sizes, fastest(times) if times else ways[0].name, times)
         choice = self._choices[key]
         choice.calls += 1
@@ -211,12 +222,14 @@ class Tuner:
             return None
         return found if all(map(_is_time, found.values())) and any(found.values()) else None
 
-    def _measure(self, key: str, ways: Sequence[Way], run: Run) -> dict[str, float | None]:
+    def _measure(self, module: ModuleType, key: str, ways: Sequence[Way], run: Run) -> dict[str, float | None]:
         times: dict[str, float | None] = {}
+        compile_launches(module, [functools.partial(run, way) for way in ways])
         for number, way in enumerate(ways):
             try:
-                times[way.name] = self._timer(functools.partial(run, way))
-            except (RuntimeError, OutOfResources):
+                with warnings.catch_warnings(action="ignore"):  # PyTorch lists why a library does not take a call
+                    times[way.name] = self._timer(functools.partial(run, way))
+            except (RuntimeError, TritonError):
                 if number == 0:
                     raise  # the module's own way: nothing else may hide what is wrong with it
                 times[way.name] = None

@@ -47,7 +47,7 @@ def interpreted(module: Any, blocks: tuple[int, int] | None = (16, 16), splits: 
         stack.enter_context(patch("torch.empty_like", lambda like: empty_like(like).fill_(torch.nan)))
         if blocks is not None:
             config = {"BLOCK_M": blocks[0], "BLOCK_N": blocks[1], "num_warps": 4, "num_stages": 2}
-            stack.enter_context(patch.object(module, "attention_config", lambda *arguments: config))
+            stack.enter_context(patch.object(module, "attention_configs", lambda *arguments: [config]))
         if splits is not None:
             stack.enter_context(patch.object(module, "attention_splits", lambda *sizes: splits))
         yield

@@ -10,9 +10,9 @@ from unittest import mock
 
 import torch
 from build import program
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from fxpress.backends.triton.runner import TritonRunner
+from fxpress.backends.triton.runner import TritonRunner, interpreted
 from fxpress.ir.equality import compare, run_float64
 from fxpress.ir.graph import Program
 
@@ -35,18 +35,34 @@ def poisoned() -> Iterator[None]:
 
 
 def agree(traced: Program, *batches: Sequence[Tensor]) -> TritonRunner:
-    """Assert that the kernels of a program give what eager PyTorch does, on each batch; inputs stay as they are."""
-    runner = TritonRunner(traced)
+    """Assert that the kernels of a program give what eager PyTorch does, on each batch; inputs stay as they are.
+
+    With TRITON_INTERPRET=0 the kernels run on a GPU, and are compared with PyTorch on the CPU all the same.
+    """
+    runner = TritonRunner(traced if interpreted() else on_gpu(traced))
     for batch in batches:
-        given = [tensor.clone() for tensor in batch]
+        read = list(batch) if interpreted() else [tensor.cuda() for tensor in batch]
+        given = [tensor.clone() for tensor in read]
         with poisoned():
-            found = runner.run(batch)
-        assert all(torch.equal(_bytes(a), _bytes(b)) for a, b in zip(batch, given, strict=True))
+            found = runner.run(read)
+        assert all(torch.equal(_bytes(a), _bytes(b)) for a, b in zip(read, given, strict=True))
         with torch.no_grad():
             eager = list(traced.run(batch))
+        found = [item.cpu() if isinstance(item, Tensor) else item for item in found]
         verdict = compare(found, eager, run_float64(traced, batch))
         assert verdict.equal, verdict.reasons
     return runner
+
+
+def on_gpu(traced: Program) -> Program:
+    """A copy of a program with its weights on the GPU."""
+    moved = traced.copy()
+    for holder in moved.module.modules():
+        for name, weight in list(holder.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(holder, name, nn.Parameter(weight.detach().cuda(), requires_grad=weight.requires_grad))
+        for name, constant in list(holder.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(holder, name, constant.cuda())
+    return moved
 
 
 def _bytes(tensor: Tensor) -> Tensor:

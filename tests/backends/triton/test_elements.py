@@ -165,6 +165,17 @@ def test_what_would_double_without_end_is_parted() -> None:
     assert len(runner.generated.groups) > 1
 
 
+def test_a_single_number_is_read_where_a_block_says_so() -> None:
+    """Both halves of the result read one element, at a distance that is a stride, where the column says so."""
+
+    def function(self: Any, x: Tensor) -> Tensor:
+        y = torch.exp(x)
+        return torch.cat([y[..., 1:], y[..., :1]], -1)
+
+    x = normal(1, 1, 2)
+    agree(program(function, x, dynamic=None), [x])
+
+
 @pytest.mark.parametrize("equation", ["bnd,bmd->bnm", "bnd,bmd->bmn", "bnd,bmd->bd"])
 def test_einsum_is_products_and_views(equation: str) -> None:
     def function(self: Any, x: Tensor, y: Tensor) -> Tensor:

@@ -95,3 +95,19 @@ def test_families_on_a_gpu(name: str, dtype: str) -> None:
     assert compiled.report.equal
     for given in on_gpu * 3:
         assert compiled.verify(given).equal
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"bert", "gpt2", "llama", "vit"}))
+def test_other_families_on_a_gpu(name: str, dtype: str) -> None:
+    """With TRITON_INTERPRET=0, and without measurements, of which the others have enough."""
+    family = FAMILIES[name]
+    given = {key: item.cuda() for key, item in family.inputs(2, 12).items()}
+    narrow = None if dtype == "float32" else dtype
+    model = family.model().eval().cuda()
+    compiled = fxpress.compile(model, example_inputs=given, backend="triton", dtype=narrow, tune=False)
+    assert compiled.report.equal
+    other = {key: item.cuda() for key, item in family.inputs(3, max(17, family.shortest)).items()}
+    for _ in range(3):
+        assert compiled.verify(other).equal

@@ -16,9 +16,13 @@ from fxpress.ir.ops.table import OPERATORS
 FLOATS = [case for case in CASES if any(isinstance(item, Tensor) and item.is_floating_point() for item in case[1])]
 
 
-def in_half(item: Any) -> Any:
+def in_half(item: Any, dtype: torch.dtype = torch.float16) -> Any:
     is_wide = isinstance(item, Tensor) and item.is_floating_point() and item.itemsize > 1
-    return item.half() if is_wide else item
+    return item.to(dtype) if is_wide else item
+
+
+def in_bfloat16(item: Any) -> Any:
+    return in_half(item, torch.bfloat16)
 
 
 def named(cases: list[Any]) -> list[str]:
@@ -42,6 +46,18 @@ CHOOSES = ("dynamic_blocks", "lsh_attention", "dynamic_quantize", "quantize", "f
 def test_equals_its_reference_in_half_precision(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> None:
     halves = {key: in_half(item) for key, item in options.items()}
     agree(*calling(BY_NAME[name], *map(in_half, args), **halves))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "args", "options"),
+    [case for case in FLOATS if case[0] not in CHOOSES],
+    ids=named([case for case in FLOATS if case[0] not in CHOOSES]),
+)
+def test_equals_its_reference_in_bfloat16_on_a_gpu(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """With TRITON_INTERPRET=0; the interpreter's bfloat16 is wrong."""
+    narrow = {key: in_bfloat16(item) for key, item in options.items()}
+    agree(*calling(BY_NAME[name], *map(in_bfloat16, args), **narrow))
 
 
 def test_every_operator_is_tried() -> None:
