@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fxpress
+from fxpress.backends.memory import fastest
 from fxpress.backends.triton.candidates import Way, configured_ways, pruned
 from fxpress.backends.triton.machine_code import compile_launches
 from fxpress.ir.ops.sparse import pack_sparse24
@@ -23,22 +24,24 @@ from fxpress.kernels.matmul_configs import matmul_configs, tma_takes
 
 
 def best(bench: Bench, row: Row, module: Any, calls: Mapping[str, Run]) -> Callable[[], Run]:
-    """The fastest of several configurations of a kernel, as a compiled model's tuner finds it; a note says which."""
+    """The fastest of several ways, configurations of a kernel or a library's call, as a compiled model's tuner finds
+    it; a note says which."""
 
     def make() -> Run:
         compile_launches(module, list(calls.values()))
-        times: dict[str, float] = {}
+        graphs: dict[str, Run] = {}
+        times: dict[str, float | None] = dict.fromkeys(calls)
         for name, call in calls.items():
             try:
-                call()
-                times[name] = bench.alone(call, least=2.0)
+                graphs[name] = captured(call)
+                times[name] = bench.alone(graphs[name], least=2.0)
             except Exception as error:
                 if len(calls) == 1:
                     raise
                 print(f"  {name}: {type(error).__name__}")
-        chosen = min(times, key=lambda name: times[name])
-        row.notes["fxpress"] = chosen
-        return captured(calls[chosen])
+        chosen = fastest(times)
+        row.notes["fxpress"] = said(chosen, times)
+        return graphs[chosen]
 
     return make
 
@@ -60,16 +63,17 @@ def products(x: Tensor, w: Tensor, out: Tensor | None = None) -> dict[str, Run]:
 
 def tuned(compiled: Any) -> str:
     """What a compiled layer runs, beside the fastest of its generated kernels where that is something else."""
-    found = []
-    for item in compiled.report.tuned:
-        times = {name: time for name, time in item["milliseconds"].items() if time is not None}
-        own = {name: time for name, time in times.items() if not name.startswith(("torch.", "SDPA"))}
-        text = item["chosen"]
-        if own and times and item["chosen"] not in own:
-            name = min(own, key=lambda name: own[name])
-            text += f" (generated: {own[name] / times[item['chosen']]:.2f}x its time, {name})"
-        found.append(text)
-    return "; ".join(found)
+    return "; ".join(said(item["chosen"], item["milliseconds"]) for item in compiled.report.tuned)
+
+
+def said(chosen: str, times: Mapping[str, float | None]) -> str:
+    """What was chosen, and how far the generated kernels are from it where it is a library's."""
+    known = {name: time for name, time in times.items() if time is not None}
+    own = {name: time for name, time in known.items() if not name.startswith(("torch.", "SDPA"))}
+    if chosen in own or not own or not known:
+        return chosen
+    name = min(own, key=lambda name: own[name])
+    return f"{chosen} (generated: {own[name] / known[chosen]:.2f}x its time, {name})"
 
 
 def bench_linears(bench: Bench, dry: bool) -> None:
@@ -100,26 +104,28 @@ def linear_rows(
         made = fxpress.compile(layer, example_inputs=(x,), backend="triton", verify=False)
         made(x)
         plain.notes["fxpress"] = tuned(made)
-        return lambda: made(x)
+        return captured(lambda: made(x))
 
     yield plain, {"fxpress": compiled, **dense}
 
     x8, w8 = ((item * 30).clamp(-127, 127).to(torch.int8) for item in (x, w))
     integers = row("int8", float(x8.numel() + w8.numel()) + 2 * written)
-    others = {"torch._int_mm": lambda: captured(lambda: torch._int_mm(x8, w8.t()))} if not dry and rows > 16 else {}
-    yield integers, {"fxpress": best(bench, integers, matmul, products(x8, w8)), **others}
+    library = {"torch._int_mm": lambda: torch._int_mm(x8, w8.t())} if not dry and rows > 16 else {}
+    calls = products(x8, w8) | library
+    yield integers, {"fxpress": best(bench, integers, matmul, calls)} | graphs(library)
 
     x_f8, w_f8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
     floats = row("float8", float(x_f8.numel() + w_f8.numel()) + written)
-    others = {}
+    library = {}
     if not dry:
         one = torch.ones((), device=bench.device)
         scaled = functools.partial(
             torch._scaled_mm, x_f8, w_f8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=False
         )
-        others = {"torch._scaled_mm": lambda: captured(scaled)}
+        library = {"torch._scaled_mm": scaled}
     out = torch.empty(rows, width, device=bench.device, dtype=dtype)
-    yield floats, {"fxpress": best(bench, floats, matmul, products(x_f8, w_f8, out)), **others}
+    calls = products(x_f8, w_f8, out) | library
+    yield floats, {"fxpress": best(bench, floats, matmul, calls)} | graphs(library)
 
     ones = torch.ones(width, device=bench.device)
     singles = row("float8 weights", float(w_f8.numel()) + read + written)
@@ -137,12 +143,20 @@ def linear_rows(
     sparse.view(-1, 4)[:, 2:] = 0
     values, positions = pack_sparse24(sparse)
     halves = row("2:4 weights", read + written + 2.0 * values.numel() + positions.numel())
-    ways = configured_ways(sparse24_matmul, "sparse24_configs", sparse24_matmul.sparse24_matmul, half, values)  # type: ignore[arg-type]
-    calls = from_ways(ways, half, values, positions=positions)
+    if rows > sparse24_matmul.FEW_ROWS:  # where a compiled model multiplies the dense weight, which it keeps beside
+        calls = {"torch.matmul, the dense weight": lambda: F.linear(half, sparse)}
+    else:
+        ways = configured_ways(sparse24_matmul, "sparse24_configs", sparse24_matmul.sparse24_matmul, half, values)  # type: ignore[arg-type]
+        calls = from_ways(ways, half, values, positions=positions)
     candidates = {"fxpress": best(bench, halves, sparse24_matmul, calls), **dense}
     if not dry:
         candidates["2:4, PyTorch"] = lambda: semi_structured(x, sparse)
     yield halves, candidates
+
+
+def graphs(calls: Mapping[str, Run]) -> dict[str, Callable[[], Run]]:
+    """Candidates, from calls."""
+    return {name: functools.partial(captured, call) for name, call in calls.items()}
 
 
 def semi_structured(x: Tensor, weight: Tensor) -> Run:
@@ -194,7 +208,7 @@ def attention_rows(bench: Bench, dry: bool, length: int) -> Iterator[tuple[Row, 
             made = fxpress.compile(Attention(causal).eval(), example_inputs=(q, k, v), backend="triton", verify=False)
             made(q, k, v)
             exact.notes["fxpress"] = tuned(made)
-            return lambda: made(q, k, v)
+            return captured(lambda: made(q, k, v))
 
         candidates: dict[str, Callable[[], Run]] = {
             "fxpress": compiled,

@@ -102,9 +102,12 @@ def model_row(
     truth, usual, found = (run(**given).last_hidden_state.double()[kept] for run in (exact, half, mine))
     usual_error = (usual - truth).square().mean().sqrt()
     row.error = float((found - truth).square().mean().sqrt() / usual_error) if usual_error > 0 else None
+    for item in mine.report.tuned:
+        times = ", ".join(f"{name}: {time or 0:.4f}" for name, time in item["milliseconds"].items())
+        print(f"  {item['operator']} {item['sizes']} {item['chosen']} of {times}")
     if bench.device.type == "cuda":
         other = min((item for item in ready if item != "fxpress"), key=lambda item: row.milliseconds[item], default="")
-        for candidate in filter(None, ("fxpress", other)):
+        for candidate in dict.fromkeys(filter(None, ("fxpress", other))):
             row.parts[candidate], kernels = parts(ready[candidate])
             print(f"  {candidate}: {row.parts[candidate]}")
             for kernel, milliseconds in kernels[:12]:

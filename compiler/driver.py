@@ -21,6 +21,7 @@ from ..ir.graph import Program
 from ..ir.rewrite import Context, Pass
 from ..ir.signature import describe, leaves
 from . import artifact, hf, pretrained
+from .binding import Binder
 from .calibration import check_batches, track
 from .onnx_files import onnx_files, write_onnx
 from .pipeline import Passed, has_masks, parameters, parse_passes, run_passes, zeros
@@ -56,6 +57,9 @@ class _Product:
     runner: Runner
     report: Report
 
+    def __post_init__(self) -> None:
+        self.bind = Binder(self.program.signature)
+
 
 @dataclass
 class Compiled:
@@ -76,8 +80,7 @@ class Compiled:
         if self._made is None:
             self._make((args, kwargs))
         made = self._product
-        tensors = [torch.as_tensor(value) for value in made.program.signature.bind(args, kwargs)]
-        return pytree.tree_unflatten(made.runner.run(tensors), made.program.out_spec)
+        return pytree.tree_unflatten(made.runner.run(made.bind(args, kwargs)), made.program.out_spec)
 
     def verify(self, inputs: Any) -> Comparison:
         """How far the compiled model is from the model on other inputs, judged by an fp64 run of the model.

@@ -24,6 +24,32 @@ def tanh(x):
 
 
 @triton.jit
+def float8_e4m3_or_nan(x):
+    """As `float8_e4m3`, but NaN for what is too large: how PyTorch casts before 2.13."""
+    return tl.where(tl.abs(x) > 464.0, float("nan"), float8_e4m3(x))
+
+
+@triton.jit
+def gelu_to_half(x):
+    """x Phi(x), with an error of 1e-6 at most, for what half precision rounds next; fewer instructions than erf.
+
+    Log2 Phi(-a) is close to a polynomial: this one, fitted on 0..7, gives Phi(-a) to 3e-6 of it up to 4.5, and 0 far
+    out, where its first coefficient has the last word.
+    """
+    a = tl.abs(x)
+    power = -0.45860319516242964 + a * (
+        -0.053798429247523816
+        + a
+        * (
+            0.00841483700500138
+            + a * (-0.0009026582932537032 + a * (5.7446479798034973e-05 - a * 1.5920806581045263e-06))
+        )
+    )
+    below = tl.exp2(-1.0 + a * (-1.1512012102049567 + a * power))
+    return x * tl.where(x < 0, below, 1.0 - below)
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x))."""
     return 1.0 / (1.0 + tl.exp(-x))

@@ -97,6 +97,7 @@ def matmul_configs(M, N, K, dtype, arch, batch=1, precision="ieee", tma=False, s
             (128, 128, 64, 8, 4, 0.75),
             (128, 128, 128, 8, 3, 0.8),
             (128, 128, 128, 4, 4, 0.85),
+            (128, 128, 128, 4, 3, 0.85),  # two at once: one computes while another stores
             (128, 256, 64, 8, 4, 0.95),
             (128, 256, 128, 8, 3, 1.0),
         ]

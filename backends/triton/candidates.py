@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CONFIGS = 6  # configurations of a generated kernel that are measured, at most
+CONFIGS = 8  # configurations of a generated kernel that are measured, at most
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (*HALVES, torch.float32)
 EIGHT = torch.float8_e4m3fn

@@ -33,6 +33,8 @@ TRITON_TYPES = {
     torch.uint8: "tl.uint8",
     torch.bool: "tl.int1",
 }
+# What PyTorch makes of a number that float8_e4m3 has no room for depends on its version.
+FLOAT8_CAST = "float8_e4m3" if torch.tensor(1e4).to(FLOAT8).float().isfinite() else "float8_e4m3_or_nan"
 LONGEST = 1000  # lines of a kernel: what is read at several places, over and over, doubles each time
 NARROW = (torch.float16, torch.bfloat16, FLOAT8)
 Index = tuple[Any, ...]  # a sympy expression for each axis
@@ -250,7 +252,7 @@ class Emitter:
         if dtype in NARROW:
             kept = computed(value.dtype)
             if dtype is FLOAT8:
-                code = f"float8_e4m3({value}.to(tl.float32))"
+                code = f"{FLOAT8_CAST}({value}.to(tl.float32))"
             else:
                 code = f"{value}.to({TRITON_TYPES[dtype]}).to(tl.float32)"
             return self.let("rounded", code, torch.float32, value) if kept != dtype else value

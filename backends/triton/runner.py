@@ -26,7 +26,7 @@ from .graphs import Graphs
 from .machine_code import Code, build, use
 from .module import Generated, generate, write
 from .serial import dump
-from .tune import Tuner
+from .tune import Tuner, not_capturing
 
 
 def interpreted() -> bool:
@@ -199,7 +199,9 @@ class TritonRunner:
     def run(self, tensors: Sequence[Tensor]) -> list[Any]:
         """Flat inputs to flat outputs."""
         with torch.no_grad(), _quiet():
-            return self._graphs(tensors) if any(tensor.is_cuda for tensor in tensors) else self._forward(tensors)
+            # Within a graph that the caller records, the launches themselves become a part of it.
+            on_gpu = any(tensor.is_cuda for tensor in tensors)
+            return self._graphs(tensors) if on_gpu and not_capturing() else self._forward(tensors)
 
     def _forward(self, tensors: Sequence[Tensor]) -> list[Any]:
         found: list[Any] = self._loaded.module.forward(list(tensors), self._weights)

@@ -36,7 +36,19 @@ LIMIT = 4096  # sizes of calls whose way is kept: lengths may grow without end
 
 
 def measured(call: Callable[[], Any]) -> float:
-    """Milliseconds of a call on the GPU: the median of several, each after the L2 cache has been flushed."""
+    """Milliseconds of a call on the GPU: the median of several, each after the L2 cache has been flushed.
+
+    As a CUDA graph, as which it will mostly run: launches from Python would take longer than small kernels do.
+    """
+    call()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            call()
+    except RuntimeError:  # it waits for the GPU
+        torch.cuda.synchronize()
+    else:
+        call = graph.replay
     found: float = triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median")
     return found
 

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from build import program
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxpress.backends.triton.runner import TritonRunner, interpreted
 from fxpress.ir.equality import compare, run_float64
@@ -41,22 +42,39 @@ def agree(traced: Program, *batches: Sequence[Tensor]) -> TritonRunner:
     """
     runner = TritonRunner(traced if interpreted() else on_gpu(traced))
     for batch in batches:
-        read = list(batch) if interpreted() else [tensor.cuda() for tensor in batch]
-        given = [tensor.clone() for tensor in read]
-        with poisoned():
-            found = runner.run(read)
-        assert all(torch.equal(_bytes(a), _bytes(b)) for a, b in zip(read, given, strict=True))
+        found = ran(runner, batch)
         with torch.no_grad():
             eager = list(traced.run(batch))
-        found = [item.cpu() if isinstance(item, Tensor) else item for item in found]
         verdict = compare(found, eager, run_float64(traced, batch))
         assert verdict.equal, verdict.reasons
     return runner
 
 
+def ran(runner: TritonRunner, batch: Sequence[Tensor]) -> list[Any]:
+    """What kernels give, on the CPU; their inputs stay as they are."""
+    read = list(batch) if interpreted() else [tensor.cuda() for tensor in batch]
+    given = [tensor.clone() for tensor in read]
+    with poisoned():
+        found = runner.run(read)
+    assert all(torch.equal(_bytes(a), _bytes(b)) for a, b in zip(read, given, strict=True))
+    return [item.cpu() if isinstance(item, Tensor) else item for item in found]
+
+
 def on_gpu(traced: Program) -> Program:
-    """A copy of a program with its weights on the GPU."""
-    moved = traced.copy()
+    """A copy of a program as if it had been traced on the GPU."""
+    moved, gpu = traced.copy(), torch.device("cuda", torch.cuda.current_device())
+
+    def placed(item: Any) -> Any:
+        if isinstance(item, FakeTensor):
+            with item.fake_mode:
+                return item.to(gpu)
+        return gpu if isinstance(item, torch.device) else item
+
+    for node in moved.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, placed)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, placed)
+        if "val" in node.meta:
+            node.meta["val"] = fx.node.map_aggregate(node.meta["val"], placed)
     for holder in moved.module.modules():
         for name, weight in list(holder.named_parameters(recurse=False, remove_duplicate=False)):
             setattr(holder, name, nn.Parameter(weight.detach().cuda(), requires_grad=weight.requires_grad))

@@ -18,6 +18,7 @@ from .table import POINTWISE, pointwise
 
 aten = torch.ops.aten
 FLOAT = Promotion.INT_TO_FLOAT
+HALVES = (torch.float16, torch.bfloat16)
 BOOL = Promotion.ALWAYS_BOOL
 
 
@@ -34,6 +35,8 @@ def lower_pointwise(emitter: Emitter, node: fx.Node, index: Index) -> Value:
     wide = computed(dtype)
     values = {name: emitter.operand(item, index, wide) for name, item in elements.items()}
     numbers = {name: given[name] for name in rule.numbers if name in given}
+    if rule.narrow:
+        numbers["narrow"] = dtype in HALVES
     code = rule.code(*values.values(), **numbers)
     kept = torch.bool if result is torch.bool else wide
     return emitter.let(_name(node), code, kept, *values.values())
@@ -216,11 +219,12 @@ def _softplus(x: Value, beta: float, threshold: float) -> str:
     return f"tl.where({x} * {by} > {most}, {x}, log1p(tl.exp({x} * {by})) / {by})"
 
 
-@pointwise(aten.gelu.default, numbers=("approximate",))
-def _gelu(x: Value, approximate: str = "none") -> str:
-    if approximate == "tanh":
-        inner = f"{math.sqrt(2 / math.pi)!r} * ({x} + 0.044715 * {x} * {x} * {x})"
-        return f"0.5 * {x} * (1.0 + tanh({inner}))"
+@pointwise(aten.gelu.default, numbers=("approximate",), narrow=True)
+def _gelu(x: Value, approximate: str = "none", narrow: bool = False) -> str:
+    if approximate == "tanh":  # (1 + tanh u) / 2 is the sigmoid of 2 u
+        return f"{x} * sigmoid({2 * math.sqrt(2 / math.pi)!r} * ({x} + 0.044715 * {x} * {x} * {x}))"
+    if narrow:
+        return f"gelu_to_half({x})"
     return f"0.5 * {x} * (1.0 + tl.erf({x} * {math.sqrt(0.5)!r}))"
 
 

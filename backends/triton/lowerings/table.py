@@ -30,11 +30,13 @@ class Pointwise:
     Attributes:
         code: from the values of the tensor arguments (and numbers in their places) to Triton's text.
         numbers: the names of the arguments that are read as Python values, not as elements.
+        narrow: whether the code is told, by the name of `narrow`, that its result is rounded to half precision.
     """
 
     promotion: Promotion
     code: Code
     numbers: tuple[str, ...] = ()
+    narrow: bool = False
 
 
 POINTWISE: dict[Any, Pointwise] = {}
@@ -60,13 +62,16 @@ EXTERN: dict[Any, str] = {}
 
 
 def pointwise(
-    *targets: Any, promotion: Promotion = Promotion.DEFAULT, numbers: tuple[str, ...] = ()
+    *targets: Any,
+    promotion: Promotion = Promotion.DEFAULT,
+    numbers: tuple[str, ...] = (),
+    narrow: bool = False,
 ) -> Callable[[Code], Code]:
     """Declare the text of pointwise operators."""
 
     def register(code: Code) -> Code:
         for target in targets:
-            POINTWISE[target] = Pointwise(promotion, code, numbers)
+            POINTWISE[target] = Pointwise(promotion, code, numbers, narrow)
         return code
 
     return register

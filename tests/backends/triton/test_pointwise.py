@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from build import normal
-from kernels_agree import agree, calling
+from kernels_agree import agree, calling, ran
 from torch import Tensor
 
 from fxpress.backends.triton.lowerings.table import POINTWISE
@@ -117,6 +117,20 @@ def test_alpha_and_a_number_count() -> None:
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_both_ways(approximate: str) -> None:
     agree(*calling(aten.gelu.default, normal(65), approximate=approximate))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_gelu_of_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    """Of all numbers of float16: what is computed in fewer steps is as near as one rounding, or 1e-6."""
+    x = torch.arange(2**16).to(torch.int16).view(torch.float16).to(dtype)
+    x = x[x.isfinite()]
+    runner = agree(*calling(aten.gelu.default, x))
+    (found,) = ran(runner, [x])
+    exact = torch.nn.functional.gelu(x.double())
+    assert ((found.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-6).all()
+    x[:3] = torch.tensor([math.inf, -math.inf, math.nan])
+    (found,) = ran(runner, [x])
+    assert found[0] == math.inf and found[1:3].isnan().all()
 
 
 def test_small_numbers_keep_their_digits() -> None:

@@ -11,7 +11,7 @@ import generated
 import pytest
 import torch
 from build import normal, program
-from kernels_agree import agree
+from kernels_agree import agree, ran
 from torch import Tensor, nn
 
 import fxpress
@@ -130,12 +130,12 @@ def test_casts_to_float8_and_back() -> None:
     finite = numbers.float()[numbers.float().isfinite()]
     x = torch.cat([finite, finite * 1.03125, finite * 0.97, torch.tensor([500.0, -1e9, 1e-9, torch.inf])])
     runner = TritonRunner(program(function, x, numbers))
-    stored, rounded, loaded = runner.run([x, numbers])
+    stored, rounded, loaded = ran(runner, [x, numbers])
     assert runner.generated.externs == ()
     assert torch.equal(stored.view(torch.uint8), x.to(FLOAT8).view(torch.uint8))
     assert torch.equal(rounded, (x * 2).to(FLOAT8).float())
     assert torch.equal(loaded.nan_to_num(1.0), (numbers.half() * 2).nan_to_num(1.0))
-    assert runner.run([torch.full_like(x, torch.nan), numbers])[0].float().isnan().all()
+    assert ran(runner, [torch.full_like(x, torch.nan), numbers])[0].float().isnan().all()
 
 
 class Shifted(nn.Module):
@@ -154,7 +154,7 @@ def test_an_epilogue_within_a_loop_over_tiles() -> None:
     """The kernel of few programs, in which sizes are widened once, before the loop."""
     x = normal(2, 9, 32)
     runner = TritonRunner(program(Shifted(32), x))
-    expected = runner.run([x])[0]
+    expected = ran(runner, [x])[0]
     config = {
         "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "GROUP_M": 2, "SPLIT": 1, "TMA": True, "PROGRAMS": 2,
         "num_warps": 4, "num_stages": 2,
@@ -163,7 +163,7 @@ def test_an_epilogue_within_a_loop_over_tiles() -> None:
     launched: list[int] = []
     kernel = next(item for name, item in vars(runner._loaded.module).items() if name.endswith("_persistent"))
     with mock.patch.object(type(kernel), "__getitem__", _counting(type(kernel).__getitem__, kernel, launched)):
-        torch.testing.assert_close(runner.run([x])[0], expected)
+        torch.testing.assert_close(ran(runner, [x])[0], expected)
     assert launched == [2]
 
 
