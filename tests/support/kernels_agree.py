@@ -40,7 +40,7 @@ def agree(traced: Program, *batches: Sequence[Tensor]) -> TritonRunner:
 
     With TRITON_INTERPRET=0 the kernels run on a GPU, and are compared with PyTorch on the CPU all the same.
     """
-    runner = TritonRunner(traced if interpreted() else on_gpu(traced))
+    runner = made_of(traced)
     for batch in batches:
         found = ran(runner, batch)
         with torch.no_grad():
@@ -48,6 +48,11 @@ def agree(traced: Program, *batches: Sequence[Tensor]) -> TritonRunner:
         verdict = compare(found, eager, run_float64(traced, batch))
         assert verdict.equal, verdict.reasons
     return runner
+
+
+def made_of(traced: Program) -> TritonRunner:
+    """The kernels of a program, for the interpreter or the GPU."""
+    return TritonRunner(traced if interpreted() else on_gpu(traced))
 
 
 def ran(runner: TritonRunner, batch: Sequence[Tensor]) -> list[Any]:
