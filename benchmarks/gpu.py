@@ -55,8 +55,7 @@ def report(bench: Bench, found: tuple[float, float], seconds: float) -> str:
         "written). Milliseconds are medians; single layers are CUDA graphs and find an empty L2 cache, models are",
         "called one time after the other. `share` is of the ceiling that is nearer, of 8-bit products too in bfloat16;",
         "`speed` is the fastest other candidate's time over fxpress's. `error`: RMSE of fxpress in bfloat16 against",
-        "fp32, over that of eager PyTorch. Of models the last column says where the time of fxpress and of the fastest",
-        "other candidate goes.",
+        "fp32, over that of eager PyTorch. Where fxpress is slower, the last column says where the time of both goes.",
     ]  # fmt: skip
     for section in dict.fromkeys(row.section for row in bench.rows):
         head = "| workload | milliseconds | TFLOP/s | GB/s | share | speed | error | notes |"
@@ -98,25 +97,30 @@ def main() -> None:
     sections = {"linear": bench_linears, "attention": bench_attention, "models": bench_models}
     parser.add_argument("--only", choices=list(sections), help="one section; RESULTS_GPU.md is not written")
     parser.add_argument("--minutes", type=float, default=7.5, help="begin no candidate later than that")
+    parser.add_argument("--into", type=Path, default=RESULTS, help="where to write instead, after each row")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, in the interpreter where there is no GPU")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     start = time.monotonic()
     gpu = torch.cuda.is_available()
     if not gpu and not given.dry:
-        RESULTS.write_text(NO_GPU.format(date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"), encoding="utf-8")
-        print(f"no GPU: {RESULTS.name} says so")
+        given.into.write_text(NO_GPU.format(date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"), encoding="utf-8")
+        print(f"no GPU: {given.into.name} says so")
         return
     bench = Bench(start + 60 * given.minutes, torch.device("cuda" if gpu else "cpu"))
     torch._inductor.config.autotune_num_choices_displayed = 0  # it would list them all
     found = ceilings(bench, given.dry)
+
+    def write() -> None:
+        if not (given.dry or given.only):
+            given.into.write_text(report(bench, found, time.monotonic() - start), encoding="utf-8")
+
+    bench.after = write
     for name, run in sections.items():
         if given.only in (None, name):
             run(bench, given.dry)
-    text = report(bench, found, time.monotonic() - start)
-    print(text)
-    if not (given.dry or given.only):
-        RESULTS.write_text(text, encoding="utf-8")
+    write()
+    print(report(bench, found, time.monotonic() - start))
 
 
 if __name__ == "__main__":

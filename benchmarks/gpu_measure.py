@@ -41,6 +41,7 @@ class Bench:
     deadline: float
     device: torch.device
     rows: list[Row] = field(default_factory=list)
+    after: Callable[[], None] = print  # each row
 
     def measure(self, row: Row, candidates: Mapping[str, Callable[[], Run]], alone: bool = True) -> dict[str, Run]:
         """Prepare each candidate, then time them in turn. A candidate that fails is a note of the row.

@@ -90,7 +90,7 @@ class Translator(torch.nn.Module):
 
     def forward(self, source: Tensor, target: Tensor, padded: Tensor) -> Tensor:
         """Logits [B, M, 99] of source [B, N, 512], target [B, M, 512], padded [B, N] (True: a padding token)."""
-        causal = torch.nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        causal = torch.nn.Transformer.generate_square_subsequent_mask(target.shape[1], device=target.device)
         hidden = self.transformer(
             source, target, tgt_mask=causal, src_key_padding_mask=padded, memory_key_padding_mask=padded
         )

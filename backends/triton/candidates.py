@@ -172,7 +172,8 @@ def _with_epilogue(module: ModuleType) -> Callable[..., Any]:
         rows, columns, count = x.shape[-2], w.shape[-2], _count(x, w)
         batch = x.shape[:-2] if w.dim() == 2 else torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
         inner = 1 if count == 1 else batch[-1]
-        tall, wide = (16, 64) if rows > 4 else (4, 128)
+        # Where a tile is, is many instructions: large ones have them for more elements.
+        tall, wide = (4, 128) if rows <= 4 else (16, 128) if columns >= 128 else (16, 64)
         tiles = -(-rows // tall) * -(-columns // wide) * count
         if tiles > 0:
             kernels[1][(tiles,)](

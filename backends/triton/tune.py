@@ -49,7 +49,7 @@ def measured(call: Callable[[], Any]) -> float:
         torch.cuda.synchronize()
     else:
         call = graph.replay
-    found: float = triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median")
+    found: float = triton.testing.do_bench(call, warmup=2, rep=10, return_mode="median")
     return found
 
 

@@ -57,7 +57,7 @@ def made_of(traced: Program) -> TritonRunner:
 
 def ran(runner: TritonRunner, batch: Sequence[Tensor]) -> list[Any]:
     """What kernels give, on the CPU; their inputs stay as they are."""
-    read = list(batch) if interpreted() else [tensor.cuda() for tensor in batch]
+    read = placed(batch)
     given = [tensor.clone() for tensor in read]
     with poisoned():
         found = runner.run(read)
@@ -65,21 +65,26 @@ def ran(runner: TritonRunner, batch: Sequence[Tensor]) -> list[Any]:
     return [item.cpu() if isinstance(item, Tensor) else item for item in found]
 
 
+def placed(batch: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors where kernels read them."""
+    return list(batch) if interpreted() else [tensor.cuda() for tensor in batch]
+
+
 def on_gpu(traced: Program) -> Program:
     """A copy of a program as if it had been traced on the GPU."""
     moved, gpu = traced.copy(), torch.device("cuda", torch.cuda.current_device())
 
-    def placed(item: Any) -> Any:
+    def there(item: Any) -> Any:
         if isinstance(item, FakeTensor):
             with item.fake_mode:
                 return item.to(gpu)
         return gpu if isinstance(item, torch.device) else item
 
     for node in moved.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, placed)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, placed)
+        node.args = fx.node.map_aggregate(node.args, there)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, there)
         if "val" in node.meta:
-            node.meta["val"] = fx.node.map_aggregate(node.meta["val"], placed)
+            node.meta["val"] = fx.node.map_aggregate(node.meta["val"], there)
     for holder in moved.module.modules():
         for name, weight in list(holder.named_parameters(recurse=False, remove_duplicate=False)):
             setattr(holder, name, nn.Parameter(weight.detach().cuda(), requires_grad=weight.requires_grad))

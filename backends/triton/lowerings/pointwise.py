@@ -36,7 +36,7 @@ def lower_pointwise(emitter: Emitter, node: fx.Node, index: Index) -> Value:
     values = {name: emitter.operand(item, index, wide) for name, item in elements.items()}
     numbers = {name: given[name] for name in rule.numbers if name in given}
     if rule.narrow:
-        numbers["narrow"] = dtype in HALVES
+        numbers["narrow"] = result in HALVES
     code = rule.code(*values.values(), **numbers)
     kept = torch.bool if result is torch.bool else wide
     return emitter.let(_name(node), code, kept, *values.values())

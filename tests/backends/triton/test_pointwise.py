@@ -81,7 +81,7 @@ def test_float8_is_rounded_as_pytorch_rounds_it() -> None:
     x = torch.cat([bits, bits[1:] - 1, bits + 1]).view(torch.float32)
     x = torch.cat([x, -x, torch.tensor([math.inf, -math.inf])])
     made, tensors = calling(float8_quantize, x, torch.ones(()))
-    assert torch.equal(agree(made, tensors).run(tensors)[0], x.clamp(-448, 448).to(FLOAT8).float())
+    assert torch.equal(ran(agree(made, tensors), tensors)[0], x.clamp(-448, 448).to(FLOAT8).float())
 
 
 @pytest.mark.parametrize("rounding_mode", ["trunc", "floor"])
@@ -125,6 +125,7 @@ def test_gelu_of_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     x = torch.arange(2**16).to(torch.int16).view(torch.float16).to(dtype)
     x = x[x.isfinite()]
     runner = agree(*calling(aten.gelu.default, x))
+    assert ("gelu_to_half(" in runner.source) == (dtype is torch.float16)
     (found,) = ran(runner, [x])
     exact = torch.nn.functional.gelu(x.double())
     assert ((found.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-6).all()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from build import normal, program
-from kernels_agree import agree, calling
+from kernels_agree import agree, calling, placed
 from torch import Tensor
 
 from fxpress.backends.triton import partition
@@ -98,7 +98,7 @@ def test_rows_of_several_tiles(
     assert "for start in range(0, " in source and source != runner.source
     traced, tensors = calling(target, *args, **options)
     with np.errstate(all="ignore"):
-        found = Loaded(source).module.forward(tensors, {})[0]
+        found = Loaded(source).module.forward(placed(tensors), {})[0].cpu()
     torch.testing.assert_close(found, traced.run(tensors)[0], rtol=2e-3, atol=2e-3, equal_nan=True)
 
 
