@@ -222,7 +222,8 @@ def _softplus(x: Value, beta: float, threshold: float) -> str:
 @pointwise(aten.gelu.default, numbers=("approximate",), narrow=True)
 def _gelu(x: Value, approximate: str = "none", narrow: bool = False) -> str:
     if approximate == "tanh":  # (1 + tanh u) / 2 is the sigmoid of 2 u
-        return f"{x} * sigmoid({2 * math.sqrt(2 / math.pi)!r} * ({x} + 0.044715 * {x} * {x} * {x}))"
+        twice = 2 * math.sqrt(2 / math.pi)
+        return f"{x} * sigmoid({x} * ({twice!r} + {0.044715 * twice!r} * ({x} * {x})))"
     if narrow:
         return f"gelu_to_half({x})"
     return f"0.5 * {x} * (1.0 + tl.erf({x} * {math.sqrt(0.5)!r}))"
