@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test exhaustive check bench golden families survey size clean
+.PHONY: help demo test gpu exhaustive check bench golden families survey size clean
 
 BIN := .venv/bin
 READY := .venv/ready
@@ -39,6 +39,11 @@ demo: $(READY) ## compile and compare a pretrained sentence encoder
 test: $(READY) ## run every test, with line coverage of ir/ and passes/ (below 90% fails)
 	@$(BIN)/python -P -m slipcover --source ir,passes --json --out .coverage.json -m pytest -n 2 --dist=worksteal --slow
 	@$(BIN)/python -P -m slipcover --merge .coverage.json --out .coverage.json --skip-covered --fail-under 90
+
+# -k: tests that take their tensors to the GPU; the others of these folders are of the interpreter and the compiler.
+gpu: $(READY) ## run the tests of kernels on the GPU that is here
+	@TRITON_INTERPRET=0 $(BIN)/pytest -n 4 --slow tests/backends/triton tests/kernels -k "(gpu and not without) or \
+		test_operators or test_reductions or test_elements or test_pointwise or test_properties or test_attentions"
 
 exhaustive: $(READY) ## each of many alike that make test samples: kernels compiled for each architecture, families (after changes of kernels)
 	@$(BIN)/pytest -n 2 --slow --exhaustive -m exhaustive

@@ -190,7 +190,10 @@ def attention_rows(bench: Bench, dry: bool, length: int) -> Iterator[tuple[Row, 
     dtype = torch.float32 if dry else torch.bfloat16
     heads, size, features = (2, 16, 16) if dry else (16, 64, 64)
     batch = 1 if length >= 4096 else 8
-    q, k, v = (torch.randn(batch, heads, length, size, device=bench.device, dtype=dtype) for _ in range(3))
+    # As a model has them: views of [batch, length, heads x size].
+    q, k, v = (
+        torch.randn(batch, length, heads, size, device=bench.device, dtype=dtype).transpose(1, 2) for _ in range(3)
+    )
     moved = 4.0 * q.numel() * q.element_size()
 
     def library(backend: SDPBackend, causal: bool) -> Run:
