@@ -1,7 +1,8 @@
 """Linear layers whose weight alone is quantized: 4 bits, two integers a byte, or 8 bits, with scales for groups.
 
 The weight becomes numbers of the input's dtype in registers, a tile at a time: what is read from memory is a quarter or
-half of a float16 weight. A code generator copies this file's functions and replaces the lines between `# hook:` and
+half of a float16 weight. Each tile of rows expands it again; for many rows it is expanded once, in memory, and `matmul`
+multiplies that. A code generator copies this file's functions and replaces the lines between `# hook:` and
 `# end`, as those of `matmul`; batch, outer and inner are 0 here.
 """
 
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .launch import arch_of
+from .matmul import linear_rows, matmul
 from .matmul_configs import dot_precision
 
 
@@ -132,6 +134,70 @@ def int4_matmul_kernel(
     # end
 
 
+@triton.jit
+def int4_expand_kernel(
+    w,
+    scale,
+    zero_point,
+    out,
+    N,
+    K,
+    stride_wn,
+    stride_sn,
+    stride_sg,
+    stride_zn,
+    stride_zg,
+    GROUP: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[n, k] = (w[n, k] - zero_point[n, k // GROUP]) scale[n, k // GROUP]: the weight of `int4_matmul_kernel`.
+
+    out [N, K], contiguous. Grid: (tiles of N, tiles of K).
+    """
+    col = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * BLOCK_K
+    BYTES: tl.constexpr = BLOCK_K // 2 if PACKED else BLOCK_K
+    places = first // (2 if PACKED else 1) + tl.arange(0, BYTES)
+    width = (K + 1) // 2 if PACKED else K
+    exists = (col < N)[:, None]
+    stored = tl.load(w + col[:, None] * stride_wn + places[None, :], mask=exists & (places < width)[None, :], other=0)
+    if PACKED:
+        halves = tl.join(stored & 15, stored >> 4)
+        integers = tl.reshape(halves, (BLOCK_N, BLOCK_K)).to(tl.float32) - 8.0
+    else:
+        integers = stored.to(tl.float32)
+    if zero_point is not None:
+        integers -= spread_over_tile(zero_point, col, first, N, K, stride_zn, stride_zg, GROUP, BLOCK_N, BLOCK_K)
+    factor = spread_over_tile(scale, col, first, N, K, stride_sn, stride_sg, GROUP, BLOCK_N, BLOCK_K)
+    numbers = (integers * factor).to(scale.dtype.element_ty).to(out.dtype.element_ty)
+    k = first + tl.arange(0, BLOCK_K)
+    tl.store(out + col[:, None] * K + k[None, :], numbers, mask=exists & (k < K)[None, :])
+
+
+def int4_expanded(w, scale, zero_point, K, dtype):
+    """The weight of `int4_matmul` as numbers of a dtype, [N, K]."""
+    N = w.shape[0]
+    out = torch.empty(N, K, dtype=dtype, device=w.device)
+    block_n, block_k = 16, 128
+    int4_expand_kernel[(triton.cdiv(N, block_n), triton.cdiv(K, block_k))](
+        w, scale, zero_point, out, N, K, w.stride(0), *scale.stride(),
+        *((0, 0) if zero_point is None else zero_point.stride()),
+        GROUP=group_size(K, scale.shape[-1]), PACKED=w.dtype == torch.uint8, BLOCK_N=block_n, BLOCK_K=block_k,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def group_size(K, groups):
+    """How many neighbours have one of so many scales: the least power of two for which they suffice."""
+    return 1 << (-(-K // groups) - 1).bit_length() if K else 1
+
+
+MANY_ROWS = 256  # from which on an H100 takes longer to expand the weight for each tile of rows than once, in memory
+
+
 def int4_matmul(
     x, w, scale, zero_point=None, out=None, bias=None, extra=(), config=None, precision="ieee", kernels=None
 ):
@@ -145,9 +211,9 @@ def int4_matmul(
         out: where to write, contiguous [..., N]; by default a new tensor of x's dtype.
         bias: [N], contiguous.
         extra: the arguments of a generated epilogue, in place of `bias` and `out`.
-        config: one of `int4_configs`; by default its best guess.
+        config: one of `int4_configs`; by default its best guess, or for more than MANY_ROWS rows `matmul`.
         precision: of float32, as that of `matmul`.
-        kernels: a generated one in place of `int4_matmul_kernel`, with the epilogue of `extra`.
+        kernels: generated ones in place of `int4_matmul_kernel` and of those of `matmul`, with the epilogue of `extra`.
 
     Returns:
         `out`, or None if a generated epilogue writes the results.
@@ -165,20 +231,24 @@ def int4_matmul(
     M = x.shape[:-1].numel()
     if M * N == 0:
         return out
-    groups = scale.shape[-1]
-    group = 1 << (-(-K // groups) - 1).bit_length() if K else 1
-    rows = x.reshape(M, K)
     if w.stride(1) != 1:
         w = w.contiguous()
+    kernel, *whole = kernels or (int4_matmul_kernel,)
+    if config is None and M > MANY_ROWS:
+        target = None if out is None else out.view(1, 1, M, N)
+        weight = int4_expanded(w, scale, zero_point, K, x.dtype)
+        matmul(linear_rows(x), weight, target, bias, extra, precision=precision, kernels=whole or None)
+        return out
+    rows = x.reshape(M, K)
     if config is None:
         config = int4_configs(M, N, K, x.dtype, arch_of(x.device))[0]
     hooks = extra or (bias, out, 0, 0, N, 1)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
-    (kernel,) = kernels or (int4_matmul_kernel,)
     kernel[(tiles,)](
         rows, w, scale, zero_point, *hooks, M, N, K, *rows.stride(), w.stride(0), *scale.stride(),
         *((0, 0) if zero_point is None else zero_point.stride()),
-        GROUP=group, PACKED=packed, PRECISION=dot_precision(precision, x.dtype, w.dtype, x.device),
+        GROUP=group_size(K, scale.shape[-1]), PACKED=packed,
+        PRECISION=dot_precision(precision, x.dtype, w.dtype, x.device),
         EVEN_K=K % config["BLOCK_K"] == 0, enable_fp_fusion=True, **config,
     )  # fmt: skip
     return out

@@ -7,6 +7,7 @@ that eager PyTorch makes too.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -104,10 +105,17 @@ def configured_ways(
     rows = x.shape[:-1].numel()
     if dense is not None and rows > module.FEW_ROWS:
         return [Way("torch.matmul or generated", function)]
+    own = [Way("expanded, then torch.matmul or generated", function)] if rows > many_rows(module, configs) else []
     facts = {"M": rows, "N": w.shape[0], "K": x.shape[-1], "dtype": x.dtype, "arch": module.arch_of(x.device)}
     listed = vars(module)[configs]
     found = listed(**{name: facts[name] for name in inspect.signature(listed).parameters})
-    return [Way(_config_name(config), _configured(function, config)) for config in found[:CONFIGS]]
+    ways = [Way(_config_name(config), _configured(function, config)) for config in found[:CONFIGS]]
+    return own + ways[: CONFIGS - len(own)]
+
+
+def many_rows(module: ModuleType, configs: str) -> float:
+    """Beyond how many rows a weight of a format is by itself expanded in memory, and then multiplied."""
+    return float(module.MANY_ROWS) if configs == "int4_configs" else math.inf
 
 
 def _config_name(config: Mapping[str, Any]) -> str:

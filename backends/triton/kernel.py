@@ -36,7 +36,7 @@ MATMUL = {
 # function takes them; what is added to the first one's name for the others.
 TEMPLATES: dict[str, dict[str, Any]] = {
     "matmul": {"": matmul_kernel, **MATMUL},
-    "int4_matmul": {"": int4_matmul_kernel},
+    "int4_matmul": {"": int4_matmul_kernel, "whole": matmul_kernel, **MATMUL},
     "sparse24_matmul": {"": sparse24_matmul_kernel},
     "float8_matmul": {"": float8_matmul_kernel},
 }

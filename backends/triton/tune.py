@@ -100,7 +100,7 @@ class Tuner:
         place: str | None = None,
         ready: Callable[[], bool] = not_capturing,
     ) -> None:
-        self._ready = ready
+        self._ready, self._compiling = ready, False
         self._timer, self._memory = timer, memory or Memory("triton")
         self._remembered = self._memory.read()
         self._place = place or this_gpu()
@@ -146,7 +146,7 @@ class Tuner:
         name = given["kernels"][0].__name__
         key = (name, x.shape, x.stride(), w.shape, w.stride(), x.data_ptr() % 16, w.data_ptr() % 16, full_precision())
         if key not in self._ways:
-            ways = product_ways(module, matmul, forms.get(name), x, w, **given)
+            ways = product_ways(module, matmul, forms.get(name.removesuffix("_whole")), x, w, **given)
             (rows, inner), columns = x.shape[-2:], w.shape[-2]
             count = x.shape[:-2].numel() if w.dim() == 2 else w.shape[:-2].numel()
             types = " x ".join(dict.fromkeys(map(_type, (x, w))))
@@ -219,7 +219,7 @@ class Tuner:
         key = f"{operator} {kernel}: {sizes} as {'; '.join(by_name)} on {self._place}"
         if key not in self._choices:
             times = self._known(key, by_name) if len(by_name) > 1 else {}
-            if times is None and not self._ready():
+            if times is None and (self._compiling or not self._ready()):
                 return None
             times = self._measure(module, key, ways, run) if times is None else times
             self._choices[key] = Choice(operator, sizes, fastest(times) if times else ways[0].name, times)
@@ -236,7 +236,11 @@ class Tuner:
 
     def _measure(self, module: ModuleType, key: str, ways: Sequence[Way], run: Run) -> dict[str, float | None]:
         times: dict[str, float | None] = {}
-        compile_launches(module, [functools.partial(run, way) for way in ways])
+        self._compiling = True
+        try:
+            compile_launches(module, [functools.partial(run, way) for way in ways])
+        finally:
+            self._compiling = False
         for number, way in enumerate(ways):
             try:
                 with warnings.catch_warnings(action="ignore"):  # PyTorch lists why a library does not take a call

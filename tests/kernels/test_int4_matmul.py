@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import aot
 import hooks
@@ -82,6 +83,44 @@ def test_the_weight_is_rounded_as_the_reference_does(
 def test_eight_bits(groups: int, config: dict[str, int] | None) -> None:
     scale = normal(33, groups, seed=1).abs()
     check(normal(7, 65), integers(33, 65, bits=8), scale, None, normal(33, seed=2), 8, config=config)
+
+
+@pytest.mark.parametrize("zero_point", [False, True], ids=["symmetric", "zero point"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("columns", "depth", "groups"), [(33, 65, 5), (1, 128, 2), (40, 300, 3), (7, 1, 1), (9, 9, 9)])
+def test_an_expanded_weight_is_what_the_reference_multiplies(
+    columns: int, depth: int, groups: int, bits: int, zero_point: bool
+) -> None:
+    weight, scale = integers(columns, depth, bits=bits), normal(columns, groups, seed=1).abs()
+    shift = integers(columns, groups, bits=bits, seed=3) if zero_point else None
+    stored = pack_int4(weight) if bits == 4 else weight
+    found = kernels.int4_expanded(stored, scale, shift, depth, torch.float16)
+    assert torch.equal(found, dequantize(weight, scale, shift).half())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_many_rows_multiply_an_expanded_weight(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "MANY_ROWS", 8)
+    x, weight, scale = normal(3, 3, 65), integers(33, 65, bits=bits), normal(33, 5, seed=1).abs()
+    with mock.patch.object(kernels, "int4_expanded", side_effect=kernels.int4_expanded) as expanded:
+        check(x, weight, scale, integers(33, 5, bits=bits, seed=3), normal(33, seed=2), bits)
+        assert expanded.call_count == 2
+        check(x[0], weight, scale, None, None, bits)
+        check(x, weight, scale, None, None, bits, config=SMALL)
+    assert expanded.call_count == 2
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_expansion_compiles(arch: int) -> None:
+    arguments = {
+        "w": "uint8", "scale": "bfloat16", "zero_point": None, "out": "bfloat16", "N": 4096, "K": 4096,
+        "stride_wn": 2048, "stride_sn": 128, "stride_sg": 1, "stride_zn": 0, "stride_zg": 0,
+    }  # fmt: skip
+    constants = {"GROUP": 32, "PACKED": True, "BLOCK_N": 16, "BLOCK_K": 128}
+    task = aot.job("fxpress.kernels.int4_matmul", "int4_expand_kernel", arguments, constants, archs=[arch])
+    (found,) = aot.compiled({"expansion": task})["expansion"].values()
+    assert found.get("error") is None and found["over"] is None and found["spills"] == 0
+    assert "st.global.v4" in found["instructions"]
 
 
 def test_strides() -> None:

@@ -47,6 +47,18 @@ def test_four_bits_take_an_epilogue(half: bool, zero_point: bool) -> None:
     assert [item["operators"] for item in runner.launches] == ["int4_linear add gelu add"]
 
 
+def test_many_rows_multiply_an_expanded_weight() -> None:
+    """With the same epilogue, as a product of their own."""
+    model, x = Int4(zero_point=True), normal(2, 9, 32)
+    runner = agree(program(model, x), [x])
+    expected = ran(runner, [x])[0]
+    known = vars(runner._loaded.module)
+    known["MANY_ROWS"] = 16
+    with mock.patch.dict(known, int4_expanded=mock.Mock(side_effect=known["int4_expanded"])):
+        torch.testing.assert_close(ran(runner, [x])[0], expected)
+        known["int4_expanded"].assert_called_once()
+
+
 def test_a_single_row() -> None:
     agree(program(Int4(), normal(32)), [normal(32)])
 
