@@ -134,7 +134,7 @@ def float8_configs(M, N, K, dtype, arch):
     """
     size = torch.empty((), dtype=dtype, device="meta").element_size()
     return [
-        config
+        {name: value for name, value in config.items() if name != "SPLIT"}
         for config in int4_configs(M, N, K, dtype, arch)
-        if K % 16 == 0 or config["BLOCK_N"] * config["BLOCK_K"] * size <= 16384
+        if config["SPLIT"] == 1 and (K % 16 == 0 or config["BLOCK_N"] * config["BLOCK_K"] * size <= 16384)
     ]

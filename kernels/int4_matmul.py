@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .launch import arch_of
-from .matmul import linear_rows, matmul
+from .matmul import linear_rows, matmul, matmul_combine_kernel
 from .matmul_configs import dot_precision
 
 
@@ -43,6 +43,72 @@ def spread_over_tile(
         spread = tl.broadcast_to(of_groups[:, :, None], (BLOCK_N, BLOCK_K // GROUP, GROUP))
         found = tl.reshape(spread, (BLOCK_N, BLOCK_K))
     return found
+
+
+@triton.jit
+def int4_sums(
+    x,
+    w,
+    scale,
+    zero_point,
+    row,
+    col,
+    begin,
+    end,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_sn,
+    stride_sg,
+    stride_zn,
+    stride_zg,
+    GROUP: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The sum over k in begin..end of x[row, k] (w[col, k] - zero_point[col, k // GROUP]) scale[col, k // GROUP].
+
+    begin is a multiple of BLOCK_K, and so is end, or it is K. Float32 [BLOCK_M, BLOCK_N].
+    """
+    steps = tl.arange(0, BLOCK_K)
+    BYTES: tl.constexpr = BLOCK_K // 2 if PACKED else BLOCK_K
+    places = tl.arange(0, BYTES)
+    x_at = x + row[None, :] * stride_xm + (begin + steps)[:, None].to(tl.int64) * stride_xk
+    w_at = w + col[:, None] * stride_wn + (begin // (2 if PACKED else 1) + places)[None, :]
+    row_exists = (row < M)[None, :]
+    col_exists = (col < N)[:, None]
+    advance = tl.full((), BLOCK_K, tl.int64)
+    # The product is w x^T: the weight, made in registers, is the operand that tensor cores take from registers.
+    sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for first in range(begin, end, BLOCK_K):
+        if EVEN_K:
+            right = tl.load(x_at, mask=row_exists, other=0)
+            stored = tl.load(w_at, mask=col_exists, other=0)
+        else:
+            # Beyond K, x is 0, and the weight whatever number it is.
+            right = tl.load(x_at, mask=row_exists & (steps < K - first)[:, None], other=0)
+            left_of_row = (K - first + 1) // 2 if PACKED else K - first
+            stored = tl.load(w_at, mask=col_exists & (places < left_of_row)[None, :], other=0)
+        if PACKED:
+            halves = tl.join(stored & 15, stored >> 4)
+            integers = tl.reshape(halves, (BLOCK_N, BLOCK_K)).to(tl.float32) - 8.0
+        else:
+            integers = stored.to(tl.float32)
+        if zero_point is not None:
+            integers -= spread_over_tile(zero_point, col, first, N, K, stride_zn, stride_zg, GROUP, BLOCK_N, BLOCK_K)
+        factor = spread_over_tile(scale, col, first, N, K, stride_sn, stride_sg, GROUP, BLOCK_N, BLOCK_K)
+        left = (integers * factor).to(scale.dtype.element_ty).to(x.dtype.element_ty)
+        sums = tl.dot(left, right, sums, input_precision=PRECISION, out_dtype=tl.float32)
+        x_at += advance * stride_xk
+        w_at += BYTES
+    return tl.trans(sums)
 
 
 @triton.jit
@@ -85,42 +151,12 @@ def int4_matmul_kernel(
     find the weight in the L2 cache.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tile_n = tl.program_id(0) // tiles_m
-    tile_m = tl.program_id(0) % tiles_m
-    row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    steps = tl.arange(0, BLOCK_K)
-    BYTES: tl.constexpr = BLOCK_K // 2 if PACKED else BLOCK_K
-    places = tl.arange(0, BYTES)
-    x_at = x + row[None, :] * stride_xm + steps[:, None].to(tl.int64) * stride_xk
-    w_at = w + col[:, None] * stride_wn + places[None, :]
-    row_exists = (row < M)[None, :]
-    col_exists = (col < N)[:, None]
-    advance = tl.full((), BLOCK_K, tl.int64)
-    # The product is w x^T: the weight, made in registers, is the operand that tensor cores take from registers.
-    sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for first in range(0, K, BLOCK_K):
-        if EVEN_K:
-            right = tl.load(x_at, mask=row_exists, other=0)
-            stored = tl.load(w_at, mask=col_exists, other=0)
-        else:
-            # Beyond K, x is 0, and the weight whatever number it is.
-            right = tl.load(x_at, mask=row_exists & (steps < K - first)[:, None], other=0)
-            left_of_row = (K - first + 1) // 2 if PACKED else K - first
-            stored = tl.load(w_at, mask=col_exists & (places < left_of_row)[None, :], other=0)
-        if PACKED:
-            halves = tl.join(stored & 15, stored >> 4)
-            integers = tl.reshape(halves, (BLOCK_N, BLOCK_K)).to(tl.float32) - 8.0
-        else:
-            integers = stored.to(tl.float32)
-        if zero_point is not None:
-            integers -= spread_over_tile(zero_point, col, first, N, K, stride_zn, stride_zg, GROUP, BLOCK_N, BLOCK_K)
-        factor = spread_over_tile(scale, col, first, N, K, stride_sn, stride_sg, GROUP, BLOCK_N, BLOCK_K)
-        left = (integers * factor).to(scale.dtype.element_ty).to(x.dtype.element_ty)
-        sums = tl.dot(left, right, sums, input_precision=PRECISION, out_dtype=tl.float32)
-        x_at += advance * stride_xk
-        w_at += BYTES
-    acc = tl.trans(sums)
+    row = (tl.program_id(0) % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = (tl.program_id(0) // tiles_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = int4_sums(
+        x, w, scale, zero_point, row, col, 0, K, M, N, K, stride_xm, stride_xk, stride_wn, stride_sn, stride_sg,
+        stride_zn, stride_zg, GROUP, PACKED, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     batch = tl.full((), 0, tl.int64)
     outer, inner = batch, batch
     rows = row[:, None]
@@ -132,6 +168,53 @@ def int4_matmul_kernel(
     at = outer * stride_op + inner * stride_oq + rows * stride_om + cols * stride_on
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
     # end
+
+
+@triton.jit
+def int4_split_kernel(
+    x,
+    w,
+    scale,
+    zero_point,
+    partials,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_sn,
+    stride_sg,
+    stride_zn,
+    stride_zg,
+    GROUP: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """partials[s, m, n] = the sum of `int4_matmul_kernel` over the s-th part of K.
+
+    Few rows are few tiles, each of which takes as long as its weight takes to be expanded. partials float32
+    [SPLIT, M, N], contiguous. Grid: (tiles of M x N, SPLIT).
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    row = (tl.program_id(0) % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = (tl.program_id(0) // tiles_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+    share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
+    begin = tl.minimum(part * share, K)
+    acc = int4_sums(
+        x, w, scale, zero_point, row, col, begin, tl.minimum(begin + share, K), M, N, K, stride_xm, stride_xk,
+        stride_wn, stride_sn, stride_sg, stride_zn, stride_zg, GROUP, PACKED, PRECISION, EVEN_K, BLOCK_M, BLOCK_N,
+        BLOCK_K,
+    )  # fmt: skip
+    rows = row[:, None]
+    cols = col[None, :]
+    tl.store(partials + (part.to(tl.int64) * M + rows) * N + cols, acc, mask=(rows < M) & (cols < N))
 
 
 @triton.jit
@@ -244,20 +327,35 @@ def int4_matmul(
         config = int4_configs(M, N, K, x.dtype, arch_of(x.device))[0]
     hooks = extra or (bias, out, 0, 0, N, 1)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
-    kernel[(tiles,)](
-        rows, w, scale, zero_point, *hooks, M, N, K, *rows.stride(), w.stride(0), *scale.stride(),
-        *((0, 0) if zero_point is None else zero_point.stride()),
-        GROUP=group_size(K, scale.shape[-1]), PACKED=packed,
-        PRECISION=dot_precision(precision, x.dtype, w.dtype, x.device),
-        EVEN_K=K % config["BLOCK_K"] == 0, enable_fp_fusion=True, **config,
+    strides = (
+        *rows.stride(), w.stride(0), *scale.stride(), *((0, 0) if zero_point is None else zero_point.stride()),
     )  # fmt: skip
+    constants = {
+        "GROUP": group_size(K, scale.shape[-1]), "PACKED": packed,
+        "PRECISION": dot_precision(precision, x.dtype, w.dtype, x.device), "EVEN_K": K % config["BLOCK_K"] == 0,
+        "enable_fp_fusion": True, **config,
+    }  # fmt: skip
+    split = constants.pop("SPLIT", 1)
+    if split == 1:
+        kernel[(tiles,)](rows, w, scale, zero_point, *hooks, M, N, K, *strides, **constants)
+        return out
+    partials = torch.empty(split, M, N, dtype=torch.float32, device=x.device)
+    int4_split_kernel[(tiles, split)](
+        rows, w, scale, zero_point, partials, M, N, K, *strides, SPLIT=split, **constants
+    )  # fmt: skip
+    combine = whole[1] if whole else matmul_combine_kernel
+    tall, wide = (16, 64) if M > 4 else (4, 128)
+    combine[(triton.cdiv(M, tall) * triton.cdiv(N, wide),)](
+        partials, *hooks, M, N, 1, M * N, SPLIT=split, BLOCK_M=tall, BLOCK_N=wide, enable_fp_fusion=True
+    )
     return out
 
 
 def int4_configs(M, N, K, dtype, arch):
     """Configurations of `int4_matmul` for x [M, K] and w [N, K] on sm_`arch`, the best guess first.
 
-    A configuration is a dict: BLOCK_M, BLOCK_N, BLOCK_K, num_warps and num_stages.
+    A configuration is a dict: BLOCK_M, BLOCK_N, BLOCK_K, SPLIT (parts of K, combined by a second kernel), num_warps
+    and num_stages. Those in parts come last: they were not measured yet.
     """
     shared = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}.get(arch, 99) * 1024
     size = torch.empty((), dtype=dtype, device="meta").element_size()
@@ -271,10 +369,17 @@ def int4_configs(M, N, K, dtype, arch):
         order = sorted(few, key=lambda tile: (triton.cdiv(N, tile[1]) < 256, -tile[1] if N >= 16 * 256 else tile[1]))
     else:
         order = some + few[2:] if M <= 64 else many + some
+    parted = [(16, 64, 128, 4, 4), (16, 128, 128, 4, 3), (16, 32, 256, 4, 4)] if M <= 16 else some[:1] + some[2:3]
     found = []
-    for block_m, block_n, depth, warps, stages in order:
-        block_k = depth * 2 // size
+    for place, (block_m, block_n, depth, warps, stages) in enumerate(order + (parted if M <= 64 else [])):
+        block_k, split = depth * 2 // size, 1
+        tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+        if place >= len(order):  # four programs for each of some 132 multiprocessors, each with two steps or more
+            while split < 16 and tiles * split * 2 <= 4 * 132 and 4 * split * block_k <= K:
+                split *= 2
+            if split == 1:
+                continue
         if stages * block_k * (block_m * size + block_n) <= shared:
-            names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-            found.append(dict(zip(names, (block_m, block_n, block_k, warps, stages), strict=True)))
+            names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT", "num_warps", "num_stages")
+            found.append(dict(zip(names, (block_m, block_n, block_k, split, warps, stages), strict=True)))
     return found

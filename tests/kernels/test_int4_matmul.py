@@ -21,6 +21,7 @@ from fxpress.kernels.launch import arch_of
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 DEEP = {**SMALL, "BLOCK_K": 128}
+PARTS = {**SMALL, "SPLIT": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ def check(
     assert torch.equal(int4_matmul(x, stored, scale, zero_point, bias=bias, **options), out)
 
 
-@pytest.mark.parametrize("config", [None, SMALL, DEEP], ids=["default", "small", "deep"])
+@pytest.mark.parametrize("config", [None, SMALL, DEEP, PARTS], ids=["default", "small", "deep", "parts"])
 @pytest.mark.parametrize("zero_point", [False, True], ids=["symmetric", "zero point"])
 @pytest.mark.parametrize(
     ("rows", "columns", "depth", "groups"),
@@ -79,7 +80,7 @@ def test_the_weight_is_rounded_as_the_reference_does(
 
 
 @pytest.mark.parametrize("groups", [1, 5, 65])
-@pytest.mark.parametrize("config", [None, SMALL], ids=["default", "small"])
+@pytest.mark.parametrize("config", [None, SMALL, PARTS], ids=["default", "small", "parts"])
 def test_eight_bits(groups: int, config: dict[str, int] | None) -> None:
     scale = normal(33, groups, seed=1).abs()
     check(normal(7, 65), integers(33, 65, bits=8), scale, None, normal(33, seed=2), 8, config=config)
@@ -179,8 +180,13 @@ def job(dtype: str, shape: tuple[int, int, int], config: dict[str, int], arch: i
     }  # fmt: skip
     precision = "tf32x3" if (dtype, arch) == ("float32", 100) else "ieee"
     constants |= {"GROUP": depth // 32, "PACKED": packed, "PRECISION": precision, "EVEN_K": True}
+    kernel = "int4_matmul_kernel"
+    if config["SPLIT"] > 1:
+        epilogue = ("bias", "out", "stride_op", "stride_oq", "stride_om", "stride_on")
+        given = {name: value for name, value in given.items() if name not in epilogue} | {"partials": "float32"}
+        kernel, constants["SPLIT"] = "int4_split_kernel", config["SPLIT"]
     return aot.job(
-        "fxpress.kernels.int4_matmul", "int4_matmul_kernel", given, constants, [arch],
+        "fxpress.kernels.int4_matmul", kernel, given, constants, [arch],
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
 

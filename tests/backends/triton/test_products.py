@@ -59,6 +59,19 @@ def test_many_rows_multiply_an_expanded_weight() -> None:
         known["int4_expanded"].assert_called_once()
 
 
+def test_parts_of_sums_take_the_epilogue_where_they_are_combined() -> None:
+    model, x = Int4(), normal(2, 9, 32)
+    runner = agree(program(model, x), [x])
+    expected = ran(runner, [x])[0]
+    known = vars(runner._loaded.module)
+    parts = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "SPLIT": 2, "num_warps": 4, "num_stages": 2}
+    launched = mock.MagicMock()
+    launched.__getitem__.side_effect = known["int4_split_kernel"].__getitem__
+    known |= {"int4_configs": lambda *_: [parts], "int4_split_kernel": launched}
+    torch.testing.assert_close(ran(runner, [x])[0], expected)
+    launched.__getitem__.assert_called_once_with((2 * 1, 2))
+
+
 def test_a_single_row() -> None:
     agree(program(Int4(), normal(32)), [normal(32)])
 
