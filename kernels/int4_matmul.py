@@ -46,6 +46,36 @@ def spread_over_tile(
 
 
 @triton.jit
+def expanded_tile(
+    stored,
+    scale,
+    zero_point,
+    col,
+    first,
+    N,
+    K,
+    stride_sn,
+    stride_sg,
+    stride_zn,
+    stride_zg,
+    GROUP: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The numbers that a tile of a weight stands for, k from `first` on: [BLOCK_N, BLOCK_K], in the scale's dtype."""
+    if PACKED:
+        halves = tl.join(stored & 15, stored >> 4)
+        integers = tl.reshape(halves, (BLOCK_N, BLOCK_K)).to(tl.float32) - 8.0
+    else:
+        integers = stored.to(tl.float32)
+    if zero_point is not None:
+        integers -= spread_over_tile(zero_point, col, first, N, K, stride_zn, stride_zg, GROUP, BLOCK_N, BLOCK_K)
+    factor = spread_over_tile(scale, col, first, N, K, stride_sn, stride_sg, GROUP, BLOCK_N, BLOCK_K)
+    return (integers * factor).to(scale.dtype.element_ty)
+
+
+@triton.jit
 def int4_sums(
     x,
     w,
@@ -96,16 +126,11 @@ def int4_sums(
             right = tl.load(x_at, mask=row_exists & (steps < K - first)[:, None], other=0)
             left_of_row = (K - first + 1) // 2 if PACKED else K - first
             stored = tl.load(w_at, mask=col_exists & (places < left_of_row)[None, :], other=0)
-        if PACKED:
-            halves = tl.join(stored & 15, stored >> 4)
-            integers = tl.reshape(halves, (BLOCK_N, BLOCK_K)).to(tl.float32) - 8.0
-        else:
-            integers = stored.to(tl.float32)
-        if zero_point is not None:
-            integers -= spread_over_tile(zero_point, col, first, N, K, stride_zn, stride_zg, GROUP, BLOCK_N, BLOCK_K)
-        factor = spread_over_tile(scale, col, first, N, K, stride_sn, stride_sg, GROUP, BLOCK_N, BLOCK_K)
-        left = (integers * factor).to(scale.dtype.element_ty).to(x.dtype.element_ty)
-        sums = tl.dot(left, right, sums, input_precision=PRECISION, out_dtype=tl.float32)
+        numbers = expanded_tile(
+            stored, scale, zero_point, col, first, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
+            GROUP, PACKED, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        sums = tl.dot(numbers.to(x.dtype.element_ty), right, sums, input_precision=PRECISION, out_dtype=tl.float32)
         x_at += advance * stride_xk
         w_at += BYTES
     return tl.trans(sums)
@@ -246,17 +271,12 @@ def int4_expand_kernel(
     width = (K + 1) // 2 if PACKED else K
     exists = (col < N)[:, None]
     stored = tl.load(w + col[:, None] * stride_wn + places[None, :], mask=exists & (places < width)[None, :], other=0)
-    if PACKED:
-        halves = tl.join(stored & 15, stored >> 4)
-        integers = tl.reshape(halves, (BLOCK_N, BLOCK_K)).to(tl.float32) - 8.0
-    else:
-        integers = stored.to(tl.float32)
-    if zero_point is not None:
-        integers -= spread_over_tile(zero_point, col, first, N, K, stride_zn, stride_zg, GROUP, BLOCK_N, BLOCK_K)
-    factor = spread_over_tile(scale, col, first, N, K, stride_sn, stride_sg, GROUP, BLOCK_N, BLOCK_K)
-    numbers = (integers * factor).to(scale.dtype.element_ty).to(out.dtype.element_ty)
+    numbers = expanded_tile(
+        stored, scale, zero_point, col, first, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
+        GROUP, PACKED, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     k = first + tl.arange(0, BLOCK_K)
-    tl.store(out + col[:, None] * K + k[None, :], numbers, mask=exists & (k < K)[None, :])
+    tl.store(out + col[:, None] * K + k[None, :], numbers.to(out.dtype.element_ty), mask=exists & (k < K)[None, :])
 
 
 def int4_expanded(w, scale, zero_point, K, dtype):
