@@ -23,6 +23,7 @@ from gpu_kernels import bench_attention, bench_linears
 from gpu_measure import Bench, Row
 from gpu_models import bench_models
 
+LATER = 1.03  # times as long as another is slower: what a generated kernel is given when ways are chosen
 RESULTS = Path(__file__).with_name("RESULTS_GPU.md")
 
 
@@ -55,7 +56,8 @@ def report(bench: Bench, found: tuple[float, float], seconds: float) -> str:
         "written). Milliseconds are medians; single layers are CUDA graphs and find an empty L2 cache, models are",
         "called one time after the other. `share` is of the ceiling that is nearer, of 8-bit products too in bfloat16;",
         "`speed` is the fastest other candidate's time over fxpress's. `error`: RMSE of fxpress in bfloat16 against",
-        "fp32, over that of eager PyTorch. Where fxpress is slower, the last column says where the time of both goes.",
+        "fp32, over that of eager PyTorch. Where fxpress is slower, the last column says why, of models where the time",
+        "of both goes.",
     ]  # fmt: skip
     for section in dict.fromkeys(row.section for row in bench.rows):
         head = "| workload | milliseconds | TFLOP/s | GB/s | share | speed | error | notes |"
@@ -72,6 +74,8 @@ def line(row: Row, found: tuple[float, float]) -> str:
     for name, milliseconds in row.parts.items():
         notes.append(f"{name}: " + ", ".join(f"{part} {value:.3f} ms" for part, value in milliseconds.items()))
     own = row.milliseconds.get("fxpress")
+    if row.why and own and own > LATER * min(row.milliseconds.values()):
+        notes.append(f"why: {row.why}")
     others = [value for name, value in row.milliseconds.items() if name != "fxpress"]
     cells = ["-"] * 4
     if own:

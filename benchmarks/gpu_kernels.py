@@ -16,9 +16,10 @@ import fxpress
 from fxpress.backends.memory import fastest
 from fxpress.backends.triton.candidates import Way, configured_ways, pruned
 from fxpress.backends.triton.machine_code import compile_launches
+from fxpress.ir.ops.quantize import int4_linear
 from fxpress.ir.ops.sparse import pack_sparse24
 from fxpress.kernels import attention as attention_kernels
-from fxpress.kernels import float8_matmul, int4_matmul, linear_attention, matmul, sparse24_matmul
+from fxpress.kernels import float8_matmul, linear_attention, matmul, sparse24_matmul
 from fxpress.kernels.launch import arch_of
 from fxpress.kernels.matmul_configs import matmul_configs, tma_takes
 
@@ -94,20 +95,20 @@ def linear_rows(
     flops, written = 2.0 * rows * width * inner, 2.0 * rows * width
     read = 2.0 * x.numel()
 
-    def row(kind: str, moved: float) -> Row:
-        return Row("linear layers", f"{kind} [{rows}, {inner}] x [{width}, {inner}]", flops, moved)
+    def row(kind: str, moved: float, why: str = "") -> Row:
+        return Row("linear layers", f"{kind} [{rows}, {inner}] x [{width}, {inner}]", flops, moved, why=why)
 
     dense = {"cuBLAS, bfloat16": lambda: captured(lambda: F.linear(x, w))}
     plain = row("bfloat16", read + 2.0 * w.numel() + written)
 
-    def compiled() -> Run:
-        layer = nn.Linear(inner, width, bias=False, device=bench.device, dtype=dtype).eval()
-        made = fxpress.compile(layer, example_inputs=(x,), backend="triton", verify=False)
+    def compiled(row: Row, layer: nn.Module) -> Run:
+        made = fxpress.compile(layer.eval(), example_inputs=(x,), backend="triton", verify=False)
         made(x)
-        plain.notes["fxpress"] = tuned(made)
+        row.notes["fxpress"] = tuned(made)
         return captured(lambda: made(x))
 
-    yield plain, {"fxpress": compiled, **dense}
+    whole = nn.Linear(inner, width, bias=False, device=bench.device, dtype=dtype)
+    yield plain, {"fxpress": functools.partial(compiled, plain, whole), **dense}
 
     x8, w8 = ((item * 30).clamp(-127, 127).to(torch.int8) for item in (x, w))
     integers = row("int8", float(x8.numel() + w8.numel()) + 2 * written)
@@ -129,21 +130,25 @@ def linear_rows(
     yield floats, {"fxpress": best(bench, floats, matmul, calls)} | graphs(library)
 
     ones = torch.ones(width, device=bench.device)
-    singles = row("float8 weights", float(w_f8.numel()) + read + written)
+    again = "the weight is expanded for each tile of rows, since its scale comes after the sums"
+    singles = row("float8 weights", float(w_f8.numel()) + read + written, again)
     ways = configured_ways(float8_matmul, "float8_configs", float8_matmul.float8_matmul, x, w_f8)  # type: ignore[arg-type]
     yield singles, {"fxpress": best(bench, singles, float8_matmul, from_ways(ways, x, w_f8, scale=ones)), **dense}
 
     packed = torch.randint(0, 255, (width, inner // 2), device=bench.device).to(torch.uint8)
     scale = torch.rand(width, inner // 32, device=bench.device).to(dtype)
-    fours = row("int4 weights", packed.numel() + 2.0 * scale.numel() + read + written)
-    ways = configured_ways(int4_matmul, "int4_configs", int4_matmul.int4_matmul, x, packed)  # type: ignore[arg-type]
-    yield fours, {"fxpress": best(bench, fours, int4_matmul, from_ways(ways, x, packed, scale=scale)), **dense}
+    often = (
+        "to expand a weight takes longer than to read it" if rows <= 256 else "the weight is expanded in memory first"
+    )
+    fours = row("int4 weights", packed.numel() + 2.0 * scale.numel() + read + written, often)
+    yield fours, {"fxpress": functools.partial(compiled, fours, Int4(packed, scale)), **dense}
 
     half = x.half() if dry else x  # no kernel for 2:4 weights takes float32
     sparse = w.to(half.dtype, copy=True)
     sparse.view(-1, 4)[:, 2:] = 0
     values, positions = pack_sparse24(sparse)
-    halves = row("2:4 weights", read + written + 2.0 * values.numel() + positions.numel())
+    moved = read + written + 2.0 * values.numel() + positions.numel()
+    halves = row("2:4 weights", moved, "sparse tensor cores (cuSPARSELt) are not used")
     if rows > sparse24_matmul.FEW_ROWS:  # where a compiled model multiplies the dense weight, which it keeps beside
         calls = {"torch.matmul, the dense weight": lambda: F.linear(half, sparse)}
     else:
@@ -164,6 +169,19 @@ def semi_structured(x: Tensor, weight: Tensor) -> Run:
     """PyTorch's own 2:4 weights, which sparse tensor cores multiply."""
     packed = torch.sparse.to_sparse_semi_structured(weight)
     return captured(lambda: F.linear(x, packed))
+
+
+class Int4(nn.Module):
+    """A linear layer with a weight of 4 bits, two integers a byte, and scales for groups."""
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = int4_linear(x, self.weight, self.scale, None, None)
+        return found
 
 
 class Attention(nn.Module):
@@ -208,6 +226,7 @@ def attention_rows(bench: Bench, dry: bool, length: int) -> Iterator[tuple[Row, 
         seen = "causal" if causal else "all keys"
         flops = 4.0 * batch * heads * length * length * size * (0.5 if causal else 1.0)
         exact = Row("attention", f"{seen}, batch {batch}, length {length}", flops, moved)
+        exact.why = "cuDNN uses what Triton does not reach; it is chosen where it is 3% faster"
 
         def compiled(causal: bool = causal, exact: Row = exact) -> Run:
             made = fxpress.compile(Attention(causal).eval(), example_inputs=(q, k, v), backend="triton", verify=False)
@@ -235,6 +254,12 @@ def attention_rows(bench: Bench, dry: bool, length: int) -> Iterator[tuple[Row, 
         linear = functools.partial(linear_attention.linear_attention, q, k, v, *phi, causal=causal)
         beside = {"exact, FlashAttention": functools.partial(library, flash, causal)}
         yield (
-            Row("attention", name, flops, moved + 2.0 * phi[0].numel() * phi[0].element_size()),
+            Row(
+                "attention",
+                name,
+                flops,
+                moved + 2.0 * phi[0].numel() * phi[0].element_size(),
+                why="at so short a length exact attention is as few operations",
+            ),
             {"fxpress": lambda linear=linear: captured(linear), **beside},
         )

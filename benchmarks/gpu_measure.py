@@ -31,6 +31,7 @@ class Row:
     milliseconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)  # of a candidate: an error, or why it was not measured
     parts: dict[str, dict[str, float]] = field(default_factory=dict)  # of a candidate: milliseconds of its kernels
+    why: str = ""  # it may be slower than others
     error: float | None = None  # of fxpress: RMSE against fp32, over that of eager PyTorch in bfloat16
 
 

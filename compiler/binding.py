@@ -34,11 +34,11 @@ class Binder:
         plain = all(type(value) is Tensor for value in values)
         kind = (len(args), *kwargs, *((value.shape, value.dtype) for value in values)) if plain else None
         if kind in self._orders:
-            return [values[place] for place in self._orders[kind]]
-        tensors = [torch.as_tensor(value) for value in self._signature.bind(args, kwargs)]
+            return [torch.as_tensor(values[place]) for place in self._orders[kind]]
+        tensors = self._signature.bind(args, kwargs)
         places = {id(value): place for place, value in enumerate(values)}
         if plain and len(places) == len(values):  # else one tensor stands for two inputs
             if len(self._orders) >= LIMIT:
                 self._orders.clear()
             self._orders[kind] = [places[id(tensor)] for tensor in tensors]
-        return tensors
+        return [torch.as_tensor(value) for value in tensors]  # moved, where there is a default device

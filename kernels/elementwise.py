@@ -33,7 +33,7 @@ def float8_e4m3_or_nan(x):
 def gelu_to_half(x):
     """x Phi(x), with an error of 1e-6 at most, for what half precision rounds next; fewer instructions than erf.
 
-    Log2 Phi(-a) is close to a polynomial: this one, fitted on 0..7, gives Phi(-a) to 3e-6 of it up to 4.5, and 0 far
+    Log2 Phi(-a) is close to a polynomial: this one, fitted on 0..7, gives Phi(-a) to 5e-6 of it up to 4.5, and 0 far
     out, where its first coefficient has the last word.
     """
     a = tl.abs(x)

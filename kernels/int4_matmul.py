@@ -298,7 +298,7 @@ def group_size(K, groups):
     return 1 << (-(-K // groups) - 1).bit_length() if K else 1
 
 
-MANY_ROWS = 256  # from which on an H100 takes longer to expand the weight for each tile of rows than once, in memory
+MANY_ROWS = 256  # more than that an H100 takes longer to expand the weight for each tile of rows than once, in memory
 
 
 def int4_matmul(

@@ -204,18 +204,21 @@ def attention_ways(
         attention: the module's own function.
     """
     rows, mask, bias = query.shape[2], given.get("key_mask"), given.get("bias")
+    few = rows <= module.FEW_QUERIES  # heads share blocks, and keys are parted: as the function itself decides
+    if few:
+        rows *= query.shape[1] // key.shape[1]
     configs = module.attention_configs(
         query.shape[3], value.shape[3], query.dtype, module.arch_of(query.device), rows, key.shape[2],
         mask is not None, bias is not None,
     )  # fmt: skip
-    if rows <= module.FEW_QUERIES:  # heads share blocks, and keys are parted: as the function itself decides
+    if few:
         configs = configs[:1]
     own, *others = configs
     found = [Way(f"attention, {_attention_config(own)}", attention)]
     found += [Way(f"attention, {_attention_config(config)}", _attending(attention, config)) for config in others]
     if _takes(query, key, **given):
         found.append(Way("SDPA", _library_attention))
-        if query.dtype in HALVES:
+        if query.dtype in HALVES and _cudnn_takes(query, key, value):
             found.append(Way("SDPA, cuDNN", _cudnn_attention))
     return found
 
@@ -226,6 +229,11 @@ def _attention_config(config: Mapping[str, Any]) -> str:
 
 def _attending(attention: Callable[..., Any], config: Mapping[str, Any]) -> Callable[..., Any]:
     return lambda query, key, value, **given: attention(query, key, value, **given, config=config)
+
+
+def _cudnn_takes(*tensors: Tensor) -> bool:
+    """What cuDNN asks for, and PyTorch does not say until it is called."""
+    return all(tensor.stride(-1) == 1 for tensor in tensors) and not torch.are_deterministic_algorithms_enabled()
 
 
 def _cudnn_attention(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
@@ -242,7 +250,7 @@ def _takes(
     scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
-    empty: str = "zeros",
+    empty: str = "zeros",  # of what, without a mask, no row is
     bias: Tensor | None = None,
     **others: Any,
 ) -> bool:
@@ -251,32 +259,23 @@ def _takes(
         return False
     if query.dtype == torch.float32 and not full_precision():
         return False
-    masks = [mask for mask in (bias, key_mask) if mask is not None]
-    if any(mask.dtype != torch.bool for mask in masks) or len(masks) > 1:
-        return False  # of a mask that is added, PyTorch's kernels do not agree on rows of -inf
+    if bias is not None or key_mask is not None:
+        return False  # PyTorch's kernels do not agree on rows without a key; and that of kernels/ skips padding
     banded = left is not None or right is not None
-    causal = left is None and right == 0
-    if banded and (not causal or masks):
-        return False
-    return empty == "zeros" or not masks  # a row may have no key but under a mask
+    return not banded or (left is None and right == 0)
 
 
 def _library_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_mask: Tensor | None = None,
     right: int | None = None,
     scale: float | None = None,
-    bias: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    mask = key_mask[:, None, None, :] if key_mask is not None else bias
-    batch, heads, rows, _size = query.shape
-    if mask is not None:
-        mask = mask.expand(batch, heads, rows, key.shape[2])
+    grouped = key.shape[1] != query.shape[1]
     found = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=right == 0, scale=scale, enable_gqa=key.shape[1] != heads
+        query, key, value, is_causal=right == 0, scale=scale, enable_gqa=grouped
     )
     # What reads the result may view it: it lies in memory as that of the module's own function.
     laid = found.transpose(1, 2)

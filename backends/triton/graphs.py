@@ -65,13 +65,27 @@ class Graphs:
         return replay(tensors)
 
 
+def recorded(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """What a call launches as a CUDA graph, and what it returned.
+
+    Raises:
+        RuntimeError: it does what a graph cannot, such as to wait for the GPU.
+    """
+    stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            found = call()
+    except BaseException:
+        torch.cuda.set_stream(stream)  # a capture that ends in an error does not go back to it
+        raise
+    return graph, found
+
+
 def captured(forward: Forward, tensors: Sequence[Tensor]) -> Forward:
     """A forward recorded as a CUDA graph: inputs are copied to where it read them, outputs from where it wrote."""
     inputs = [tensor.clone() for tensor in tensors]
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = forward(inputs)
+    graph, outputs = recorded(lambda: forward(inputs))
 
     def replay(given: Sequence[Tensor]) -> list[Any]:
         for place, tensor in zip(inputs, given, strict=True):

@@ -26,13 +26,12 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton import AsyncCompileMode
+from triton import AsyncCompileMode, FutureKernel
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.compiler import compile as triton_compile
 from triton.compiler.compiler import make_backend
-from triton.errors import TritonError
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -173,22 +172,27 @@ def _only_compiling(run: Callable[..., Any]) -> Callable[..., Any]:
 def compile_launches(module: ModuleType, calls: Sequence[Callable[[], Any]]) -> None:
     """Compile in parallel what calls would launch of a module's kernels, none of which is launched.
 
-    What cannot be compiled is passed over: the call itself will raise it.
+    What cannot be compiled is passed over: the call itself, when it launches, compiles it again and raises that.
     """
     kernels = [kernel for kernel in kernels_of(module).values() if isinstance(kernel, JITFunction)]
     if not kernels:
         return  # interpreted
     launching = [kernel.run for kernel in kernels]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
-        try:
+    try:
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
             for kernel in kernels:
                 kernel.run = _only_compiling(kernel.run)
             for call in calls:
-                with contextlib.suppress(RuntimeError, TritonError):
+                with contextlib.suppress(Exception):
                     call()
-        finally:
-            for kernel, run in zip(kernels, launching, strict=True):
-                kernel.run = run
+    finally:
+        for kernel, run in zip(kernels, launching, strict=True):
+            kernel.run = run
+            for known, *_ in kernel.device_caches.values():
+                for key in [
+                    key for key, made in known.items() if isinstance(made, FutureKernel) and made.kernel is None
+                ]:
+                    del known[key]
 
 
 def build(

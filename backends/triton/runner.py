@@ -7,6 +7,7 @@ import importlib.util
 import shutil
 import sys
 import tempfile
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -131,7 +132,7 @@ class TritonRunner:
         return found
 
     def _take(self, generated: Generated, code: Mapping[str, Code], tuner: Tuner | None) -> None:
-        self.generated, self._tuner = generated, tuner
+        self.generated, self._tuner, self._lock = generated, tuner, threading.Lock()
         self._loaded = Loaded(generated.source)
         if code:
             use(self._loaded.module, code)
@@ -198,7 +199,7 @@ class TritonRunner:
 
     def run(self, tensors: Sequence[Tensor]) -> list[Any]:
         """Flat inputs to flat outputs."""
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), self._lock:  # measuring and replaying are for one thread at a time
             # Within a graph that the caller records, the launches themselves become a part of it.
             on_gpu = any(tensor.is_cuda for tensor in tensors)
             return self._graphs(tensors) if on_gpu and not_capturing() else self._forward(tensors)

@@ -6,6 +6,7 @@ within a power of two. Later calls of the class, in this process and others, run
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -23,6 +24,7 @@ from triton.errors import TritonError
 from ...ir.graph import short_dtype
 from ..memory import Memory, fastest
 from .candidates import Way, attention_ways, configured_ways, full_precision, product_ways
+from .graphs import recorded
 from .machine_code import compile_launches
 
 Run = Callable[[Way], Any]
@@ -41,14 +43,8 @@ def measured(call: Callable[[], Any]) -> float:
     As a CUDA graph, as which it will mostly run: launches from Python would take longer than small kernels do.
     """
     call()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            call()
-    except RuntimeError:  # it waits for the GPU
-        torch.cuda.synchronize()
-    else:
-        call = graph.replay
+    with contextlib.suppress(RuntimeError):  # it waits for the GPU
+        call = recorded(call)[0].replay
     found: float = triton.testing.do_bench(call, warmup=2, rep=10, return_mode="median")
     return found
 
@@ -141,6 +137,8 @@ class Tuner:
     ) -> Any:
         given |= zip(POSITIONS, others, strict=False)
         given = {name: item for name, item in given.items() if item is not None}
+        if given.get("precision") == "ieee":  # as every product of a generated module is
+            del given["precision"]
         if not {"extra", "kernels"} <= given.keys() <= PRODUCT or x.numel() == 0 or w.numel() == 0:
             return matmul(x, w, **given)
         name = given["kernels"][0].__name__
@@ -151,7 +149,7 @@ class Tuner:
             count = x.shape[:-2].numel() if w.dim() == 2 else w.shape[:-2].numel()
             types = " x ".join(dict.fromkeys(map(_type, (x, w))))
             sizes = f"{types} [{_class(count)}, {_class(rows)}, {inner}] x [{columns}, {inner}]"
-            kernel = digest(given["kernels"][0])
+            kernel = digest(*given["kernels"])
             way = self._choose(module, name, sizes, kernel, ways, lambda way: way.run(x, w, **given))
             if way is None:
                 return matmul(x, w, **given)
@@ -172,7 +170,7 @@ class Tuner:
             options = "".join(f", {name}={_said(item)}" for name, item in facts.items() if item is not None)
             sizes = f"{_type(x)} x {_type(w)} [{rows}, {inner}] x [{w.shape[0]}, {inner}]{options}"
             run: Run = lambda way: way.run(x, w, **given)  # noqa: E731
-            way = self._choose(module, kernel.__name__, sizes, digest(kernel), ways, run)
+            way = self._choose(module, kernel.__name__, sizes, digest(*given["kernels"]), ways, run)
             if way is None:
                 return function(x, w, **given)
             self._remember(exact, way)
@@ -277,6 +275,14 @@ def _said(item: Any) -> str:
     return f"{short_dtype(item.dtype)}[{item.dim()}]" if isinstance(item, Tensor) else str(item)
 
 
-def digest(kernel: Any) -> str:
-    """A short digest of a kernel's text."""
-    return hashlib.sha256(inspect.getsource(kernel.fn).encode()).hexdigest()[:12]
+def digest(*kernels: Any) -> str:
+    """A short digest of the text of kernels and of the functions that they call."""
+    texts: dict[str, str] = {}
+    left = list(kernels)
+    while left:
+        function = left.pop()
+        if function.__name__ not in texts:
+            texts[function.__name__] = inspect.getsource(function.fn)
+            called = (function.fn.__globals__.get(name) for name in function.fn.__code__.co_names)
+            left += [item for item in called if hasattr(item, "fn") and hasattr(item, "run")]
+    return hashlib.sha256("".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[:12]

@@ -49,6 +49,14 @@ def test_another_kind_is_checked_anew(bind: Binder, change: Any) -> None:
         bind((x, change(y)), {})
 
 
+def test_a_default_device_takes_tensors_along(bind: Binder) -> None:
+    x, y = normal(3, 4), normal(3, 4)
+    for _ in range(2):
+        with torch.device("meta"):
+            assert all(tensor.is_meta for tensor in bind((x, y), {}))
+        assert bind((x, y), {})[1] is y
+
+
 def test_arrays_become_tensors(bind: Binder) -> None:
     x = normal(3, 4)
     assert torch.equal(bind((x.numpy(), x), {})[0], x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -152,6 +153,15 @@ def forward(inputs, weights):
 def test_a_kernel_that_cannot_be_compiled_is_one_error() -> None:
     with pytest.raises(LoweringError, match=r"machine code for sm_90 cannot be made: .*none"):
         build(WRONG, [[normal(4)]], {}, [90])
+
+
+@pytest.mark.slow
+def test_a_product_that_cannot_be_compiled_is_an_error_too(runner: TritonRunner) -> None:
+    """Though what a tuner measures is compiled before, together, where one that fails does not stop the others."""
+    wrong = re.sub(r"gelu_(\d+) = .*", r"gelu_\1 = acc.none", runner.source)
+    assert wrong != runner.source
+    with pytest.raises(LoweringError, match=r"machine code for sm_90 cannot be made: .*none"):
+        build(wrong, [[normal(4, 16, 32)]], runner.weights(), [90], runner.generated.forms)
 
 
 def test_interpreted_kernels_take_none(runner: TritonRunner) -> None:

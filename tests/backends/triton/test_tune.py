@@ -22,7 +22,7 @@ from torch import Tensor
 import fxpress
 from fxpress.backends.memory import Memory
 from fxpress.backends.triton import candidates, tune
-from fxpress.backends.triton.runner import TritonRunner
+from fxpress.backends.triton.runner import Loaded, TritonRunner
 from fxpress.backends.triton.tune import Tuner
 from fxpress.compiler import runners
 from fxpress.compiler.report import Report, render
@@ -32,6 +32,7 @@ from fxpress.ir.ops.attention import attention
 from fxpress.ir.ops.float8 import float8_products
 from fxpress.ir.ops.integer import integer_linear
 from fxpress.ir.ops.window_attention import window_attention
+from fxpress.kernels import attention as attention_kernels
 from fxpress.kernels.matmul_configs import matmul_configs
 
 
@@ -182,13 +183,11 @@ SDPA, OURS = "SDPA", "attention, 16x16, 4 warps, 2 stages"
         ((q, k, v), {"scale": 0.3}),
         ((q, k, v), {"right": 0}),
         ((q, few_k, few_v), {}),
-        ((q, k, v), {"key_mask": padding}),
-        ((q, k, v), {"bias": normal(5, 7) > -0.3}),
         ((q, k, v), {"empty": "mean"}),
         ((q.half(), k.half(), v.half()), {"right": 0}),
         ((q.transpose(1, 2).contiguous().transpose(1, 2), k, v), {}),
     ],
-    ids=["plain", "scale", "causal", "groups", "padding", "mask", "empty", "half", "strides"],
+    ids=["plain", "scale", "causal", "groups", "empty", "half", "strides"],
 )
 def test_attention(tensors: Any, options: dict[str, Any], tmp_path: Path) -> None:
     traced, given = calling(attention, *tensors, **options)
@@ -203,6 +202,8 @@ def test_attention(tensors: Any, options: dict[str, Any], tmp_path: Path) -> Non
         {"left": 2},
         {"right": 2},  # aligned at the bottom right
         {"left": 1, "right": 0},
+        {"key_mask": padding},
+        {"bias": normal(5, 7) > -0.3},
         {"key_mask": padding, "right": 0},
         {"key_mask": padding, "empty": "mean"},
         {"bias": normal(5, 7)},
@@ -215,6 +216,23 @@ def test_attention_of_another_meaning_stays(options: dict[str, Any], tmp_path: P
     traced, given = calling(attention, q, k, v, **options)
     assert chosen(traced, given, tmp_path, clock) == [OURS]
     assert clock.calls == 0, "there is nothing to choose between"
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "columns"])
+def test_cudnn_is_asked_for_what_it_takes(rows: bool) -> None:
+    """Unlike PyTorch's choice of a kernel, it has nothing to fall back to."""
+    tensors = [normal(2, 4, 32, 16, dtype=torch.float16) for _ in range(3)]
+    if not rows:  # are what lies together
+        tensors[1] = tensors[1].transpose(2, 3).contiguous().transpose(2, 3)
+    ways = candidates.attention_ways(attention_kernels, attention_kernels.attention, *tensors)
+    assert ("SDPA, cuDNN" in [way.name for way in ways]) == rows
+
+
+def test_few_queries_are_named_as_they_run() -> None:
+    """The heads of a group are rows of one block."""
+    query, key = normal(1, 32, 16, 64, dtype=torch.float16), normal(1, 8, 64, 64, dtype=torch.float16)
+    (own, *_) = candidates.attention_ways(attention_kernels, attention_kernels.attention, query, key, key)
+    assert own.name.startswith("attention, 64x")
 
 
 def test_windows_stay(tmp_path: Path) -> None:
@@ -353,6 +371,24 @@ def test_while_a_graph_is_recorded_nothing_is_measured(layer: Program, tmp_path:
     torch.testing.assert_close(first, second)
 
 
+HELPER = """import triton
+
+@triton.jit
+def helper(x):
+    return x + {number}
+
+@triton.jit
+def kernel(x):
+    helper(x)
+"""
+
+
+def test_a_digest_is_of_what_a_kernel_calls_too() -> None:
+    loaded = [Loaded(HELPER.format(number=number)) for number in (1, 2, 2)]
+    first, second, third = (tune.digest(item.module.kernel) for item in loaded)
+    assert first != second == third
+
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -385,8 +421,8 @@ def test_the_report_says_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     expected = fxpress.compile(tiny.encoder(), example_inputs=given, backend="triton", verify=False, tune=False)
     torch.testing.assert_close(compiled(**given), expected(**given))
     assert [item["operator"] for item in compiled.report.tuned].count("attention") == 1
-    assert {item["chosen"] for item in compiled.report.tuned} == {"torch.matmul", "torch.matmul, epilogue", SDPA}
-    assert "products and attention, by measured time" in str(compiled.report) and SDPA in str(compiled.report)
+    assert {item["chosen"] for item in compiled.report.tuned} == {"torch.matmul", "torch.matmul, epilogue", OURS}
+    assert "products and attention, by measured time" in str(compiled.report) and "torch.matmul" in str(compiled.report)
     assert expected.report.tuned == []
 
 
