@@ -31,6 +31,7 @@ from fxpress.ir.graph import Program
 from fxpress.ir.ops.attention import attention
 from fxpress.ir.ops.float8 import float8_products
 from fxpress.ir.ops.integer import integer_linear
+from fxpress.ir.ops.quantize import int4_linear, pack_int4
 from fxpress.ir.ops.window_attention import window_attention
 from fxpress.kernels import attention as attention_kernels
 from fxpress.kernels.matmul_configs import matmul_configs
@@ -115,6 +116,24 @@ def test_batches_of_products(other: Tensor, epilogue: bool, tmp_path: Path) -> N
     left = normal(2, 3, 5, 16)
     traced = program(lambda self, x, y: (x @ y).relu() if epilogue else x @ y, left, other)
     assert chosen(traced, [left, other], tmp_path) == ["torch.matmul, epilogue" if epilogue else "torch.matmul"]
+
+
+@pytest.mark.parametrize("epilogue", [False, True], ids=["plain", "epilogue"])
+def test_a_weight_that_is_expanded_is_multiplied_as_a_dense_one(epilogue: bool, tmp_path: Path) -> None:
+    def function(self: Any, x: Tensor) -> Tensor:
+        found: Tensor = int4_linear(x, self.weight, self.scale, None, None)
+        return found.tanh() if epilogue else found
+
+    weight, scale = pack_int4((normal(24, 16) * 3).round().clamp(-8, 7).to(torch.int8)), normal(24, 2).abs()
+    traced = program(function, x, weight=weight, scale=scale)
+    runner = TritonRunner(traced, tuner(tmp_path, last_wins()))
+    vars(runner._loaded.module)["MANY_ROWS"] = 4
+    found = [runner.run([x])[0] for _ in range(2)]
+    expected = {"torch.matmul, epilogue" if epilogue else "torch.matmul"}
+    assert {item["chosen"] for item in runner.tuned if item["operator"].endswith("_whole")} == expected
+    assert any("expanded, then" in name for item in runner.tuned for name in item["milliseconds"])
+    for result in found:
+        torch.testing.assert_close(result, traced.run([x])[0])
 
 
 def test_products_of_integers(tmp_path: Path) -> None:
