@@ -19,7 +19,7 @@ from fxpress.backends.triton.machine_code import compile_launches
 from fxpress.ir.ops.quantize import int4_linear
 from fxpress.ir.ops.sparse import pack_sparse24
 from fxpress.kernels import attention as attention_kernels
-from fxpress.kernels import float8_matmul, linear_attention, matmul, sparse24_matmul
+from fxpress.kernels import float8_matmul, int4_matmul, linear_attention, matmul, sparse24_matmul
 from fxpress.kernels.launch import arch_of
 from fxpress.kernels.matmul_configs import matmul_configs, tma_takes
 
@@ -39,7 +39,9 @@ def best(bench: Bench, row: Row, module: Any, calls: Mapping[str, Run]) -> Calla
             except Exception as error:
                 if len(calls) == 1:
                     raise
-                print(f"  {name}: {type(error).__name__}")
+                print(f"  {name}: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+        if not graphs:
+            raise RuntimeError(f"none of {len(calls)} ways ran")
         chosen = fastest(times)
         row.notes["fxpress"] = said(chosen, times)
         return graphs[chosen]
@@ -138,7 +140,9 @@ def linear_rows(
     packed = torch.randint(0, 255, (width, inner // 2), device=bench.device).to(torch.uint8)
     scale = torch.rand(width, inner // 32, device=bench.device).to(dtype)
     often = (
-        "to expand a weight takes longer than to read it" if rows <= 256 else "the weight is expanded in memory first"
+        "to expand a weight takes longer than to read it"
+        if rows <= int4_matmul.MANY_ROWS
+        else "the weight is expanded in memory first"
     )
     fours = row("int4 weights", packed.numel() + 2.0 * scale.numel() + read + written, often)
     yield fours, {"fxpress": functools.partial(compiled, fours, Int4(packed, scale)), **dense}

@@ -16,8 +16,8 @@ LIMIT = 1024  # kinds of calls that are remembered: sizes may grow without end
 class Binder:
     """Puts the tensors of a call in a program's order.
 
-    To check a call takes 30 us, of some 100 that a small model takes to be launched on a GPU. A call of the same
-    names, shapes and dtypes as one before is only put in order.
+    To check a call of two tensors takes 20 us of the 55 that Python spends on it, which is as long as a GPU computes a
+    small model. A call of the same names, shapes and dtypes as one before is only put in order.
     """
 
     def __init__(self, signature: Signature) -> None:
