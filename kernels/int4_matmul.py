@@ -298,8 +298,8 @@ def group_size(K, groups):
     return 1 << (-(-K // groups) - 1).bit_length() if K else 1
 
 
-# With more rows the weight is expanded in memory: an estimate, from 0.41 ms that an H100 took for 4096 rows and a weight
-# of 4096 x 4096, 0.18 ms for the same with a dense one, and what it takes to read and write the weight.
+# With more rows the weight is expanded in memory. An estimate, from 0.41 ms that an H100 took for 4096 rows and a
+# weight of 4096 x 4096, 0.18 ms for the same with a dense one, and what it takes to read and write the weight.
 MANY_ROWS = 256
 
 
