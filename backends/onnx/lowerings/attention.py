@@ -211,7 +211,7 @@ def _attention_onnx(given: Attention) -> Tensor:
 
 @_lowering
 def _key_masked(given: Attention) -> Tensor:
-    """A key mask that is not read where a long batch has no padding, see `padded`."""
+    """Each sample with the keys that its mask leaves, see `padded`."""
     assert given.key_mask is not None
     result = padded.key_masked_attention(
         _tokens_first(given.query),
@@ -219,8 +219,9 @@ def _key_masked(given: Attention) -> Tensor:
         _tokens_first(given.value),
         given.key_mask,
         given.empty,
-        given.query.shape[1],
+        (given.query.shape[1], given.key.shape[1]),
         given.factor,
+        given.softcap,
     )
     return _heads_second(result, given.without_masks())
 
@@ -402,7 +403,7 @@ def _whole(
             return "blocks serve a band at every length"
         if causal.settles(node):
             return "steps serve causal attention at every length"
-        return "a mask read where there is padding serves every length" if padded.settles(node) else refuses(node)
+        return "samples serve a key mask at every length" if padded.settles(node) else refuses(node)
 
     return Lowering(name, function, refuses_long, standard)
 
@@ -414,7 +415,7 @@ ATTENTION = (
     _whole("MatMul+Softmax", unfused, standard=True),
     Lowering("Attention by blocks", _blocks, banded.refuses, standard=False),
     Lowering("Attention in steps", _steps, causal.refuses, standard=False),
-    Lowering("Attention, masked where padded", _key_masked, padded.refuses, standard=False),
+    Lowering("Attention by samples", _key_masked, padded.refuses, standard=False),
 )
 # Projections give [B, N, H, D] and the output projection reads [B, N, H * D]: transpositions count.
 PROBE = Probe(_rows_first, _as_in_models)

@@ -4,6 +4,9 @@ No kernel of ONNX Runtime skips the keys that a causal mask hides. Beyond a few 
 sixteen steps, and each step reads the keys up to its own end: (1 + 1/16) / 2 of the products and of the softmax. The
 steps are nodes, not a loop, whose overhead is more than it saves. They are written in ONNX, not in torch: traced, the
 sizes of a short example's steps would become constants.
+
+Shorter sequences run in GroupQueryAttention, which is causal by itself and takes half of the time of a kernel that
+reads a mask; where there is padding, one sample at a time, with the keys between it.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from onnxscript import graph, script
 from onnxscript import opset23 as op
-from onnxscript import script
 from onnxscript.values import Opset
 from torch import Tensor, fx
 from torch.onnx.ops import symbolic
@@ -20,6 +23,7 @@ from torch.onnx.ops import symbolic
 from ....ir.graph import arguments, same_sizes, shape
 from .functions import DOMAIN
 
+LONG = 384  # tokens from which on steps are faster than every score at once
 GROUP_QUERY_SIZES = 8  # GroupQueryAttention takes heads of a multiple of this size
 
 _FXPRESS = Opset(DOMAIN, 1)
@@ -53,17 +57,32 @@ def causal_attention(
 
     `attributes` are those of ai.onnx::Attention.
     """
-    if key_mask is None and query.shape[2] // attributes["q_num_heads"] % GROUP_QUERY_SIZES:
-        key_mask = torch.ones(key.shape[:2], dtype=torch.bool)  # the function for short sequences takes any size
-    function = CausalAttention if key_mask is None else PaddedCausalAttention
+    inputs: tuple[Tensor, ...] = (query, key, value)
+    if query.shape[2] // attributes["q_num_heads"] % GROUP_QUERY_SIZES:
+        function = MaskedCausalAttention
+        inputs += (torch.ones(key.shape[:2], dtype=torch.bool) if key_mask is None else key_mask,)
+    elif key_mask is None:
+        function = CausalAttention
+    else:
+        function = PaddedCausalAttention
+        inputs += (key_mask, *_run_of_keys(key_mask), key_mask.all())
     return symbolic(
         f"{DOMAIN}::{function.name}",
-        (query, key, value, *([] if key_mask is None else [key_mask])),
+        inputs,
         attributes,
         dtype=query.dtype,
         shape=query.shape,
         version=1,
     )
+
+
+def _run_of_keys(key_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each sample [B]: its first key, the place behind its last, and whether it has all between them, and one."""
+    length = key_mask.shape[1]
+    places = torch.arange(length)
+    first = torch.where(key_mask, places, length).amin(1)
+    stop = torch.where(key_mask, places + 1, 0).amax(1)
+    return first, stop, (torch.where(key_mask, 1, 0).sum(1) == stop - first) & key_mask.any(1)
 
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
@@ -118,32 +137,62 @@ def SixteenSteps(  # type: ignore[no-untyped-def]
 
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
+def CausalAtOnce(  # type: ignore[no-untyped-def]
+    query, key, value, q_num_heads: int, kv_num_heads: int, scale: float, softcap: float
+):
+    """Without padding, every score; heads of a multiple of GROUP_QUERY_SIZES."""
+    count = op.Cast(op.Shape(query, start=1, end=2), to=6)
+    last = op.Expand(count - op.Cast(op.Constant(value_ints=[1]), to=6), op.Shape(query, start=0, end=1))
+    return _MICROSOFT.GroupQueryAttention(  # one output: its caches would be copies
+        query, key, value, None, None, last, op.Squeeze(count),
+        num_heads=q_num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap,
+    )  # fmt: skip
+
+
+@script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
+def CausalRun(  # type: ignore[no-untyped-def]
+    query, key, value, first, stop, q_num_heads: int, kv_num_heads: int, scale: float, softcap: float
+):
+    """One sample [1, N, size] whose keys are those from `first` to `stop`, both [1], at least one.
+
+    Queries before them see none, those behind them all, as the run's last does: it is asked again, for no kernel takes
+    nothing.
+    """
+    one = op.Constant(value_ints=[1])
+    end = op.Shape(query, start=1, end=2)
+    run_key, run_value = op.Slice(key, first, stop, one), op.Slice(value, first, stop, one)
+    zero = op.CastLike(op.Constant(value_float=0.0), query)
+    before = op.Expand(zero, op.Concat(one, first, op.Shape(query, start=2), axis=0))
+    run_query = op.Slice(query, first, stop, one)
+    within = CausalAtOnce(run_query, run_key, run_value, q_num_heads, kv_num_heads, scale, softcap)
+    last = op.Attention(
+        op.Slice(query, stop - one, end, one), run_key, run_value,
+        q_num_heads=q_num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap,
+    )  # fmt: skip
+    return op.Concat(before, within, op.Slice(last, one, end, one), axis=1)
+
+
+@script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
 def CausalAttention(  # type: ignore[no-untyped-def]
     query, key, value, q_num_heads: int, kv_num_heads: int, scale: float, softcap: float
 ):
-    """Without padding; short sequences by GroupQueryAttention."""
+    """Without padding; short sequences at once."""
     length = op.Shape(query, start=1, end=2)
-    batch = op.Shape(query, start=0, end=1)
-    if op.Squeeze(length >= 384):
-        every = op.Expand(op.Cast(op.Constant(value_ints=[1]), to=9), op.Concat(batch, length, axis=0))
+    if op.Squeeze(length >= LONG):
+        every = op.Expand(op.Cast(op.Constant(value_ints=[1]), to=9), op.Shape(query, start=0, end=2))
         result = SixteenSteps(query, key, value, every, q_num_heads, kv_num_heads, scale, softcap)
     else:
-        count = op.Cast(length, to=6)
-        last = op.Expand(count - op.Cast(op.Constant(value_ints=[1]), to=6), batch)
-        result = _MICROSOFT.GroupQueryAttention(  # one output: its caches would be copies
-            query, key, value, None, None, last, op.Squeeze(count),
-            num_heads=q_num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap,
-        )  # fmt: skip
+        result = CausalAtOnce(query, key, value, q_num_heads, kv_num_heads, scale, softcap)
     return result
 
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
-def PaddedCausalAttention(  # type: ignore[no-untyped-def]
+def MaskedCausalAttention(  # type: ignore[no-untyped-def]
     query, key, value, key_mask, q_num_heads: int, kv_num_heads: int, scale: float, softcap: float
 ):
-    """With a key mask; short sequences in one step."""
+    """With a key mask, heads of any size; short sequences in one step."""
     length = op.Shape(query, start=1, end=2)
-    if op.Squeeze(length >= 384):
+    if op.Squeeze(length >= LONG):
         result = SixteenSteps(query, key, value, key_mask, q_num_heads, kv_num_heads, scale, softcap)
     else:
         zero = op.Constant(value_ints=[0])
@@ -151,4 +200,48 @@ def PaddedCausalAttention(  # type: ignore[no-untyped-def]
     return result
 
 
-FUNCTIONS = (Step, FourSteps, SixteenSteps, CausalAttention, PaddedCausalAttention)
+@script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
+def PaddedCausalAttention(  # type: ignore[no-untyped-def]
+    query, key, value, key_mask, first, stop, in_one_run, every,
+    q_num_heads: int, kv_num_heads: int, scale: float, softcap: float,
+):  # fmt: skip
+    """With a key mask; short sequences at once where it hides nothing, else by samples.
+
+    `every`: it hides nothing; `first`, `stop`, `in_one_run` [B]: see `_run_of_keys`.
+    """
+
+    @graph()
+    def CausalSample(queries, keys, values, kept, start, end, simple):  # type: ignore[no-untyped-def]
+        zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
+        a_query, a_key, a_value = op.Unsqueeze(queries, zero), op.Unsqueeze(keys, zero), op.Unsqueeze(values, zero)
+        rows, mask = op.Shape(queries, start=0, end=1), op.Unsqueeze(kept, zero)
+        if simple:
+            found = CausalRun(
+                a_query, a_key, a_value, op.Reshape(start, one), op.Reshape(end, one),
+                q_num_heads, kv_num_heads, scale, softcap,
+            )  # fmt: skip
+        else:
+            found = Step(a_query, a_key, a_value, mask, zero, rows, q_num_heads, kv_num_heads, scale, softcap)
+        return op.Squeeze(found, zero)
+
+    length = op.Shape(query, start=1, end=2)
+    if op.Squeeze(length >= LONG):
+        result = SixteenSteps(query, key, value, key_mask, q_num_heads, kv_num_heads, scale, softcap)
+    else:
+        if every:
+            result = CausalAtOnce(query, key, value, q_num_heads, kv_num_heads, scale, softcap)
+        else:
+            result = op.Scan(query, key, value, key_mask, first, stop, in_one_run, body=CausalSample, num_scan_inputs=7)
+    return result
+
+
+FUNCTIONS = (
+    Step,
+    FourSteps,
+    SixteenSteps,
+    CausalAtOnce,
+    CausalRun,
+    CausalAttention,
+    MaskedCausalAttention,
+    PaddedCausalAttention,
+)

@@ -1,114 +1,171 @@
-"""Attention with a key mask, in a kernel that reads no mask where that is faster.
+"""Attention with a key mask, one sample at a time, with the keys that its mask leaves.
 
-MultiHeadAttention's kernel keeps the scores of some queries in the cache (FlashAttention, Dao et al., 2022), and takes
-no mask; where all scores together are more than the second cache holds, it is faster than one that reads a mask for
-every score. A batch of one, or of equal lengths, has a key mask of ones. Else the mask is one more number of every key,
-and every query has the number that brings it to the score unscaled. The choice is made at each run, so it is written in
-ONNX.
+The kernels of ONNX Runtime take about twice the time where they read a mask, which changes every score; and where the
+scores of a batch are more than the second cache holds, a sample at a time is faster than all at once. So each sample's
+keys and values are cut to those that count, and its attention needs no mask. A short batch without padding is one
+attention as it is. Which of these a batch is turns out at each run, so it is written in ONNX.
+
+Where one sample has many scores, MultiHeadAttention is faster: its kernel keeps the scores of some queries in the cache
+(FlashAttention, Dao et al., 2022). It is for float32 and knows neither grouped heads nor a soft cap.
 """
 
 from __future__ import annotations
 
 import torch
+from onnxscript import graph, script
 from onnxscript import opset23 as op
-from onnxscript import script
 from onnxscript.values import Opset
 from torch import Tensor, fx
 from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments, dtype, same_sizes, shape
-from ....ir.ops.attention import ABSORBING
 from .functions import DOMAIN
 
 _FXPRESS = Opset(DOMAIN, 1)
 _MICROSOFT = Opset("com.microsoft", 1)
-_SCORES = 2**20  # numbers, of four bytes, that a second cache does not hold
+SCORES = 2**20  # numbers, of four bytes, that a second cache does not hold
 
 
 def refuses(node: fx.Node) -> str | None:
-    """Why a node is no attention with a key mask that MultiHeadAttention can do without."""
+    """Why a node is no attention with a key mask alone."""
     given = arguments(node)
-    query, key = (shape(given[name]) for name in ("query", "key"))
     if given["key_mask"] is None:
         return "there is no key mask"
-    if any(given[name] is not None for name in ("bias", "left", "right", "sinks")) or given["softcap"]:
+    if any(given[name] is not None for name in ("bias", "left", "right", "sinks")):
         return "the key mask is not all that changes the scores"
-    if not isinstance(query[1], int) or query[1] != key[1]:
-        return "MultiHeadAttention takes as many key heads as query heads, of a fixed number"
-    if dtype(given["query"]) != torch.float32:
-        return "MultiHeadAttention is float32 only on CPU"
+    if not all(isinstance(shape(given[name])[1], int) for name in ("query", "key")):
+        return "the number of heads is dynamic"
+    if dtype(given["query"]) not in (torch.float32, torch.float16):
+        return f"ONNX Runtime's kernels are for float32 and float16, found {dtype(given['query'])}"
     return "rows without any key are NaN" if given["empty"] == "nan" else None
 
 
 def settles(node: fx.Node) -> bool:
-    """Whether the branch is right for a node whatever the example's length: its length varies."""
+    """Whether samples are right for a node whatever the example's length: its length varies."""
     return refuses(node) is None and not isinstance(shape(arguments(node)["key"])[2], int)
 
 
 def key_masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor, empty: str, num_heads: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor,
+    empty: str,
+    heads: tuple[int, int],
+    scale: float,
+    softcap: float,
 ) -> Tensor:
-    """Query [B, N, H * D], key [B, M, H * D], value [B, M, H * E], key_mask [B, M] -> [B, N, H * E].
+    """Query [B, N, H * D], key [B, M, G * D], value [B, M, G * E], key_mask [B, M] -> [B, N, H * E]; `heads`: H and G.
 
-    A boolean mask gives zeros in rows without any key; an added one that absorbs every score makes them equal, which
-    gives the mean.
+    A sample without any key gives zeros, or the mean of its values.
     """
-    # Everything that is the same in all layers is computed of the mask alone, so that it is computed once.
+    # What is the same in all layers is computed of the mask and its sizes alone, so that it is computed once.
     keys = key_mask.shape[1]
     length = keys if same_sizes([query.shape[1]], [key.shape[1]]) else query.shape[1]
-    large = torch.full((), key_mask.shape[0] * num_heads * length * keys, dtype=torch.int64) >= _SCORES
-    added = torch.where(key_mask, torch.zeros((), dtype=query.dtype), ABSORBING)
-    unscale = 1 / scale if abs(scale) * torch.finfo(query.dtype).max > -ABSORBING else 0.0  # else it overflows
-    unread = large if unscale else torch.zeros((), dtype=torch.bool)
+    few = torch.full((), key_mask.shape[0] * heads[0] * length * keys, dtype=torch.int64) < SCORES
+    plain = heads[0] == heads[1] and not softcap and query.dtype == torch.float32
     return symbolic(
-        f"{DOMAIN}::{KeyMaskedAttention.name}",
-        (
-            query,
-            key,
-            value,
-            added if empty == "mean" else key_mask,
-            added,
-            key_mask.all(),
-            large,
-            unread if empty == "mean" else torch.logical_and(unread, key_mask.any(1).all()),
-        ),
-        {"num_heads": num_heads, "scale": scale, "unscale": unscale},
+        f"{DOMAIN}::{(KeyMaskedAttention if plain else GroupedKeyMaskedAttention).name}",
+        (query, key, value, key_mask, key_mask.any(1), torch.logical_and(few, key_mask.all())),
+        {
+            "q_num_heads": heads[0],
+            "kv_num_heads": heads[1],
+            "scale": scale,
+            "softcap": softcap,
+            "empty": float(empty == "mean"),
+        },
         dtype=query.dtype,
-        shape=(*query.shape[:2], value.shape[2]),
+        shape=(*query.shape[:2], heads[0] * (value.shape[2] // heads[1])),
         version=1,
     )
 
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
-def KeyMaskedAttention(  # type: ignore[no-untyped-def]
-    query, key, value, keys, added, every, large, unread, num_heads: int, scale: float, unscale: float
+def Unmasked(  # type: ignore[no-untyped-def]
+    query, key, value, q_num_heads: int, kv_num_heads: int, scale: float, softcap: float
 ):
-    """`keys` is the key mask, boolean or added, and `added` the added one; `every` says that it hides none.
-
-    `large`: the scores are many; `unread`: they are, and the added mask gives what the key mask asks for.
-    """
-    one = op.Constant(value_ints=[1])
-    if every:
-        if large:
-            result = _MICROSOFT.MultiHeadAttention(query, key, value, num_heads=num_heads, scale=scale)
-        else:
-            result = op.Attention(query, key, value, q_num_heads=num_heads, kv_num_heads=num_heads, scale=scale)
+    """In float32, as many key heads as query heads, no soft cap."""
+    scores = op.Shape(query, start=1, end=2) * op.Shape(key, start=1, end=2) * op.Constant(value_int=q_num_heads)
+    if op.Squeeze(scores >= op.Constant(value_int=SCORES)):
+        result = _MICROSOFT.MultiHeadAttention(query, key, value, num_heads=q_num_heads, scale=scale)
     else:
-        if unread:
-            number = op.Reshape(op.Constant(value_int=num_heads), one)
-            heads = op.Concat(op.Constant(value_ints=[0, 0]), number, op.Constant(value_ints=[-1]), axis=0)
-            queries, keys_of = op.Reshape(query, heads), op.Reshape(key, heads)
-            factor = op.Expand(op.Constant(value_float=unscale), op.Concat(op.Shape(queries, end=3), one, axis=0))
-            wide = op.Reshape(op.Concat(queries, factor, axis=3), op.Constant(value_ints=[0, 0, -1]))
-            column = op.Unsqueeze(added, op.Constant(value_ints=[2, 3]))
-            masks = op.Expand(column, op.Concat(op.Shape(keys_of, end=3), one, axis=0))
-            tall = op.Reshape(op.Concat(keys_of, masks, axis=3), op.Constant(value_ints=[0, 0, -1]))
-            result = _MICROSOFT.MultiHeadAttention(wide, tall, value, num_heads=num_heads, scale=scale)
-        else:  # the kernel broadcasts a mask over batch and heads only
-            rows = op.Expand(op.Unsqueeze(keys, one), op.Concat(one, op.Shape(query, start=1, end=2), one, axis=0))
-            mask = op.Unsqueeze(rows, one)
-            result = op.Attention(query, key, value, mask, q_num_heads=num_heads, kv_num_heads=num_heads, scale=scale)
+        result = op.Attention(
+            query, key, value, q_num_heads=q_num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap
+        )
     return result
 
 
-FUNCTIONS = (KeyMaskedAttention,)
+@script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
+def EmptySample(  # type: ignore[no-untyped-def]
+    query, key, value, q_num_heads: int, kv_num_heads: int, scale: float, empty: float
+):
+    """`empty` times the mean of the values, which queries of zero give."""
+    first = op.Constant(value_ints=[0])
+    zeros = op.Expand(op.CastLike(op.Constant(value_float=0.0), query), op.Shape(query))
+    every_key, every_value = op.Unsqueeze(key, first), op.Unsqueeze(value, first)
+    mean = op.Attention(zeros, every_key, every_value, q_num_heads=q_num_heads, kv_num_heads=kv_num_heads, scale=scale)
+    return mean * op.CastLike(op.Constant(value_float=empty), mean)
+
+
+@script(_FXPRESS, default_opset=op)
+def Kept(rows, kept):  # type: ignore[no-untyped-def]
+    """The rows of one sample [M, size] that count, [1, count, size]."""
+    return op.Unsqueeze(op.Compress(rows, kept, axis=0), op.Constant(value_ints=[0]))
+
+
+@script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
+def KeyMaskedAttention(  # type: ignore[no-untyped-def]
+    query, key, value, key_mask, some, together,
+    q_num_heads: int, kv_num_heads: int, scale: float, softcap: float, empty: float,
+):  # fmt: skip
+    """`some` [B] says which samples have keys; `together`, that all have all of them, and few scores."""
+
+    @graph()
+    def Sample(queries, keys, values, kept, has_keys):  # type: ignore[no-untyped-def]
+        first = op.Constant(value_ints=[0])
+        row = op.Unsqueeze(queries, first)
+        if has_keys:
+            found = Unmasked(row, Kept(keys, kept), Kept(values, kept), q_num_heads, kv_num_heads, scale, softcap)
+        else:
+            found = EmptySample(row, keys, values, q_num_heads, kv_num_heads, scale, empty)
+        return op.Squeeze(found, first)
+
+    if together:
+        result = op.Attention(
+            query, key, value, q_num_heads=q_num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap
+        )
+    else:
+        result = op.Scan(query, key, value, key_mask, some, body=Sample, num_scan_inputs=5)
+    return result
+
+
+@script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
+def GroupedKeyMaskedAttention(  # type: ignore[no-untyped-def]
+    query, key, value, key_mask, some, together,
+    q_num_heads: int, kv_num_heads: int, scale: float, softcap: float, empty: float,
+):  # fmt: skip
+    """The same in the one kernel that knows grouped heads, a soft cap and float16."""
+
+    @graph()
+    def GroupedSample(queries, keys, values, kept, has_keys):  # type: ignore[no-untyped-def]
+        first = op.Constant(value_ints=[0])
+        row = op.Unsqueeze(queries, first)
+        if has_keys:
+            found = op.Attention(
+                row, Kept(keys, kept), Kept(values, kept),
+                q_num_heads=q_num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap,
+            )  # fmt: skip
+        else:
+            found = EmptySample(row, keys, values, q_num_heads, kv_num_heads, scale, empty)
+        return op.Squeeze(found, first)
+
+    if together:
+        result = op.Attention(
+            query, key, value, q_num_heads=q_num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap
+        )
+    else:
+        result = op.Scan(query, key, value, key_mask, some, body=GroupedSample, num_scan_inputs=5)
+    return result
+
+
+FUNCTIONS = (Unmasked, EmptySample, Kept, KeyMaskedAttention, GroupedKeyMaskedAttention)

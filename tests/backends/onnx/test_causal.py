@@ -1,4 +1,4 @@
-"""Causal attention in steps equals the reference beyond the length from which it works in steps, and below."""
+"""Causal attention in steps, at once or by samples equals the reference at every length and with any padding."""
 
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,18 @@ class Causal(nn.Module):
         return found * key_mask.any()
 
 
-def inputs(batch: int, length: int) -> tuple[Tensor, Tensor]:
+def inputs(batch: int, length: int, padding: str = "scattered") -> tuple[Tensor, Tensor]:
+    """Padding "scattered" is anywhere; "runs": on the left, on the right or all but one key, by turns."""
     generator = torch.Generator().manual_seed(length)
-    key_mask = torch.rand(batch, length, generator=generator) > 0.5
-    key_mask[0, : length // 2] = False  # padded on the left: the first rows have no key
-    key_mask[-1, -1] = True
+    key_mask = torch.ones(batch, length, dtype=torch.bool)
+    if padding == "scattered":
+        key_mask = torch.rand(batch, length, generator=generator) > 0.5
+        key_mask[0, : length // 2] = False  # padded on the left: the first rows have no key
+        key_mask[-1, -1] = True
+    elif padding == "runs":
+        key_mask[::3, : length // 2] = False
+        key_mask[1::3, (length + 1) // 2 :] = False
+        key_mask[2::3] = torch.arange(length) == length // 3
     return torch.randn(batch, length, HEADS * SIZE, generator=generator), key_mask
 
 
@@ -77,6 +84,43 @@ def test_equals_the_reference_at_every_length(
         with torch.no_grad():
             expected = traced.run(tensors)
         assert compare(found, expected, run_float64(traced, tensors)).reasons == (), (batch, length)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", ["none", "runs", "scattered"])
+@pytest.mark.parametrize("options", [{}, {"groups": 2, "softcap": 2.0}, {"groups": 1, "empty": "mean"}])
+def test_padding_of_each_kind(padding: str, options: dict[str, Any], tmp_path: Path) -> None:
+    traced = program(padded=True, **{"groups": 4, **options})
+    run = session(traced, tmp_path).run
+    for batch, length in ((4, 7), (3, 1), (1, 130), (3, 390)):
+        tensors = inputs(batch, length, padding)
+        found = [torch.from_numpy(array) for array in run([tensor.numpy() for tensor in tensors])]
+        with torch.no_grad():
+            expected = traced.run(tensors)
+        assert compare(found, expected, run_float64(traced, tensors)).reasons == (), (batch, length)
+
+
+def test_padding_weighs_nothing(tmp_path: Path) -> None:
+    """Whatever stands in it, the tokens beside it are the same to the last bit."""
+    run = session(program(4, padded=True), tmp_path).run
+    x, mask = inputs(3, 20, "runs")
+    loud = torch.where(mask[..., None], x, torch.nan)
+    (found,), (other,) = (run([item.numpy() for item in (given, mask)]) for given in (x, loud))
+    assert (found[mask] == other[mask]).all()
+
+
+def test_heads_of_a_size_that_no_causal_kernel_takes(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
+            rows = x.unflatten(-1, (8, 4)).transpose(1, 2)
+            return attention(rows, rows, rows, key_mask=key_mask, right=0)
+
+    tensors = inputs(2, 9)
+    traced = trace(Odd().eval(), bind_example(Odd(), tensors), None)
+    (found,) = session(traced, tmp_path).run([item.numpy() for item in tensors])
+    with torch.no_grad():
+        expected = traced.run(tensors)
+    assert compare([torch.from_numpy(found)], expected, run_float64(traced, tensors)).reasons == ()
 
 
 def test_a_sequence_of_any_length_is_not_measured() -> None:
