@@ -172,7 +172,10 @@ def to_onnx(program: Program, choices: Choices, opset: int = OPSET) -> onnx_ir.M
 def write_onnx(
     exported: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int = OPSET
 ) -> onnx_ir.Model:
-    """torch's exporter, then what depends on weights alone is computed."""
+    """torch's exporter, then what depends on weights alone is computed.
+
+    What the exporter notes of each node goes: three quarters of a small model's file, with paths of this machine.
+    """
     _spare_decompositions(exported, opset)
     with quietly(), _translations_read_once():
         result = torch.onnx.export(
@@ -188,6 +191,7 @@ def write_onnx(
     functions.write_out(result.model, FUNCTIONS)
     join_views(result.model)
     _fold_constants(result.model)
+    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(result.model)
     return result.model
 
 

@@ -13,7 +13,7 @@ from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments, dtype, same_sizes, shape
 from ....ir.ops.attention import band
-from . import banded, causal, padded
+from . import banded, causal, samples
 from .lowering import Lowering, Probe, always, scaled
 
 
@@ -210,10 +210,9 @@ def _attention_onnx(given: Attention) -> Tensor:
 
 
 @_lowering
-def _key_masked(given: Attention) -> Tensor:
-    """Each sample with the keys that its mask leaves, see `padded`."""
-    assert given.key_mask is not None
-    result = padded.key_masked_attention(
+def _samples(given: Attention) -> Tensor:
+    """Each sample with the keys that its mask leaves, see `samples`."""
+    result = samples.attention_by_samples(
         _tokens_first(given.query),
         _tokens_first(given.key),
         _tokens_first(given.value),
@@ -393,9 +392,9 @@ def _whole(
     refuses: Callable[[fx.Node], str | None] = always,
     standard: bool = False,
 ) -> Lowering:
-    """A lowering that is as good at every length: not for a band, causal attention or a key mask, in any sequence.
+    """A lowering of all scores at once: not where the length varies and another serves a node at every length.
 
-    The example's length says nothing about those to come; blocks, steps and branches lose little on short ones.
+    The example's length says nothing about those to come; blocks, steps and samples lose little on short ones.
     """
 
     def refuses_long(node: fx.Node) -> str | None:
@@ -403,7 +402,7 @@ def _whole(
             return "blocks serve a band at every length"
         if causal.settles(node):
             return "steps serve causal attention at every length"
-        return "samples serve a key mask at every length" if padded.settles(node) else refuses(node)
+        return "samples serve every length" if samples.settles(node) else refuses(node)
 
     return Lowering(name, function, refuses_long, standard)
 
@@ -415,7 +414,7 @@ ATTENTION = (
     _whole("MatMul+Softmax", unfused, standard=True),
     Lowering("Attention by blocks", _blocks, banded.refuses, standard=False),
     Lowering("Attention in steps", _steps, causal.refuses, standard=False),
-    Lowering("Attention by samples", _key_masked, padded.refuses, standard=False),
+    Lowering("Attention by samples", _samples, samples.refuses, standard=False),
 )
 # Projections give [B, N, H, D] and the output projection reads [B, N, H * D]: transpositions count.
 PROBE = Probe(_rows_first, _as_in_models)

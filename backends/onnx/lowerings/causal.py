@@ -222,7 +222,7 @@ def PaddedCausalAttention(  # type: ignore[no-untyped-def]
             )  # fmt: skip
         else:
             found = Step(a_query, a_key, a_value, mask, zero, rows, q_num_heads, kv_num_heads, scale, softcap)
-        return op.Squeeze(found, zero)
+        return op.Reshape(found, op.Shape(queries))  # said again, as in SixteenSteps: not inferred through slices
 
     length = op.Shape(query, start=1, end=2)
     if op.Squeeze(length >= LONG):

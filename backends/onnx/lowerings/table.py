@@ -28,7 +28,7 @@ from ....ir.ops import (
 )
 from . import align as aligns
 from . import attention as attentions
-from . import banded, block_tables, causal, padded, portable
+from . import banded, block_tables, causal, portable, samples
 from . import block_attention as block_attentions
 from . import conv_attention as conv_attentions
 from . import float8 as floats8
@@ -98,7 +98,7 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
 FUNCTIONS = (
     *banded.FUNCTIONS,
     *causal.FUNCTIONS,
-    *padded.FUNCTIONS,
+    *samples.FUNCTIONS,
     *aligns.FUNCTIONS,
     *window_attentions.FUNCTIONS,
     *block_attentions.FUNCTIONS,

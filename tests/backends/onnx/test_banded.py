@@ -99,7 +99,7 @@ def test_a_band_in_a_sequence_of_any_length_is_not_measured() -> None:
         f"{item.name}: blocks serve a band at every length" for item in LOWERINGS[attention][:-3]
     } | {
         "Attention in steps: it is not causal",
-        "Attention by samples: the key mask is not all that changes the scores",
+        "Attention by samples: a key mask is not all that changes the scores",
     }
 
 

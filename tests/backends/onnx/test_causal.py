@@ -109,6 +109,22 @@ def test_padding_weighs_nothing(tmp_path: Path) -> None:
     assert (found[mask] == other[mask]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("padding", ["none", "runs", "scattered"])
+@pytest.mark.parametrize("fixed", [(), ("x",), ("x", "length")])
+def test_sizes_that_are_fixed(fixed: tuple[str, ...], padding: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """ONNX Runtime infers shapes from them."""
+    x, key_mask = inputs(3, 9, padding)
+    example = (x.to(dtype), key_mask)
+    axes = {place: Dim.AUTO for place, name in enumerate(("x", "length")) if name not in fixed}
+    shapes = {"x": axes, "key_mask": axes} if axes else None
+    traced = trace(Causal(4, True, {}).eval(), bind_example(Causal(4, True, {}), example), shapes)
+    (found,) = session(traced, tmp_path).run([item.numpy() for item in example])
+    with torch.no_grad():
+        expected = traced.run(example)
+    assert compare([torch.from_numpy(found)], expected, run_float64(traced, example)).reasons == ()
+
+
 def test_heads_of_a_size_that_no_causal_kernel_takes(tmp_path: Path) -> None:
     class Odd(nn.Module):
         def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Two(nn.Module):
         self.weight = nn.Parameter(torch.ones(8))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = attention(attention(x, x, x), x, x)
+        x = attention(attention(x, x, x, right=2), x, x, right=2)
         return rms_norm(attention(x, x, x, right=1), self.weight, 1e-6)
 
 

@@ -60,6 +60,16 @@ def test_a_supported_program_has_no_problems() -> None:
     assert check(traced(Supported(), torch.rand(2, 4, 6, 8))) == []
 
 
+# --- what is written -----------------------------------------------------------------------------------------------
+
+
+def test_the_file_says_nothing_of_the_machine_that_made_it(tmp_path: Path) -> None:
+    """The exporter notes with every node the lines of source that it comes from."""
+    save(to_onnx(traced(Respelled(), torch.rand(2, 6)), {}), tmp_path / "model.onnx")
+    written = (tmp_path / "model.onnx").read_bytes()
+    assert Path(__file__).name.encode() not in written and b"stack_trace" not in written
+
+
 # --- what the exporter is given another way --------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from fxpress.backends.onnx.export import save, to_onnx
-from fxpress.backends.onnx.lowerings.padded import refuses
+from fxpress.backends.onnx.lowerings.samples import refuses
 from fxpress.backends.onnx.lowerings.table import LOWERINGS, supported
 from fxpress.backends.onnx.session import Session
 from fxpress.compiler.trace import bind_example, trace
@@ -21,20 +21,21 @@ HEADS, SIZE = 4, 8
 Options = dict[str, Any]
 
 
-class KeyMasked(nn.Module):
-    """Attention on queries x and keys y, both [B, N, HEADS * SIZE], with a key mask.
+class Samples(nn.Module):
+    """Attention on queries x and keys y, both [B, N, HEADS * SIZE], with a key mask if `masked`.
 
     The keys are of `groups` heads, the values of `wide` columns.
     """
 
-    def __init__(self, groups: int, wide: int, options: Options) -> None:
+    def __init__(self, groups: int, wide: int, masked: bool, options: Options) -> None:
         super().__init__()
-        self.groups, self.wide, self.options = groups, wide, options
+        self.groups, self.wide, self.masked, self.options = groups, wide, masked, options
 
     def forward(self, x: Tensor, y: Tensor, key_mask: Tensor) -> Tensor:
         query, keys = (item.unflatten(-1, (HEADS, SIZE)).transpose(1, 2) for item in (x, y))
         key = keys[:, : self.groups]
-        return attention(query, key, key[..., : self.wide] * 2, key_mask=key_mask, **self.options)
+        mask = key_mask if self.masked else None
+        return attention(query, key, key[..., : self.wide] * 2, key_mask=mask, **self.options) + 0 * key_mask.sum()
 
 
 def inputs(batch: int, length: int, keys: int, padding: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,8 +52,10 @@ def inputs(batch: int, length: int, keys: int, padding: str) -> tuple[Tensor, Te
     )
 
 
-def program(groups: int = HEADS, wide: int = SIZE, dynamic: bool = True, **options: Any) -> Program:
-    model = KeyMasked(groups, wide, options).eval()
+def program(
+    groups: int = HEADS, wide: int = SIZE, masked: bool = True, dynamic: bool = True, **options: Any
+) -> Program:
+    model = Samples(groups, wide, masked, options).eval()
     batch, keys = Dim("batch"), Dim("keys", min=2)
     shapes = {"x": {0: batch, 1: Dim("length", min=2)}, "y": {0: batch, 1: keys}, "key_mask": {0: batch, 1: keys}}
     return trace(model, bind_example(model, inputs(2, 6, 7, "empty")), shapes if dynamic else None)
@@ -74,6 +77,8 @@ OPTIONS: list[Options] = [
     {"softcap": 2.0},
     {"groups": 2, "wide": 4, "empty": "mean"},
     {"groups": 1, "softcap": 5.0},
+    {"masked": False},
+    {"masked": False, "groups": 2, "empty": "nan"},
 ]
 
 
@@ -112,9 +117,14 @@ def test_a_sample_is_the_same_alone(tmp_path: Path) -> None:
     assert (together[2:] == alone).all()
 
 
-def test_float16(tmp_path: Path) -> None:
-    model = KeyMasked(HEADS, SIZE, {}).eval()
-    example = tuple(item.half() if item.is_floating_point() else item for item in inputs(2, 6, 7, "empty"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("padding", ["none", "left", "empty"])
+@pytest.mark.parametrize("groups", [HEADS, 2])
+def test_sizes_that_are_fixed(groups: int, padding: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """ONNX Runtime infers shapes from them."""
+    model = Samples(groups, 4, True, {}).eval()
+    x, y, key_mask = inputs(3, 6, 7, padding)
+    example = (x.to(dtype), y.to(dtype), key_mask)
     traced = trace(model, bind_example(model, example), None)
     (found,) = lowered(traced, tmp_path)([item.numpy() for item in example])
     with torch.no_grad():
@@ -122,10 +132,11 @@ def test_float16(tmp_path: Path) -> None:
     assert verdict.reasons == ()
 
 
-def test_keys_of_any_length_are_not_measured() -> None:
-    candidates, reasons = supported(program().calls(attention)[0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_keys_of_any_length_are_not_measured(masked: bool) -> None:
+    candidates, reasons = supported(program(masked=masked).calls(attention)[0])
     assert [item.name for item in candidates] == ["Attention by samples"]
-    assert "Attention: samples serve a key mask at every length" in reasons
+    assert "Attention: samples serve every length" in reasons
 
 
 def test_a_fixed_length_is_measured() -> None:
@@ -140,20 +151,19 @@ def test_nan_in_rows_without_keys_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({}, "there is no key mask"),
-        ({"key_mask": True, "right": 0}, "the key mask is not all that changes the scores"),
-        ({"key_mask": True, "dtype": torch.float64}, "ONNX Runtime's kernels are for float32 and float16"),
+        ({"key_mask": True, "right": 0}, "a key mask is not all that changes the scores"),
+        ({"dtype": torch.float64}, "ONNX Runtime's kernels are for float32 and float16"),
     ],
 )
 def test_refusals(options: dict[str, Any], reason: str) -> None:
     given = dict(options)
-    masked, dtype = (given.pop(name, None) for name in ("key_mask", "dtype"))
+    masked, dtype = given.pop("key_mask", False), given.pop("dtype", torch.float32)
 
     class Refused(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return attention(x, x, x, key_mask=x[:, 0, :, 0] > 0 if masked else None, **given)
 
-    example = torch.rand(2, 4, 6, 8, dtype=dtype or torch.float32)
+    example = torch.rand(2, 4, 6, 8, dtype=dtype)
     traced = trace(Refused().eval(), bind_example(Refused(), (example,)), None)
     found = refuses(traced.calls(attention)[0])
     assert found is not None and found.startswith(reason)

@@ -1,12 +1,17 @@
-"""Attention with a key mask, one sample at a time, with the keys that its mask leaves.
+"""Attention one sample at a time, with the keys that a key mask leaves.
 
 The kernels of ONNX Runtime take about twice the time where they read a mask, which changes every score; and where the
 scores of a batch are more than the second cache holds, a sample at a time is faster than all at once. So each sample's
-keys and values are cut to those that count, and its attention needs no mask. A short batch without padding is one
-attention as it is. Which of these a batch is turns out at each run, so it is written in ONNX.
+keys and values are cut to those that count, and its attention needs no mask. A batch without padding is one attention
+as it is if its scores are few, or if it is one sample. Which of these it is turns out at each run, so it is written in
+ONNX.
 
-Where one sample has many scores, MultiHeadAttention is faster: its kernel keeps the scores of some queries in the cache
-(FlashAttention, Dao et al., 2022). It is for float32 and knows neither grouped heads nor a soft cap.
+Where one sample has many scores, MultiHeadAttention is faster and takes no memory for them: its kernel keeps the
+scores of some queries in the cache (FlashAttention, Dao et al., 2022). It is for float32 and knows neither grouped
+heads nor a soft cap.
+
+Samples take turns, and the heads of one are what threads can share: where threads are more than about twice as many as
+heads, one attention with a mask would use them better.
 """
 
 from __future__ import annotations
@@ -23,21 +28,20 @@ from .functions import DOMAIN
 
 _FXPRESS = Opset(DOMAIN, 1)
 _MICROSOFT = Opset("com.microsoft", 1)
-SCORES = 2**20  # numbers, of four bytes, that a second cache does not hold
+_SCORES = 2**20  # numbers, of four bytes, that a second cache does not hold
 
 
 def refuses(node: fx.Node) -> str | None:
-    """Why a node is no attention with a key mask alone."""
+    """Why a node is no attention without a mask or with a key mask alone."""
     given = arguments(node)
-    if given["key_mask"] is None:
-        return "there is no key mask"
     if any(given[name] is not None for name in ("bias", "left", "right", "sinks")):
-        return "the key mask is not all that changes the scores"
+        return "a key mask is not all that changes the scores"
     if not all(isinstance(shape(given[name])[1], int) for name in ("query", "key")):
         return "the number of heads is dynamic"
     if dtype(given["query"]) not in (torch.float32, torch.float16):
         return f"ONNX Runtime's kernels are for float32 and float16, found {dtype(given['query'])}"
-    return "rows without any key are NaN" if given["empty"] == "nan" else None
+    masked = given["key_mask"] is not None
+    return "rows without any key are NaN" if masked and given["empty"] == "nan" else None
 
 
 def settles(node: fx.Node) -> bool:
@@ -45,28 +49,31 @@ def settles(node: fx.Node) -> bool:
     return refuses(node) is None and not isinstance(shape(arguments(node)["key"])[2], int)
 
 
-def key_masked_attention(
+def attention_by_samples(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_mask: Tensor,
+    key_mask: Tensor | None,
     empty: str,
     heads: tuple[int, int],
     scale: float,
     softcap: float,
 ) -> Tensor:
-    """Query [B, N, H * D], key [B, M, G * D], value [B, M, G * E], key_mask [B, M] -> [B, N, H * E]; `heads`: H and G.
+    """Query [B, N, H * D], key [B, M, G * D], value [B, M, G * E], key_mask [B, M] -> [B, N, H * E].
 
-    A sample without any key gives zeros, or the mean of its values.
+    `heads`: H and G. A sample without any key gives zeros, or the mean of its values.
     """
     # What is the same in all layers is computed of the mask and its sizes alone, so that it is computed once.
-    keys = key_mask.shape[1]
+    mask = torch.ones(key.shape[:2], dtype=torch.bool) if key_mask is None else key_mask
+    batch, keys = mask.shape
     length = keys if same_sizes([query.shape[1]], [key.shape[1]]) else query.shape[1]
-    few = torch.full((), key_mask.shape[0] * heads[0] * length * keys, dtype=torch.int64) < SCORES
+    scores = torch.full((), heads[0] * length * keys, dtype=torch.int64)
+    samples = torch.full((), batch, dtype=torch.int64)
+    small = torch.logical_or(scores * samples < _SCORES, samples == 1)
     plain = heads[0] == heads[1] and not softcap and query.dtype == torch.float32
     return symbolic(
-        f"{DOMAIN}::{(KeyMaskedAttention if plain else GroupedKeyMaskedAttention).name}",
-        (query, key, value, key_mask, key_mask.any(1), torch.logical_and(few, key_mask.all())),
+        f"{DOMAIN}::{(SampleAttention if plain else GroupedSampleAttention).name}",
+        (query, key, value, mask, mask.any(1), torch.logical_and(small, mask.all()), scores >= _SCORES),
         {
             "q_num_heads": heads[0],
             "kv_num_heads": heads[1],
@@ -82,11 +89,10 @@ def key_masked_attention(
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
 def Unmasked(  # type: ignore[no-untyped-def]
-    query, key, value, q_num_heads: int, kv_num_heads: int, scale: float, softcap: float
+    query, key, value, many, q_num_heads: int, kv_num_heads: int, scale: float, softcap: float
 ):
-    """In float32, as many key heads as query heads, no soft cap."""
-    scores = op.Shape(query, start=1, end=2) * op.Shape(key, start=1, end=2) * op.Constant(value_int=q_num_heads)
-    if op.Squeeze(scores >= op.Constant(value_int=SCORES)):
+    """In float32, as many key heads as query heads, no soft cap; `many`: of one sample's scores."""
+    if many:
         result = _MICROSOFT.MultiHeadAttention(query, key, value, num_heads=q_num_heads, scale=scale)
     else:
         result = op.Attention(
@@ -113,35 +119,42 @@ def Kept(rows, kept):  # type: ignore[no-untyped-def]
     return op.Unsqueeze(op.Compress(rows, kept, axis=0), op.Constant(value_ints=[0]))
 
 
+@script(_FXPRESS, default_opset=op)
+def Rows(result, queries, width):  # type: ignore[no-untyped-def]
+    """One sample's result [N, width]; said in full, for ONNX Runtime infers a width of 0 behind Compress."""
+    return op.Reshape(result, op.Concat(op.Shape(queries, end=1), width, axis=0))
+
+
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
-def KeyMaskedAttention(  # type: ignore[no-untyped-def]
-    query, key, value, key_mask, some, together,
+def SampleAttention(  # type: ignore[no-untyped-def]
+    query, key, value, key_mask, some, together, many,
     q_num_heads: int, kv_num_heads: int, scale: float, softcap: float, empty: float,
 ):  # fmt: skip
-    """`some` [B] says which samples have keys; `together`, that all have all of them, and few scores."""
+    """`some` [B] says which samples have keys; `together`, that they are one attention without a mask.
+
+    `many`: a sample's scores are.
+    """
 
     @graph()
     def Sample(queries, keys, values, kept, has_keys):  # type: ignore[no-untyped-def]
         first = op.Constant(value_ints=[0])
         row = op.Unsqueeze(queries, first)
         if has_keys:
-            found = Unmasked(row, Kept(keys, kept), Kept(values, kept), q_num_heads, kv_num_heads, scale, softcap)
+            found = Unmasked(row, Kept(keys, kept), Kept(values, kept), many, q_num_heads, kv_num_heads, scale, softcap)
         else:
             found = EmptySample(row, keys, values, q_num_heads, kv_num_heads, scale, empty)
-        return op.Squeeze(found, first)
+        return Rows(found, queries, op.Shape(values, start=1))
 
     if together:
-        result = op.Attention(
-            query, key, value, q_num_heads=q_num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap
-        )
+        result = Unmasked(query, key, value, many, q_num_heads, kv_num_heads, scale, softcap)
     else:
         result = op.Scan(query, key, value, key_mask, some, body=Sample, num_scan_inputs=5)
     return result
 
 
 @script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
-def GroupedKeyMaskedAttention(  # type: ignore[no-untyped-def]
-    query, key, value, key_mask, some, together,
+def GroupedSampleAttention(  # type: ignore[no-untyped-def]
+    query, key, value, key_mask, some, together, many,
     q_num_heads: int, kv_num_heads: int, scale: float, softcap: float, empty: float,
 ):  # fmt: skip
     """The same in the one kernel that knows grouped heads, a soft cap and float16."""
@@ -157,7 +170,8 @@ def GroupedKeyMaskedAttention(  # type: ignore[no-untyped-def]
             )  # fmt: skip
         else:
             found = EmptySample(row, keys, values, q_num_heads, kv_num_heads, scale, empty)
-        return op.Squeeze(found, first)
+        heads, groups = op.Constant(value_int=q_num_heads), op.Constant(value_int=kv_num_heads)
+        return Rows(found, queries, op.Shape(values, start=1) / groups * heads)
 
     if together:
         result = op.Attention(
@@ -168,4 +182,4 @@ def GroupedKeyMaskedAttention(  # type: ignore[no-untyped-def]
     return result
 
 
-FUNCTIONS = (Unmasked, EmptySample, Kept, KeyMaskedAttention, GroupedKeyMaskedAttention)
+FUNCTIONS = (Unmasked, EmptySample, Kept, Rows, SampleAttention, GroupedSampleAttention)
