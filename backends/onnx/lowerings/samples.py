@@ -2,10 +2,9 @@
 
 The kernels of ONNX Runtime take longer where they read a mask, which changes every score: 1.2 to 1.4 times as long for
 one sample, twice for eight of 128 tokens (a Xeon, onnxruntime 1.32); and where the scores of a batch are more than the
-second cache holds, a sample at a time is as fast as all at once or faster. So each
-sample's keys and values are cut to those that count, and its attention needs no mask. A batch without padding is one
-attention as it is if its scores are few, or if it is one sample. Which of these it is turns out at each run, so it is
-written in ONNX.
+second cache holds, a sample at a time is as fast as all at once or faster. So each sample's keys and values are cut to
+those that count, and its attention needs no mask. A batch without padding is one attention as it is if its scores are
+few, or if it is one sample. Which of these it is turns out at each run, so it is written in ONNX.
 
 Where one sample has many scores, MultiHeadAttention is faster and takes no memory for them: its kernel keeps the
 scores of some queries in the cache (FlashAttention, Dao et al., 2022). It is for float32 and knows neither grouped
