@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..ir.equality import Comparison, compare, run_float64
 from ..ir.errors import FxpressError, InputError, VerifyError, nearest, one_line
 from ..ir.graph import Program
+from ..ir.padding import Padding, Real
 from ..ir.rewrite import Context, Pass
 from ..ir.signature import describe, leaves
 from . import artifact, hf, pretrained
@@ -56,6 +57,7 @@ class _Product:
     traced: Program | None  # before the passes, for `verify`; its weights are shared
     runner: Runner
     report: Report
+    padding: Padding | None = None  # of the canonical program, before the other passes
 
     def __post_init__(self) -> None:
         self.bind = Binder(self.program.signature)
@@ -85,6 +87,8 @@ class Compiled:
     def verify(self, inputs: Any) -> Comparison:
         """How far the compiled model is from the model on other inputs, judged by an fp64 run of the model.
 
+        Where a pass removed padding, outputs are compared at tokens alone.
+
         Args:
             inputs: a dict of named or a tuple of positional inputs.
 
@@ -101,7 +105,11 @@ class Compiled:
             judge = run_float64(traced, tensors)
         except RuntimeError as error:  # torch.export may fix what depends on a size, such as a number of chunks
             raise InputError(f"the traced graph does not hold at these sizes: {one_line(error)}") from error
-        return compare(made.runner.run(tensors), eager, judge, made.program.signature.outputs)
+        real: Real = list
+        if made.padding is not None and not all(item.keeps_padding for item in self._settings.passes):
+            real = made.padding.left_out(tensors)
+        found, usual, truth = map(real, (made.runner.run(tensors), eager, judge))
+        return compare(found, usual, truth, made.program.signature.outputs)
 
     @property
     def report(self) -> Report:
@@ -384,8 +392,8 @@ def _rewritten(
         report.bytes_after = weight_bytes(program if written is None else written.program)
     if expected is not None:
         with clock("verify"):
-            lossy = not all(item.exact for item in settings.passes)
-            verdict = _judged(runner.run(flat), *expected, program.signature.outputs, passed, lossy)
+            whole = all(item.exact and item.keeps_padding for item in settings.passes)
+            verdict = _judged(runner.run(flat), *expected, program.signature.outputs, passed, whole)
         _record(report, verdict)
         if not verdict.equal and all(item.exact for item in settings.passes):
             raise VerifyError(
@@ -393,7 +401,7 @@ def _rewritten(
                 "try passes=[] and, if that is right, max_rewrites to find the rewrite"
             )
     report.seconds = clock.seconds
-    return _Product(flat, program, traced, runner, report)
+    return _Product(flat, program, traced, runner, report, passed.padding)
 
 
 def _judged(
@@ -402,19 +410,18 @@ def _judged(
     judge: Sequence[Any],
     names: Sequence[str],
     passed: Passed,
-    lossy: bool,
+    whole: bool,
 ) -> Comparison:
-    """`compare` without the outputs that passes gave the shape that they have; what lossy ones make of padding is no
-    loss."""
+    """`compare` without the outputs that passes gave the shape that they have; unless `whole`, without padding."""
     reshaped = passed.reshaped
-    rows = zip(found, eager, judge, names, strict=True)
-    kept = [row for row in rows if row[3] not in reshaped or list(row[0].shape) != reshaped[row[3]][1]]
+    kinds = [list(value.shape) if isinstance(value, Tensor) else None for value in found]
+    if not whole:
+        found, eager, judge = map(passed.real, (found, eager, judge))
+    rows = zip(found, eager, judge, names, kinds, strict=True)
+    kept = [row[:4] for row in rows if row[3] not in reshaped or row[4] != reshaped[row[3]][1]]
     if not kept:
         return Comparison()
-    actual, usual, truth, kept_names = map(list, zip(*kept, strict=True))
-    if lossy:
-        actual, usual, truth = ([passed.real(value) for value in side] for side in (actual, usual, truth))
-    return compare(actual, usual, truth, kept_names)
+    return compare(*map(list, zip(*kept, strict=True)))
 
 
 def _record(report: Report, verdict: Comparison) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import passes as pass_folder
-from ..ir.calibration.lockstep import without_padding
 from ..ir.equality import compare, sqnr_db
 from ..ir.errors import FxpressError, InputError, RewriteError, VerifyError, nearest
 from ..ir.graph import Program, arguments
@@ -22,6 +21,7 @@ from ..ir.ops.attention import attention
 from ..ir.ops.float8 import float8_quantize
 from ..ir.ops.int8_attention import int8_attention
 from ..ir.ops.quantize import dequantize, expand_int4, int4_embedding, int4_linear, quantize, unpack_int4
+from ..ir.padding import Padding, Real
 from ..ir.pruning.masks import is_masked, masked
 from ..ir.rewrite import Context, Pass
 from ..ir.verify import verify
@@ -131,14 +131,16 @@ class Passed:
         reports: of each pass.
         macs_before, macs_after: multiplications of `counted`, before the first pass and after the last; None: not run.
         reshaped: outputs that have another shape than before, as those of fewer heads do: [before, after].
-        real: gives the vectors of an output's real tokens, where the program knows which are padding.
+        padding: which vectors of the outputs are padding; None: not known.
+        real: gives those of the outputs on the example that are not.
     """
 
     reports: list[PassReport]
     macs_before: int | None = None
     macs_after: int | None = None
     reshaped: dict[str, list[list[int]]] = field(default_factory=dict)
-    real: Callable[[Any], Any] = field(default=lambda value: value)
+    padding: Padding | None = None
+    real: Real = list
 
 
 def run_passes(
@@ -159,7 +161,8 @@ def run_passes(
     """
     reports: list[PassReport] = []
     verify(program)
-    real: Callable[[Any], Any] = _as_it_is
+    padding: Padding | None = None
+    real: Real = list
     first, macs_before = counted(program, context.inputs) if expected else (None, None)
     before, macs_after = first, macs_before
     for index, rewrite in enumerate(passes):
@@ -173,7 +176,9 @@ def run_passes(
             raise kind(f"{_place(passes, index)}: {error}") from error
         seconds = time.perf_counter() - start
         if expected and after is not None and rewrite.exact and all(item.exact for item in passes[:index]):
-            verdict = compare(after, *expected, program.signature.outputs)
+            whole = all(item.keeps_padding for item in passes[: index + 1])
+            found, usual, truth = map(list if whole else real, (after, *expected))
+            verdict = compare(found, usual, truth, program.signature.outputs)
             if not verdict.equal:
                 raise VerifyError(
                     f"{_place(passes, index)}: the result changed: {verdict.reasons[0]}; "
@@ -193,12 +198,11 @@ def run_passes(
         )
         before = after
         if expected and index == 0:
-            real = without_padding(program, context.inputs)  # canonical attention says what padding is
-    return Passed(reports, macs_before, macs_after, _reshaped(program.signature.outputs, first, before), real)
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
+            # Canonical attention says what padding is.
+            padding = Padding.of(program, follow=not all(item.keeps_padding for item in passes))
+            real = padding.left_out(context.inputs)
+    reshaped = _reshaped(program.signature.outputs, first, before)
+    return Passed(reports, macs_before, macs_after, reshaped, padding, real)
 
 
 def _place(passes: Sequence[Pass], index: int) -> str:
@@ -206,12 +210,13 @@ def _place(passes: Sequence[Pass], index: int) -> str:
     return f"pass {passes[index]}{earlier}"
 
 
-def _introduced(after: Sequence[Any] | None, before: Sequence[Any] | None, real: Callable[[Any], Any]) -> float | None:
+def _introduced(after: Sequence[Any] | None, before: Sequence[Any] | None, real: Real) -> float | None:
     """The lowest SQNR among the outputs that a pass left their shape; padding is left out."""
     if after is None or before is None:
         return None
-    pairs = [(a, b) for a, b in zip(after, before, strict=True) if isinstance(a, Tensor) and a.is_floating_point()]
-    return min((sqnr_db(real(a), real(b)) for a, b in pairs if a.shape == b.shape), default=None)
+    pairs = zip(real(after), real(before), strict=True)
+    floats = [(a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
+    return min((sqnr_db(a, b) for a, b in floats if a.shape == b.shape), default=None)
 
 
 def _reshaped(

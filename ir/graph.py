@@ -29,6 +29,7 @@ from .ops import (  # noqa: F401  # the families register their operators
     low_rank_attention,
     lsh_attention,
     norm,
+    padding,
     pool,
     quantize,
     rotary,
@@ -100,6 +101,18 @@ class Program:
         with torch.no_grad():
             found: Tensor = node.target(*fx.map_arg(node.args, self.computed), **fx.map_arg(node.kwargs, self.computed))
         return found
+
+    def values(self, nodes: Sequence[fx.Node], inputs: Sequence[Tensor]) -> list[Any]:
+        """What nodes are worth on flat inputs, without a gradient; what they do not depend on is not run."""
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            if node.op != "output":
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(tuple(copies[node] for node in nodes))
+        graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        with torch.no_grad():
+            return list(fx.GraphModule(self.module, graph)(*inputs))
 
     # --- edits -------------------------------------------------------------------------------------------------
 

@@ -93,9 +93,11 @@ class Pass:
     """A rewrite of a program. Options are the fields of the subclass, a frozen dataclass in a file of its own.
 
     `exact`: the result equals the model (DESIGN: equal); a lossy pass sets it to False and its loss is reported.
+    `keeps_padding`: at tokens that are padding, too.
     """
 
     exact: ClassVar[bool] = True
+    keeps_padding: ClassVar[bool] = True
     more_options: ClassVar[bool] = False  # whether it takes options that are not fields, and checks them itself
 
     @property

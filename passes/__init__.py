@@ -7,6 +7,7 @@ from .fuse import Fuse
 from .integer_only import IntegerOnly
 from .mask_weights import MaskWeights
 from .quantize import Quantize
+from .remove_padding import RemovePadding
 from .replace_attention import ReplaceAttention
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "IntegerOnly",
     "MaskWeights",
     "Quantize",
+    "RemovePadding",
     "ReplaceAttention",
 ]

@@ -105,6 +105,16 @@ def _full_slice(program: Program, node: fx.Node) -> fx.Node | None:
     return given["self"] if whole else None
 
 
+def _joined(program: Program, node: fx.Node) -> fx.Node | None:
+    """cat without the empty tensors of one axis that torch passes over, as the caches of models begin with."""
+    given = arguments(node)
+    parts = [item for item in given["tensors"] if not (shape(item) == (0,) and dtype(item) == dtype(node))]
+    if not parts or len(parts) == len(given["tensors"]):
+        return None
+    alone = len(parts) == 1 and dtype(parts[0]) == dtype(node)
+    return parts[0] if alone else program.call(aten.cat.default, parts, given["dim"], before=node)
+
+
 def _slice(program: Program, node: fx.Node) -> fx.Node | None:
     return _full_slice(program, node) or _own_rows(program, node)
 
@@ -354,6 +364,7 @@ SIMPLIFICATIONS: dict[Any, Edit] = {
     aten.max.other: _respelled(aten.maximum.default),
     **dict.fromkeys(_DROPOUTS, _dropout),
     **dict.fromkeys(_RESHAPES, _reshape),
+    aten.cat.default: _joined,
     aten.slice.Tensor: _slice,
     aten.expand.default: _same_shape,
     aten.transpose.int: _permute,

@@ -80,7 +80,8 @@ def _tables(program: Program, inputs: Sequence[Tensor]) -> list[_Table]:
     """The tables of positions; each once, however often it is looked up."""
     found: dict[str, _Table] = {}
     lookups = [node for node in program.calls(aten.embedding.default) if arguments(node)["indices"].op != "placeholder"]
-    for node, index in zip(lookups, _values(program, [item.args[1] for item in lookups], inputs), strict=True):
+    places: list[Any] = [item.args[1] for item in lookups]
+    for node, index in zip(lookups, program.values(places, inputs), strict=True):
         weight: Any = node.args[0]
         rows = index.reshape(-1, index.shape[-1]) if index.dim() else index.reshape(1, 1)
         steps = rows[:, 1:] - rows[:, :-1]
@@ -90,22 +91,6 @@ def _tables(program: Program, inputs: Sequence[Tensor]) -> list[_Table]:
         learned = int(weight.meta["val"].shape[0]) - first
         found.setdefault(str(weight.target), _Table(node, weight, first, learned))
     return list(found.values())
-
-
-def _values(program: Program, wanted: Sequence[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Values of nodes on the example."""
-    if not wanted:
-        return []
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        if node.op != "output":
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in wanted))
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    with torch.no_grad():
-        found: tuple[Tensor, ...] = fx.GraphModule(program.module, graph)(*inputs)
-    return list(found)
 
 
 def _stored(table: _Table) -> list[fx.Node]:

@@ -42,7 +42,7 @@ from .lifetimes import PLACED, Buffer, released, take_turns
 from .lowerings.table import EXTERN, KERNELS
 from .partition import Group, Planner, kind
 from .prepare import prepare
-from .sizes import Sizes, contiguous, product, text
+from .sizes import Sizes, contiguous, product, refuse_unknown, text
 from .sparse import compress
 
 INDENT = "    "
@@ -91,8 +91,9 @@ def generate(program: Program) -> Generated:
     """Generate the module of a program.
 
     Raises:
-        LoweringError: nodes that the backend has nothing for; all are named.
+        LoweringError: nodes that the backend has nothing for; all are named. Or a size depends on values.
     """
+    refuse_unknown(program)
     ready = prepare(program)
     choices = compress(ready)
     return replace(write(ready), choices=tuple(choices))

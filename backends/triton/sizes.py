@@ -14,7 +14,8 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 from torch.utils._sympy.printers import PythonPrinter
 
 from ...ir.errors import LoweringError
-from ...ir.graph import Program, short_dtype, size_text
+from ...ir.graph import Program, describe_value, short_dtype, size_text, source_of
+from ...ir.printer import target_name
 
 _PRINTER = PythonPrinter()
 HINT = 64  # of a size that no example shows
@@ -145,6 +146,22 @@ class Sizes:
             self._hints[renamed[expression]] = int(value.node.hint)
         self._renamed[expression] = expression.xreplace(renamed)
         return self._renamed[expression]
+
+
+def refuse_unknown(program: Program) -> None:
+    """Refuse a program with a size that only its values tell.
+
+    Raises:
+        LoweringError: names the first node that has one.
+    """
+    sizes = Sizes(program)
+    for node in program.graph.nodes:
+        if isinstance(value := node.meta.get("val"), Tensor):
+            try:
+                sizes.shape(node)
+            except LoweringError as error:
+                kind = f"{target_name(node)}: {describe_value(value)}"
+                raise LoweringError(f"{kind}: {error}; backend='onnx' takes it{source_of(node)}") from error
 
 
 def text(expression: Any) -> str:

@@ -201,7 +201,7 @@ def _judge(
         VerifyError: says what differs.
     """
     if not work.asked.exact:
-        found, before, judge = ([passed.real(value) for value in side] for side in (found, before, judge))
+        found, before, judge = map(passed.real, (found, before, judge))
     try:
         verdict = compare(found, before, judge, program.signature.outputs)
     except RuntimeError as error:  # outputs of other shapes, as those of fewer heads are

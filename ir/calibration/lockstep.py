@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..graph import Program, arguments, attribute
-from ..ops.table import OPERATORS
+from ..graph import Program, attribute
+from ..padding import key_masks
 from ..rewrite import Track, untracked
 from .spill import LIMIT, Spill
 
@@ -43,7 +43,8 @@ class Lockstep:
         self._spill = Spill(memory)
         self._track, self._title = track or untracked, title
         self._values: dict[fx.Node, list[Any]] = {}
-        self._masks = [_computed(program, mask, batches) for mask in _key_masks(program)]
+        found = [program.values(key_masks(program), batch) for batch in batches]
+        self._masks = [[mask.bool() for mask in masks] for masks in zip(*found, strict=True)]
 
     def run(self, visit: Visit) -> list[list[Any]]:
         """Run every node, unless `visit(node)`, asked before each call, gives its values. The outputs, by batch."""
@@ -110,49 +111,6 @@ class _Rows(Sequence[Tensor]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._lockstep.unpadded(self._values[index], index)
-
-
-def _key_masks(program: Program) -> list[fx.Node]:
-    """The padding masks that attention of any kind reads, [B, M], True at real tokens."""
-    found = [arguments(node).get("key_mask") for node in program.calls(*OPERATORS)]
-    return [node for node in dict.fromkeys(found) if node is not None]
-
-
-def without_padding(program: Program, inputs: Sequence[Tensor]) -> Callable[[Any], Any]:
-    """A function from outputs to the vectors of their real tokens, where an output's sizes are those of a mask."""
-    masks = [_computed(program, node, [inputs])[0] for node in _key_masks(program)]
-
-    def real(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        mask = next((item for item in masks if value.dim() > 2 and value.shape[:2] == item.shape), None)
-        return value if mask is None else value[mask]
-
-    return real
-
-
-def _computed(program: Program, wanted: fx.Node, batches: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """One value by batch, computed ahead of everything else."""
-    needed, waiting = set(), [wanted]
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting += node.all_input_nodes
-    inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
-    nodes = [node for node in program.graph.nodes if node in needed and node.op != "placeholder"]
-    found = []
-    with torch.no_grad():
-        for batch in batches:
-            values: dict[fx.Node, Any] = dict(zip(inputs, batch, strict=True))
-            for node in nodes:
-                if node.op == "get_attr":
-                    values[node] = attribute(program.module, str(node.target))
-                else:
-                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                    values[node] = node.target(*args, **kwargs)
-            found.append(values[wanted].bool())
-    return found
 
 
 def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

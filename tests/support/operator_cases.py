@@ -49,6 +49,7 @@ mask = torch.ones(2, LENGTH, dtype=torch.bool)
 mask[1, 9:] = False
 q, k, v = heads(0), heads(1), heads(2)
 grouped_k, grouped_v = heads(1, 2), heads(2, 2)
+q_row, k_row, v_row = (normal(1, 22, 4, 8, seed=seed).transpose(1, 2) for seed in range(3))  # the tokens of `mask`
 x = normal(3, 5, 16)
 positive = normal(2, 4, LENGTH, 6, seed=5).abs()
 weight, other = normal(7, 16, seed=1), normal(7, 16, seed=2)
@@ -88,6 +89,10 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("pool_tokens", (normal(2, LENGTH, 8), mask), {}),
     ("pool_mask", (mask,), {}),
     ("unpool_tokens", (normal(2, 7, 8), normal(2, LENGTH, 8)), {}),
+    ("pack_tokens", (normal(2, LENGTH, 8), mask.flatten().nonzero()[:, 0]), {}),
+    ("unpack_tokens", (normal(1, 22, 8), mask), {}),
+    ("packed_attention", (q_row, k_row[:, :2], v_row[:, :2], mask), {}),
+    ("packed_attention", (q_row, k_row, v_row, mask), {"causal": True, "scale": 0.2, "softcap": 5.0}),
     ("rms_norm", (x, normal(16), 1e-6), {}),
     ("add_rms_norm", (x, x.flip(0), normal(16), 1e-6), {}),
     ("add_layer_norm", (x, x.flip(0), normal(16), normal(16, seed=1), 1e-6), {}),

@@ -28,7 +28,7 @@ from .functions import DOMAIN
 
 _FXPRESS = Opset(DOMAIN, 1)
 _MICROSOFT = Opset("com.microsoft", 1)
-_SCORES = 2**20  # numbers, of four bytes, that a second cache does not hold
+MANY_SCORES = 2**20  # numbers, of four bytes, that a second cache does not hold
 
 
 def refuses(node: fx.Node) -> str | None:
@@ -69,11 +69,11 @@ def attention_by_samples(
     length = keys if same_sizes([query.shape[1]], [key.shape[1]]) else query.shape[1]
     scores = torch.full((), heads[0] * length * keys, dtype=torch.int64)
     samples = torch.full((), batch, dtype=torch.int64)
-    small = torch.logical_or(scores * samples < _SCORES, samples == 1)
+    small = torch.logical_or(scores * samples < MANY_SCORES, samples == 1)
     plain = heads[0] == heads[1] and not softcap and query.dtype == torch.float32
     return symbolic(
         f"{DOMAIN}::{(SampleAttention if plain else GroupedSampleAttention).name}",
-        (query, key, value, mask, mask.any(1), torch.logical_and(small, mask.all()), scores >= _SCORES),
+        (query, key, value, mask, mask.any(1), torch.logical_and(small, mask.all()), scores >= MANY_SCORES),
         {
             "q_num_heads": heads[0],
             "kv_num_heads": heads[1],

@@ -21,6 +21,7 @@ from ....ir.ops import (
     low_rank_attention,
     lsh_attention,
     norm,
+    padding,
     pool,
     quantize,
     rotary,
@@ -38,6 +39,7 @@ from . import linear as linears
 from . import linear_attention as linear_attentions
 from . import lsh_attention as lsh_attentions
 from . import norm as norms
+from . import padding as paddings
 from . import quantize as quantizes
 from . import rotary as rotaries
 from . import window_attention as window_attentions
@@ -55,6 +57,10 @@ LOWERINGS: dict[Any, tuple[Lowering, ...]] = {
     linear.split_linear: linears.SPLIT_LINEAR,
     linear.mlp: linears.MLP,
     rotary.rotary: rotaries.ROTARY,
+    padding.real_tokens: paddings.REAL_TOKENS,
+    padding.pack_tokens: paddings.PACK_TOKENS,
+    padding.unpack_tokens: paddings.UNPACK_TOKENS,
+    padding.packed_attention: paddings.PACKED_ATTENTION,
     integer.requantize: integers.REQUANTIZE,
     integer.integer_add: integers.INTEGER_ADD,
     integer.integer_linear: integers.INTEGER_LINEAR,
@@ -99,6 +105,7 @@ FUNCTIONS = (
     *banded.FUNCTIONS,
     *causal.FUNCTIONS,
     *samples.FUNCTIONS,
+    *paddings.FUNCTIONS,
     *aligns.FUNCTIONS,
     *window_attentions.FUNCTIONS,
     *block_attentions.FUNCTIONS,

@@ -7,4 +7,4 @@ from fxpress.backends.onnx.lowerings.table import FUNCTIONS
 
 def test_names_are_unique() -> None:
     """Of two functions of one name the second would be written out for both."""
-    assert [name for name, count in Counter(item.name for item in FUNCTIONS).items() if count > 1] == []
+    assert [name for name, count in Counter(item.function_ir.name for item in FUNCTIONS).items() if count > 1] == []

@@ -51,7 +51,8 @@ def test_equals_its_reference_in_half_precision(
 
 
 def test_every_operator_is_tried() -> None:
-    assert {entry.name for entry in OPERATORS.values()} == {case[0] for case in CASES}
+    # How many tokens `real_tokens` gives depends on values; such sizes are refused, see test_padding.
+    assert {entry.name for entry in OPERATORS.values()} == {case[0] for case in CASES} | {"real_tokens"}
 
 
 def prefix(self: Any, query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> Tensor:
