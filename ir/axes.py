@@ -174,6 +174,7 @@ _RULES: dict[Any, Callable[[fx.Node], dict[fx.Node, Carried]]] = {
         (aten._to_copy.default, aten.to.dtype, aten.masked_fill.Tensor, aten.contiguous.default), _by_element
     ),
     **dict.fromkeys((aten.dropout.default, aten.alias.default, aten.detach.default, aten.expand.default), _by_element),
+    **dict.fromkeys((aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), _by_element),
     **dict.fromkeys((aten.linear.default, linear.linear_act, linear.gated_linear, linear.mlp), _rows("input")),
     **dict.fromkeys((linear.split_linear, quantize.int4_linear, quantize.int8_weight_linear), _rows("input")),
     quantize.int8_linear: _rows("input", "scale"),

@@ -15,6 +15,10 @@ from torch import Tensor, fx
 
 from .axes import carried
 from .graph import Program, arguments, same_sizes, shape, source_of
+from .masks import expression as e
+from .masks.reader import Reader as MaskReader
+from .masks.values import is_one
+from .masks.without import worth_without
 from .ops.table import taking
 from .printer import target_name
 
@@ -35,11 +39,13 @@ class Region:
         key_mask: [B, N], True: a token.
         places: the axes that are B and N of each call's result, or of each of its results.
         attention: those of the calls that are attention, of any kind.
+        at_padding: numbers that results are at padding in the model, whatever is computed there; else it is of no use.
     """
 
     key_mask: fx.Node
     places: dict[fx.Node, Place] = field(default_factory=dict)
     attention: list[fx.Node] = field(default_factory=list)
+    at_padding: dict[fx.Node, float] = field(default_factory=dict)
 
     def reads_masked(self, node: fx.Node) -> bool:
         """Whether a call is attention that this key mask keeps padding from."""
@@ -66,12 +72,17 @@ class Reader:
         return f"{target_name(self.node)} reads tokens that are padding{source_of(self.node)}"
 
 
-def trim(region: Region) -> Reader | None:
+def trim(program: Program, region: Region) -> Reader | None:
     """Take out of a region what calls read to which padding counts; a reader of what is made by attention, if any.
 
-    What is left depends on nothing that would be zero at padding but was not.
+    What is left depends on nothing that would be zero at padding but was not. Where the padding of what is read is
+    the same number always, as in a product with the mask, that is noted.
     """
     while reader := _reader_of_padding(region):
+        number = _at_padding(program, region, reader.source)
+        if number is not None:
+            region.at_padding[reader.source] = number
+            continue
         out = behind(reader.source) & set(region.places)
         if out.intersection(region.attention):
             return reader
@@ -82,7 +93,7 @@ def trim(region: Region) -> Reader | None:
 
 def _reader_of_padding(region: Region) -> Reader | None:
     """Outputs, single tokens, and attention under the same mask may read tokens; padding is nothing to the latter."""
-    waiting = [(node, node, place) for node, place in region.places.items()]
+    waiting = [(node, node, place) for node, place in region.places.items() if node not in region.at_padding]
     seen = set(region.places)
     while waiting:
         node, source, place = waiting.pop()
@@ -101,6 +112,25 @@ def _reader_of_padding(region: Region) -> Reader | None:
             seen.add(user)
             waiting.append((user, source, found))  # type: ignore[arg-type]
     return None
+
+
+def _at_padding(program: Program, region: Region, node: fx.Node) -> float | None:
+    """The one number that a result of a region is at padding, as far as the graph of masks tells."""
+    place = region.places[node]
+    sizes = shape(node) if isinstance(node.meta["val"], Tensor) else ()
+    others = [axis for axis in range(len(sizes)) if axis not in place]
+    if not sizes or len(others) > 2:
+        return None
+    axes = dict(zip([*place, *others], (0, 3, 1, 2), strict=False))  # as batch, key, head and query
+    extents: list[Any] = [1] * 4
+    for axis, name in axes.items():
+        extents[name] = sizes[axis]
+    reader = MaskReader(program, extents)
+    indices = tuple(e.whole(0) if is_one(sizes[axis]) else e.index(axes[axis]) for axis in range(len(sizes)))
+    mask = tuple(
+        e.whole(0) if is_one(size) else e.index(name) for size, name in zip(shape(region.key_mask), (0, 3), strict=True)
+    )
+    return worth_without(reader.read(node, indices), reader.read(region.key_mask, mask))
 
 
 def _takes_single_tokens(user: fx.Node, node: fx.Node, place: Place) -> bool:

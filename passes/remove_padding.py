@@ -51,7 +51,7 @@ class RemovePadding(Pass):
             )
         for region in found:
             first = region.attention[0].name
-            if reader := trim(region):
+            if reader := trim(program, region):
                 result.refusals.append(Refusal(reader.reason, RULE, reader.node.name))
             elif not context.take():
                 return result
@@ -96,7 +96,7 @@ class _Packing:
                 del outside[user]
             if outside and not isinstance(node.meta["val"], tuple | list):
                 packed = self.made[node, place]
-                batched = self._unpacked(packed, place, packed.next)
+                batched = self._unpacked(packed, place, packed.next, self.region.at_padding.get(node, 0.0))
                 node.replace_all_uses_with(batched, delete_user_cb=outside.__contains__)
         self.program.clean()
 
@@ -177,9 +177,14 @@ class _Packing:
         row = self.program.call(pack_tokens, front, self.tokens, before=before)
         return self._moved(row, _from_front(place, len(shape(node))), before)
 
-    def _unpacked(self, node: fx.Node, place: Place, before: fx.Node) -> fx.Node:
+    def _unpacked(self, node: fx.Node, place: Place, before: fx.Node, at_padding: float = 0.0) -> fx.Node:
         front = self._moved(node, _to_front(place, len(shape(node))), before)
         batched = self.program.call(unpack_tokens, front, self.region.key_mask, before=before)
+        if at_padding:
+            padding = self.program.call(aten.bitwise_not.default, self.region.key_mask, before=before)
+            for _ in range(len(shape(node)) - 2):
+                padding = self.program.call(aten.unsqueeze.default, padding, -1, before=before)
+            batched = self.program.call(aten.masked_fill.Scalar, batched, padding, at_padding, before=before)
         return self._moved(batched, _from_front(place, len(shape(node))), before)
 
     def _moved(self, node: fx.Node, order: list[int], before: fx.Node) -> fx.Node:

@@ -27,6 +27,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "mul": (lambda m, a, b: a * b, (x, normal(3, 1, 5, 1))),
     "add of fewer axes": (lambda m, a, b: a + b, (x, normal(5, 8))),
     "where": (lambda m, a, b: torch.where(a > 0, a, b), (x, normal(4, 1, 8))),
+    "where of a number": (lambda m, a: torch.where(a > 0, a, 0.0), (x,)),
     "gelu": (lambda m, a: F.gelu(a), (x,)),
     "cast": (lambda m, a: a.double(), (x,)),
     "expand": (lambda m, a: a.expand(2, 3, 4, 5, 8), (x,)),

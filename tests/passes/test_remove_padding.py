@@ -195,6 +195,39 @@ def test_it_can_be_trained() -> None:
     assert x.grad is not None and torch.equal(x.grad.abs().sum(-1) > 0, key_mask)
 
 
+# --- pooling ---------------------------------------------------------------------------------------------------
+
+
+def weights(tokens: Tensor, mask: Tensor) -> Tensor:
+    return mask[..., None].expand(tokens.shape).to(tokens.dtype)
+
+
+POOLINGS: dict[str, After] = {
+    "mean by weights": lambda m, x, mask: (x * weights(x, mask)).sum(1) / weights(x, mask).sum(1).clamp(min=1e-9),
+    "mean by count": lambda m, x, mask: (
+        x.masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    ),
+    "maximum": lambda m, x, mask: x.masked_fill(~mask[..., None], -1e9).amax(1),
+    "by heads": lambda m, x, mask: (x.reshape(*x.shape[:2], 2, 4).transpose(1, 2) * mask[:, None, :, None]).sum(2),
+    "chosen": lambda m, x, mask: torch.where(mask[..., None], x, 2.0).mean(1),
+}
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_pooling_under_the_mask_is_the_same(name: str) -> None:
+    """Samples without any token, too: what is at padding is known."""
+    before = traced(POOLINGS[name])
+    after, _ = rewritten(before, RemovePadding())
+    for sizes in SIZES:
+        given = inputs(*sizes)
+        torch.testing.assert_close(after.run(given), before.run(given), rtol=1e-5, atol=1e-6)
+
+
+def test_pooling_under_another_mask_is_refused() -> None:
+    with pytest.raises(RewriteError, match=r"aten.sum.dim_IntList reads tokens that are padding"):
+        rewritten(traced(lambda m, x, mask: (x * (mask | mask.flip(1))[..., None]).sum(1)), RemovePadding())
+
+
 # --- what reads padding ----------------------------------------------------------------------------------------
 
 
