@@ -18,7 +18,7 @@ from batches import EVALUATION_SHAPE, load
 from candidates import named
 from lineup import CANDIDATES
 from quality import Closeness, Usefulness, closeness, pooled, usefulness
-from workloads import CUTS, EAGER, OURS, POINTS, TORCHAO_TUNED, TUNED, Shape, Workload
+from workloads import CUTS, EAGER, OURS, PADDED, POINTS, TORCHAO_TUNED, TUNED, Shape, Workload
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 LOADS = 5  # fresh processes that load the artefact
@@ -262,7 +262,7 @@ def pairs(names: list[str]) -> list[list[str]]:
 
 def groups(names: list[str]) -> list[list[str]]:
     """Two workers prepare at a time, but those that tune themselves by measuring do so alone."""
-    alone = {TUNED, TORCHAO_TUNED, *POINTS, *CUTS}
+    alone = {TUNED, TORCHAO_TUNED, *POINTS, *CUTS, *PADDED}
     return [[name] for name in names if name in alone] + pairs([name for name in names if name not in alone])
 
 

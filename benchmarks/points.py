@@ -17,7 +17,10 @@ from workloads import (
     INT8,
     INT8_CLOSE,
     INT8_STATIC,
+    INT8_UNPADDED,
+    PADDED,
     POINTS,
+    UNPADDED,
     Inputs,
     Shape,
     Workload,
@@ -30,6 +33,8 @@ PASSES = {
     INT4: "quantize(int4), fuse",
     INT4_OF_INT8: "quantize(int4, activations=int8), fuse",
     INT4_NEAREST: "quantize(int4, method=minmax), fuse",
+    UNPADDED: "remove_padding, fuse",
+    INT8_UNPADDED: "remove_padding, quantize(int8), fuse",
 }
 PRUNING = {  # by workload
     "minilm-pruned": {
@@ -71,4 +76,6 @@ def build_point(name: str, workload: Workload, work: Path, shape: Shape, inputs:
     return f"{name}: passes {passes}"
 
 
-OUR_POINTS = {name: fxpress_candidate(folder_of(name), partial(build_point, name)) for name in (*POINTS, *CUTS)}
+OUR_POINTS = {
+    name: fxpress_candidate(folder_of(name), partial(build_point, name)) for name in (*POINTS, *CUTS, *PADDED)
+}

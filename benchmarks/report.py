@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from measure import LOADS, Results, Row
-from workloads import ONNX, ONNX_23, OTHERS, OURS, WORKLOADS, Shape, Target, Workload
+from workloads import ALL, ONNX, ONNX_23, OTHERS, OURS, WORKLOADS, Shape, Target, Workload
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "fxpress")
 INTRODUCTION = """# Benchmarks on one thread
@@ -60,7 +60,7 @@ def summary_rows(workload: Workload, results: Results) -> list[str]:
     for shape, rows in results.rows.items():
         start = f"| {workload.name} | {shape[0]}, {shape[1]} |"
         ours = row_of(rows, OURS)
-        peers = [row for row in rows if row.measured and row.name != OURS]
+        peers = peers_of(rows)
         if ours is None or not peers:
             lines.append(f"{start} not measured | | | | | | {datetime.now(UTC):%Y-%m-%d} |\n")
             continue
@@ -154,10 +154,15 @@ def table(shape: Shape, results: Results) -> list[str]:
     return [*lines, f"| *matmul floor* | {floor:.2f} | | | | | |", "", verdict(rows), ""]
 
 
+def peers_of(rows: list[Row]) -> list[Row]:
+    """Others' candidates in float32."""
+    return [row for row in rows if row.measured and row.name in ALL and row.name != OURS]
+
+
 def verdict(rows: list[Row]) -> str:
     """One line: is fxpress faster than every peer?"""
     ours = row_of(rows, OURS)
-    peers = [row for row in rows if row.measured and row.name != OURS]
+    peers = peers_of(rows)
     if ours is None or not peers:
         return "fxpress faster than every peer: not measured"
     best = min(peers, key=lambda row: row.ms)
