@@ -165,7 +165,7 @@ def _reshape(node: fx.Node) -> dict[fx.Node, Carried]:
 def _item(node: fx.Node) -> dict[fx.Node, Carried]:
     source: Any = node.args[0]
     several = isinstance(source.meta.get("val"), tuple | list) and _is_tensor(node)
-    return {source: list(range(rank(node)))} if several else {}
+    return {source: list(range(rank(node)))} if several and rank(source) == rank(node) else {}
 
 
 _RULES: dict[Any, Callable[[fx.Node], dict[fx.Node, Carried]]] = {

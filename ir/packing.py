@@ -7,6 +7,7 @@ from all others.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from .masks import expression as e
 from .masks.reader import Reader as MaskReader
 from .masks.values import is_one
 from .masks.without import worth_without
+from .ops.quantize import dynamic_quantize
 from .ops.table import taking
 from .printer import target_name
 
@@ -137,6 +139,8 @@ def _takes_single_tokens(user: fx.Node, node: fx.Node, place: Place) -> bool:
     """Whether a reader gives tokens as they are: an output, one place of each sample, or nothing but their number."""
     if user.op == "output" or user.target in _OF_SIZES:
         return True
+    if user.target is operator.getitem and is_fixed(node, user.meta["val"]):
+        return True
     if user.target is aten.select.int:
         return int(arguments(user)["dim"]) % len(shape(node)) == place[1]
     if user.target is not aten.index.Tensor:
@@ -204,8 +208,14 @@ def _holds(node: Any, place: Place, sizes: tuple[Any, ...]) -> bool:
     value = node.meta.get("val")
     values = value if isinstance(value, tuple | list) else [value]
     return bool(values) and all(
-        isinstance(item, Tensor) and same_sizes([item.shape[axis] for axis in place], sizes) for item in values
+        isinstance(item, Tensor) and (is_fixed(node, item) or same_sizes([item.shape[axis] for axis in place], sizes))
+        for item in values
     )
+
+
+def is_fixed(node: fx.Node, result: Tensor) -> bool:
+    """Whether one of several results is the same whatever the tokens are: the zero point of ranges by token."""
+    return node.target is dynamic_quantize and result.dim() == 0
 
 
 def behind(node: fx.Node) -> set[fx.Node]:

@@ -19,6 +19,7 @@ from ..ir.graph import Program, module_path, shape
 from ..ir.layers import name_of
 from ..ir.ops.float8 import float8_linear
 from ..ir.ops.int8_attention import int8_attention
+from ..ir.ops.padding import packed_attention
 from ..ir.ops.quantize import dequantize, dynamic_quantize, int4_embedding, int4_linear, int8_linear, quantize
 from ..ir.pattern import Refusal
 from ..ir.pruning.masks import masked
@@ -378,7 +379,10 @@ class Quantize(Pass):
             return
         nodes, refusals = attentions(program, self.skip)
         if not nodes and not refusals:
-            refusals = [Refusal("there is no attention; put canonicalize before quantize", "attention", "output")]
+            why = "that of packed tokens stays; put remove_padding behind quantize"
+            if not program.calls(packed_attention):
+                why = "there is no attention; put canonicalize before quantize"
+            refusals = [Refusal(why, "attention", "output")]
         result.refusals += refusals
         scales = {}
         if nodes and self.mode == "static":

@@ -13,7 +13,7 @@ from ..ir.errors import RewriteError
 from ..ir.graph import Program, arguments, same_sizes, shape
 from ..ir.ops.attention import attention
 from ..ir.ops.padding import pack_tokens, packed_attention, real_tokens, unpack_tokens
-from ..ir.packing import Place, Region, behind, regions, trim
+from ..ir.packing import Place, Region, behind, is_fixed, regions, trim
 from ..ir.pattern import Refusal
 from ..ir.rewrite import Applied, Context, Pass, PassResult
 
@@ -94,7 +94,11 @@ class _Packing:
             for user in [user for user in outside if user.target is aten.sym_size.int]:
                 self._size(user, node, place)
                 del outside[user]
-            if outside and not isinstance(node.meta["val"], tuple | list):
+            if isinstance(node.meta["val"], tuple | list):
+                for user in outside:
+                    if is_fixed(node, user.meta["val"]):
+                        user.replace_input_with(node, self.made[node, place])
+            elif outside:
                 packed = self.made[node, place]
                 batched = self._unpacked(packed, place, packed.next, self.region.at_padding.get(node, 0.0))
                 node.replace_all_uses_with(batched, delete_user_cb=outside.__contains__)

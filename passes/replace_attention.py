@@ -16,6 +16,7 @@ from ..ir.calibration.target import Target
 from ..ir.errors import InputError, RewriteError, nearest
 from ..ir.graph import Program, dtype, module_path
 from ..ir.layers import fits
+from ..ir.ops.padding import packed_attention
 from ..ir.ops.table import taking
 from ..ir.pattern import Refusal
 from ..ir.replacement.choose import Candidate, Chosen, faster, replacing, samples_of, within
@@ -189,6 +190,8 @@ class ReplaceAttention(Pass):
     def _sites(self, program: Program) -> list[Site]:
         """The attentions that are meant."""
         every = sites(program)
+        if not every and program.calls(packed_attention):
+            raise RewriteError("attention is of packed tokens already; put remove_padding behind replace_attention")
         if not every and program.calls(*taking("value", "key_mask")):
             return []  # all are replaced
         if not every:

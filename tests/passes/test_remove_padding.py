@@ -374,6 +374,7 @@ def test_before_or_after_fuse_is_the_same() -> None:
     [
         "remove_padding, quantize(int8), fuse",
         "quantize(int8), remove_padding, fuse",
+        "quantize(int8, mode=dynamic, granularity=token), remove_padding, fuse",
         "mask_weights(0.5, magnitude), remove_padding, fuse",
         "mask_weights(0.25, magnitude, 'heads+neurons'), remove_padding, fuse",
         "replace_attention(sliding_window, window=5, force=True), remove_padding, fuse",
@@ -390,6 +391,24 @@ def test_it_composes_with_other_passes(passes: str) -> None:
     mine, theirs = (item(**given).last_hidden_state[real] for item in (found, without))
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     assert found.program.calls(pack_tokens)
+
+
+@pytest.mark.parametrize(
+    ("passes", "reason"),
+    [
+        ("quantize(int8, mode=dynamic), remove_padding", "fxpress.dynamic_quantize reads tokens that are padding"),
+        ("remove_padding, replace_attention(linformer, force=True)", "put remove_padding behind replace_attention"),
+        ("remove_padding, mask_weights(0.5, magnitude, heads)", "there are no heads that can be cut"),
+    ],
+)
+def test_orders_that_do_not_work_say_so(passes: str, reason: str) -> None:
+    with pytest.raises(RewriteError, match=reason):
+        compiled("bert", passes, calibration=[tokens("bert", 2, 12)])
+
+
+def test_attention_of_packed_tokens_stays_in_floats() -> None:
+    found = compiled("bert", "remove_padding, quantize(int8, attention=int8)", calibration=[tokens("bert", 2, 12)])
+    assert "put remove_padding behind quantize" in found.report.passes[2].refusals[0]["reason"]
 
 
 def test_a_key_mask_that_is_part_of_a_bias_is_none() -> None:
