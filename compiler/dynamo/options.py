@@ -44,8 +44,8 @@ class Options:
 
     @property
     def exact(self) -> bool:
-        """Whether the result is that of the model; what runs by default is exact."""
-        return self.given is None or all(item.exact for item in self.given)
+        """Whether the result is that of the model, at padding too; what runs by default is exact."""
+        return self.given is None or all(item.exact and item.keeps_padding for item in self.given)
 
 
 def _parsed(given: Any) -> list[Pass]:

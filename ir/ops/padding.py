@@ -17,9 +17,22 @@ from .shapes import equal
 from .table import operator
 
 
+def _some(key_mask: Any) -> Tensor | None:
+    """Of a new size; under dynamo `nonzero` itself is refused one."""
+    env = key_mask.fake_mode.shape_env
+    if env is None:
+        return None
+    with env.ignore_fresh_unbacked_symbols():
+        count = env.create_unbacked_symint()
+    torch._check(count >= 0)
+    found: Tensor = key_mask.new_empty((count,), dtype=torch.int64)
+    return found
+
+
 @operator(
     "real_tokens(Tensor key_mask) -> Tensor",
     meaning="the places in the flattened key mask at which there is a token",
+    shape=_some,
 )
 def real_tokens(key_mask: Tensor) -> Tensor:
     """Places of tokens that are not padding, in order.

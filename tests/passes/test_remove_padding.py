@@ -415,3 +415,13 @@ def test_a_key_mask_that_is_part_of_a_bias_is_none() -> None:
     config = DebertaV2Config(**TINY, relative_attention=True, pos_att_type=["p2c", "c2p"])
     with pytest.raises(RewriteError, match="no attention among tokens has a key mask"):
         compile(DebertaV2Model(config).eval(), "remove_padding", tokens("bert", 2, 12), backend="eager")
+
+
+def test_it_runs_in_torch_compile() -> None:
+    """Whose sizes are fixed at first, and dynamic from the second on."""
+    model = Block().eval()
+    quick = torch.compile(model, backend="fxpress", options={"passes": ["remove_padding"], "backend": "eager"})
+    with torch.no_grad():
+        for sizes in SIZES[:3]:
+            given = inputs(*sizes)
+            close(quick(*given), model(*given), given[1])
