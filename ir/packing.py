@@ -20,6 +20,7 @@ from .masks import expression as e
 from .masks.reader import Reader as MaskReader
 from .masks.values import is_one
 from .masks.without import worth_without
+from .ops.attention import attention
 from .ops.quantize import dynamic_quantize
 from .ops.table import taking
 from .printer import target_name
@@ -54,10 +55,15 @@ class Region:
         return _key_mask(node) is self.key_mask
 
 
-def regions(program: Program) -> list[Region]:
-    """A region for each key mask of the program's attention, in graph order; without any that has no attention."""
+def key_masks_of_attention(program: Program) -> list[fx.Node]:
+    """The key masks of attention, in graph order."""
     masks = dict.fromkeys(_key_mask(node) for node in program.graph.nodes)
-    found = [_grown(program, mask) for mask in masks if mask is not None]
+    return [mask for mask in masks if mask is not None]
+
+
+def regions(program: Program) -> list[Region]:
+    """The regions of all key masks, without those that have no attention."""
+    found = [region_of(program, mask) for mask in key_masks_of_attention(program)]
     return [region for region in found if region.attention]
 
 
@@ -102,7 +108,7 @@ def _reader_of_padding(region: Region) -> Reader | None:
         for user in node.users:
             if user in seen or _takes_single_tokens(user, node, place):
                 continue
-            if region.reads_masked(user):
+            if region.reads_masked(user) or _asks_alone(user, node):
                 if arguments(user)["query"] is node:
                     seen.add(user)
                     waiting.append((user, source, _HEADS_SECOND))
@@ -114,6 +120,14 @@ def _reader_of_padding(region: Region) -> Reader | None:
             seen.add(user)
             waiting.append((user, source, found))  # type: ignore[arg-type]
     return None
+
+
+def _asks_alone(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a call is attention of these tokens, each by itself, to others."""
+    if user.target is not attention:
+        return False
+    given = arguments(user)
+    return given["query"] is node and node not in (given["key"], given["value"], given["bias"])
 
 
 def _at_padding(program: Program, region: Region, node: fx.Node) -> float | None:
@@ -154,7 +168,8 @@ def _key_mask(node: fx.Node) -> Any:
     return arguments(node)["key_mask"] if node.target in taking("query", "key", "value", "key_mask") else None
 
 
-def _grown(program: Program, mask: fx.Node) -> Region:
+def region_of(program: Program, mask: fx.Node) -> Region:
+    """All that is reached from the keys of attention under a mask."""
     region = Region(mask)
     fixed = behind(mask)
     reached: dict[fx.Node, Place] = {}  # the region, and what it reads

@@ -13,7 +13,7 @@ from ..ir.errors import RewriteError
 from ..ir.graph import Program, arguments, same_sizes, shape
 from ..ir.ops.attention import attention
 from ..ir.ops.padding import pack_tokens, packed_attention, real_tokens, unpack_tokens
-from ..ir.packing import Place, Region, behind, is_fixed, regions, trim
+from ..ir.packing import Place, Region, behind, is_fixed, key_masks_of_attention, region_of, trim
 from ..ir.pattern import Refusal
 from ..ir.rewrite import Applied, Context, Pass, PassResult
 
@@ -43,14 +43,12 @@ class RemovePadding(Pass):
     def apply(self, program: Program, context: Context) -> PassResult:
         """Rewrite the program in place."""
         result = PassResult()
-        found = regions(program)
-        if not found and not program.calls(packed_attention, pack_tokens):
-            raise RewriteError(
-                "no attention among tokens has a key mask that says which are padding; "
-                "give an attention mask among the example inputs"
-            )
-        for region in found:
-            first = region.attention[0].name
+        found = False
+        for mask in key_masks_of_attention(program):
+            region = region_of(program, mask)  # of the program as the regions before have left it
+            if not region.attention:
+                continue
+            found, first = True, region.attention[0].name
             if reader := trim(program, region):
                 result.refusals.append(Refusal(reader.reason, RULE, reader.node.name))
             elif not context.take():
@@ -60,9 +58,13 @@ class RemovePadding(Pass):
                 _Packing(program, region).run()
                 result.rewrites[RULE] += 1
                 result.matches.append(Applied(RULE, first, detail))
+        if not found and not program.calls(packed_attention, pack_tokens):
+            raise RewriteError(
+                "no attention among tokens has a key mask that says which are padding; "
+                "give an attention mask among the example inputs"
+            )
         if found and not result.changes:
             raise RewriteError(f"padding cannot be removed: {result.refusals[0].reason}")
-        program.clean()
         return result
 
 

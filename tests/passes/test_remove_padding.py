@@ -354,11 +354,25 @@ def test_models_equal_eager_at_tokens(name: str, backend: str) -> None:
         assert found.verify(tokens(name, *sizes)).equal
 
 
-@pytest.mark.parametrize("name", ["bert"])
-def test_fewer_numbers_are_multiplied_and_padding_is_zero(name: str) -> None:
-    found = compiled(name, "remove_padding, fuse")
+def test_an_encoder_and_a_decoder_with_a_mask_each() -> None:
+    torch.manual_seed(0)
+
+    def both(batch: int, length: int) -> dict[str, Tensor]:
+        given = tokens("bart", batch, length)
+        mask = torch.ones_like(given["decoder_input_ids"])
+        mask[1:, 2:] = 0
+        return given | {"decoder_attention_mask": mask}
+
+    found = compile(MODELS["bart"]().eval(), "remove_padding, fuse", both(2, 12), backend="eager")
+    assert found.report.passes[1].changes == 2 and found.report.equal
+    assert len(found.program.calls(packed_attention)) == 2 and len(found.program.calls(attention)) == 1
+    assert found.verify(both(3, 7)).equal
+
+
+def test_fewer_numbers_are_multiplied_and_padding_is_zero() -> None:
+    found = compiled("bert", "remove_padding, fuse")
     assert found.report.macs_after < 0.88 * found.report.macs_before  # a sixth of the tokens is padding
-    given = tokens(name, 2, 12)
+    given = tokens("bert", 2, 12)
     assert not found(**given).last_hidden_state[given["attention_mask"] == 0].any()
 
 
