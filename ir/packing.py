@@ -22,7 +22,7 @@ from .masks.values import is_one
 from .masks.without import worth_without
 from .ops.attention import attention
 from .ops.quantize import dynamic_quantize
-from .ops.table import taking
+from .ops.table import OPERATORS, taking
 from .printer import target_name
 
 aten = torch.ops.aten
@@ -55,15 +55,15 @@ class Region:
         return _key_mask(node) is self.key_mask
 
 
-def key_masks_of_attention(program: Program) -> list[fx.Node]:
-    """The key masks of attention, in graph order."""
-    masks = dict.fromkeys(_key_mask(node) for node in program.graph.nodes)
-    return [mask for mask in masks if mask is not None]
+def key_masks(program: Program) -> list[fx.Node]:
+    """The padding masks that attention of any kind reads, [B, M], True at real tokens, in graph order."""
+    found = [arguments(node).get("key_mask") for node in program.calls(*OPERATORS)]
+    return [node for node in dict.fromkeys(found) if node is not None]
 
 
 def regions(program: Program) -> list[Region]:
     """The regions of all key masks, without those that have no attention."""
-    found = [region_of(program, mask) for mask in key_masks_of_attention(program)]
+    found = [region_of(program, mask) for mask in key_masks(program)]
     return [region for region in found if region.attention]
 
 

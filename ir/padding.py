@@ -8,17 +8,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from .graph import Program, arguments
-from .ops.table import OPERATORS
-from .packing import Place, regions
+from .graph import Program
+from .packing import Place, key_masks, regions
 
 Real = Callable[[Sequence[Any]], list[Any]]
-
-
-def key_masks(program: Program) -> list[fx.Node]:
-    """The padding masks that attention of any kind reads, [B, M], True at real tokens."""
-    found = [arguments(node).get("key_mask") for node in program.calls(*OPERATORS)]
-    return [node for node in dict.fromkeys(found) if node is not None]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ..ir.errors import RewriteError
 from ..ir.graph import Program, arguments, same_sizes, shape
 from ..ir.ops.attention import attention
 from ..ir.ops.padding import pack_tokens, packed_attention, real_tokens, unpack_tokens
-from ..ir.packing import Place, Region, behind, is_fixed, key_masks_of_attention, region_of, trim
+from ..ir.packing import Place, Region, behind, is_fixed, key_masks, region_of, trim
 from ..ir.pattern import Refusal
 from ..ir.rewrite import Applied, Context, Pass, PassResult
 
@@ -44,7 +44,7 @@ class RemovePadding(Pass):
         """Rewrite the program in place."""
         result = PassResult()
         found = False
-        for mask in key_masks_of_attention(program):
+        for mask in key_masks(program):
             region = region_of(program, mask)  # of the program as the regions before have left it
             if not region.attention:
                 continue

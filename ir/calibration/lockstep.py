@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import Program, attribute
-from ..padding import key_masks
+from ..packing import key_masks
 from ..rewrite import Track, untracked
 from .spill import LIMIT, Spill
 

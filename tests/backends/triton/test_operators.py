@@ -11,6 +11,8 @@ from kernels_agree import agree, calling
 from operator_cases import BY_NAME, CASES, alibi, k, q, v
 from torch import Tensor
 
+from fxpress.backends.triton.module import generate
+from fxpress.ir.errors import LoweringError
 from fxpress.ir.ops.table import OPERATORS
 
 FLOATS = [case for case in CASES if any(isinstance(item, Tensor) and item.is_floating_point() for item in case[1])]
@@ -51,8 +53,16 @@ def test_equals_its_reference_in_half_precision(
 
 
 def test_every_operator_is_tried() -> None:
-    # How many tokens `real_tokens` gives depends on values; such sizes are refused, see test_padding.
+    # How many tokens `real_tokens` gives depends on values; such sizes are refused, see below.
     assert {entry.name for entry in OPERATORS.values()} == {case[0] for case in CASES} | {"real_tokens"}
+
+
+def test_a_size_that_depends_on_values_is_refused() -> None:
+    traced = program(lambda self, key_mask: BY_NAME["real_tokens"](key_mask), torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(
+        LoweringError, match=r"fxpress.real_tokens: i64\[u0\]: a size depends on values .*'onnx' takes it"
+    ):
+        generate(traced)
 
 
 def prefix(self: Any, query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> Tensor:
