@@ -12,15 +12,11 @@ import onnxruntime
 
 from ...ir.errors import ArtifactError, InputError, one_line
 
-# Fusions that ONNX Runtime would make at load where the lowering chosen by measurement keeps two kernels: the fused
-# SkipLayerNormalization is several times slower than Add + LayerNormalization on most machines, BiasGelu somewhat.
-DISABLED_OPTIMIZERS = ("SkipLayerNormFusion", "BiasGeluFusion")
-
 
 def plain_session(path: Path, threads: int | None = None) -> Any:
-    """An onnxruntime.InferenceSession with default options but for its threads: what fxpress is compared with."""
+    """An onnxruntime.InferenceSession with default options but for its threads, as users make them of a file."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+    options.log_severity_level = 4  # errors come as exceptions; nothing else is printed
     options.intra_op_num_threads = threads or 0
     return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
 
@@ -39,16 +35,8 @@ class Session:
     def __init__(self, path: Path, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, found {threads}")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors come as exceptions; nothing else is printed
-        options.intra_op_num_threads = threads or 0
         try:
-            self._session = onnxruntime.InferenceSession(
-                os.fspath(path),
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=list(DISABLED_OPTIMIZERS),
-            )
+            self._session = plain_session(path, threads)
         except Exception as error:  # ONNX Runtime raises classes of its own without a common base
             raise ArtifactError(f"ONNX Runtime cannot load {path.name}: {one_line(error)}") from error
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()

@@ -8,13 +8,13 @@ from torch import Tensor, fx
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from ....ir.graph import arguments, dtype, shape
-from .lowering import Lowering
+from .lowering import Lowering, plain_sum
 
 
 def _add_layer_norm(
     input: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    total = input + residual
+    total = plain_sum(input, residual)
     return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
 
 
@@ -67,7 +67,7 @@ def _refuses_skip(node: fx.Node) -> str | None:
 
 
 ADD_LAYER_NORM = (
-    Lowering("Add+LayerNormalization", _add_layer_norm),
+    Lowering("Sum+LayerNormalization", _add_layer_norm),
     Lowering("SkipLayerNormalization", _skip_layer_norm, _refuses_skip, standard=False),
 )
 RMS_NORM = (Lowering("RMSNormalization", _rms_norm, standard=False),)

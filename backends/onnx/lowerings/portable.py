@@ -18,7 +18,7 @@ from ....ir.ops.norm import add_rms_norm, rms_norm
 from ....ir.ops.quantize import dequantize, expand_int4, unpack_int4
 from . import attention as attentions
 from . import quantize as quantizes
-from .lowering import Lowering, reference
+from .lowering import Lowering, plain_sum, reference
 
 
 def _dequantize_linear(
@@ -47,7 +47,7 @@ def _int8_linear(
     columns = weight_scale.reshape(-1)
     zeros = torch.zeros(columns.shape, dtype=torch.int8)
     result = _activation(input, scale, zero_point) @ _dequantize_linear(weight.t(), columns, zeros, axis=1)
-    return result if bias is None else result + bias
+    return result if bias is None else plain_sum(result, bias)
 
 
 def _refuses_int8_linear(node: fx.Node) -> str | None:

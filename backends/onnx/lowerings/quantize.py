@@ -23,7 +23,7 @@ from ....ir.ops.quantize import (
     pack_int4,
     quantize,
 )
-from .lowering import Lowering, Probe, reference
+from .lowering import Lowering, Probe, plain_sum, reference
 
 _SHIFT = 128  # from the integers of the graph language, -128..127, to those of the kernels, 0..255
 
@@ -133,7 +133,7 @@ def _int8_linear(
     )
     if tokenwise:
         result = result * scale
-        result = result if bias is None else result + bias
+        result = result if bias is None else plain_sum(result, bias)
     return result
 
 
