@@ -1,7 +1,7 @@
 """Artefacts: a compiled model as a folder that can be checked before it is used.
 
 manifest.json       format, backend, signature, SHA-256 and size of every other file
-model.onnx          the graph, for the onnx backend; loading it imports no torch
+model.onnx          the graph, for the onnx and openvino backends; loading it imports no torch
 program.json        the graph, for the triton backend: triton_files.py
 model.safetensors   its weights (ONNX external data; also readable by itself)
 program.txt         the rewritten program as text
@@ -31,7 +31,11 @@ from .report import Report
 FORMAT, VERSION = "fxpress-artifact", 1
 MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
 PROGRAM, WEIGHTS = "program.json", "model.safetensors"
-NEEDED = {"onnx": {MODEL, REPORT}, "triton": {PROGRAM, WEIGHTS, REPORT}}  # files, by backend
+NEEDED = {  # files, by backend
+    "onnx": {MODEL, REPORT},
+    "openvino": {MODEL, REPORT},
+    "triton": {PROGRAM, WEIGHTS, REPORT},
+}
 SPARE = (".cubin.json", ".cubin")  # files that can be made anew
 
 
@@ -55,7 +59,7 @@ class LoadedModel:
     def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int | None) -> None:
         self._read(folder, manifest)
         check_weight_files(folder / MODEL, set(manifest["files"]))
-        self.session = Session(folder / MODEL, threads)
+        self.session = _session(folder / MODEL, manifest, threads)
         self._check_leaves(folder, len(self.session.outputs))
 
     def _read(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -98,6 +102,16 @@ class LoadedModel:
         return Outputs(zip(self.signature.outputs, leaves, strict=True)) if structure is None else structure
 
 
+def _session(file: Path, manifest: Mapping[str, Any], threads: int | None) -> Any:
+    if manifest.get("backend", "onnx") == "onnx":
+        return Session(file, threads)
+    try:
+        from ..backends.openvino.session import OpenVinoSession
+    except ModuleNotFoundError as error:
+        raise InputError(f"a model of the openvino backend needs the package {error.name}: pip install it") from error
+    return OpenVinoSession(file, threads, manifest.get("dtype"))
+
+
 def _to_numpy(value: Any) -> numpy.ndarray[Any, Any]:
     found: numpy.ndarray[Any, Any] = value.detach().cpu().numpy() if hasattr(value, "detach") else value
     return found
@@ -108,7 +122,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None, device: str |
 
     Args:
         path: the folder.
-        threads: threads inside one operator, for the onnx backend; None: one a physical core.
+        threads: threads inside one operator, for the onnx and openvino backends; None: one a physical core.
         device: where a model of the triton backend is to run, "cuda:1"; None: where it was compiled, if that is here,
             else on the GPU.
 
@@ -121,10 +135,10 @@ def load(path: str | os.PathLike[str], threads: int | None = None, device: str |
     backend = manifest.get("backend", "onnx")
     damaged = [problem for name, entry in manifest["files"].items() if (problem := _spare_problem(folder, name, entry))]
     try:
-        if backend == "onnx":
+        if backend != "triton":
             if device is not None:
                 raise InputError(
-                    f"{str(folder)!r} is a model of the onnx backend, which runs on the CPU; give no device"
+                    f"{str(folder)!r} is a model of the {backend} backend, which runs on the CPU; give no device"
                 )
             return LoadedModel(folder, manifest, threads)
         if threads is not None:
@@ -215,12 +229,14 @@ def write(
     report: Report,
     program: str,
     backend: str = "onnx",
+    dtype: str | None = None,
 ) -> None:
     """Write an artefact: all of it appears at once, or nothing.
 
     Args:
         folder: the folder to make; it must not exist.
         files: a folder with the graph and its weights, which are copied.
+        dtype: that openvino computes in.
 
     Raises:
         InputError: the folder exists, or cannot be written.
@@ -234,6 +250,7 @@ def write(
             "format": FORMAT,
             "version": VERSION,
             "backend": backend,
+            **({} if dtype is None else {"dtype": dtype}),
             "signature": json.loads(json.dumps(signature.as_dict())),
             "outputs": list(outputs),
             "structure": structure,

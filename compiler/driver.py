@@ -25,15 +25,27 @@ from . import artifact, hf, pretrained
 from .binding import Binder
 from .calibration import check_batches, track
 from .onnx_files import onnx_files, write_onnx
-from .pipeline import Passed, has_masks, parameters, parse_passes, run_passes, zeros
-from .precision import half_dtype, narrow_inputs, narrowed, precision_loss
+from .pipeline import has_masks, parameters, parse_passes, run_passes, zeros
+from .precision import half_dtype, inner_dtype, narrow_inputs, narrowed, precision_loss
 from .report import Report
-from .runners import Clock, OnnxRunner, Runner, best_backend, generated, make_runner, save_runner, without_collector
+from .runners import (
+    Clock,
+    OnnxRunner,
+    OpenVinoRunner,
+    Runner,
+    best_backend,
+    check_installed,
+    generated,
+    make_runner,
+    save_runner,
+    without_collector,
+)
 from .sizes import admit_ones, check_sizes
 from .statistics import statistics_file
 from .trace import Arguments, bind_example, plain_attention, trace
+from .verdict import judged, record
 
-BACKENDS = ("auto", "eager", "onnx", "triton")
+BACKENDS = ("auto", "eager", "onnx", "openvino", "triton")
 FORMS = ("runtime", "qdq")
 
 
@@ -47,6 +59,7 @@ class _Settings:
     max_rewrites: int | None
     threads: int | None
     dtype: torch.dtype | None = None
+    inside: str | None = None  # the dtype that openvino computes in
     tune: bool = True
 
 
@@ -163,8 +176,7 @@ class Compiled:
             examples: inputs of other sizes than the example's, for which it compiles kernels too.
 
         Raises:
-            InputError: the folder exists or cannot be written, the backend is neither onnx nor triton, or an option is
-                of no use to it.
+            InputError: the folder exists or cannot be written, the backend is eager, or an option is of no use to it.
             LoweringError: a kernel cannot be compiled for one of the GPUs.
         """
         made = self._product
@@ -243,7 +255,7 @@ class Compiled:
         """
         made, old = self._product, self._settings
         settings = _settings(passes, old.dynamic_shapes, backend, calibration, old.verify, max_rewrites, threads)
-        settings.tune = old.tune
+        settings.tune, settings.inside = old.tune, old.inside if backend == "openvino" else None
         signature = made.program.signature
         paths = [tensor.path for tensor in signature.inputs]
         check_batches(
@@ -288,13 +300,15 @@ def compile(
         passes: passes (objects, or texts as on the command line); None: exact optimisation; []: no rewrite.
         example_inputs: a dict of named or tuple of positional inputs; None: compile at the first call, on its inputs.
         dynamic_shapes: "auto": every axis that can vary stays dynamic; None: all sizes fixed; or torch.export's form.
-        backend: "onnx", "triton", "eager", or "auto": triton where the inputs are on CUDA, else onnx.
+        backend: "onnx" (ONNX Runtime), "openvino", "triton", "eager", or "auto": triton where the inputs are on CUDA,
+            else onnx.
         calibration: inputs like `example_inputs`, for passes that fit or measure something on data.
         verify: measure the error of each pass and of the result on the example, and fail if exact passes changed it.
         max_rewrites: stop rewriting after so many rewrites, to find the one that breaks a model.
         threads: threads inside one operator; None: one a physical core.
         dtype: "bfloat16" or "float16": compile a copy of the model in half precision, for the triton or eager backend.
-            Float inputs are cast; the report says what that lost against the model as it is.
+            Float inputs are cast; the report says what that lost against the model as it is. "bfloat16" with openvino:
+            the model stays as it is, and matmuls are computed in bfloat16 if this processor has it.
         tune: measure the ways to run an operator and keep the fastest, on disk too; False: the first one runs.
 
     Raises:
@@ -306,6 +320,7 @@ def compile(
         raise InputError("the model is in training mode, where dropout is random; call model.eval() first")
     settings = _settings(passes, dynamic_shapes, backend, calibration, verify, max_rewrites, threads)
     settings.dtype, settings.tune = half_dtype(dtype, model, backend), tune
+    settings.inside = inner_dtype(dtype, backend)
     settings.calibration = [narrow_inputs(batch, settings.dtype) for batch in settings.calibration]
     compiled = Compiled(narrowed(model, settings.dtype), settings, model)
     if isinstance(model, ExportedProgram):
@@ -327,6 +342,7 @@ def _settings(
     """Settings checked before any work is done."""
     if backend not in BACKENDS:
         raise InputError(f"unknown backend {backend!r}: {nearest(backend, BACKENDS)}")
+    check_installed(backend)
     if max_rewrites is not None and max_rewrites < 0:
         raise InputError(f"max_rewrites must be 0 or more, found {max_rewrites}")
     chosen, batches = parse_passes(passes), list(calibration)
@@ -381,10 +397,10 @@ def _rewritten(
     report.parameters_after = parameters(program)
     if had_masks or any(item.sparsity for item in report.passes):
         report.zeros, report.masked = zeros(program), has_masks(program)
-    runner = make_runner(backend, program, settings.threads, clock, settings.tune)
+    runner = make_runner(backend, program, settings.threads, clock, settings.tune, settings.inside)
     report.launches, report.memory = getattr(runner, "launches", []), getattr(runner, "memory", {})
-    if isinstance(runner, OnnxRunner):
-        report.choices = [asdict(item) for item in runner.choices]
+    if isinstance(runner, OnnxRunner | OpenVinoRunner):
+        report.choices = [asdict(item) for item in getattr(runner, "choices", ())]
         report.bytes_after = sum(file.stat().st_size for file in runner.files.iterdir())
     else:
         written = getattr(runner, "generated", None)  # the triton backend's weights may be compressed
@@ -393,41 +409,17 @@ def _rewritten(
     if expected is not None:
         with clock("verify"):
             whole = all(item.exact and item.keeps_padding for item in settings.passes)
-            verdict = _judged(runner.run(flat), *expected, program.signature.outputs, passed, whole)
-        _record(report, verdict)
-        if not verdict.equal and all(item.exact for item in settings.passes):
+            verdict = judged(runner.run(flat), *expected, program.signature.outputs, passed, whole)
+        record(report, verdict)
+        if settings.inside is not None:
+            report.precision = {"dtype": settings.inside, "sqnr_db": verdict.sqnr_db, "cosine": verdict.cosine}
+        elif not verdict.equal and all(item.exact for item in settings.passes):
             raise VerifyError(
                 f"backend {backend}: the result is not that of the model: {verdict.reasons[0]}; "
                 "try passes=[] and, if that is right, max_rewrites to find the rewrite"
             )
     report.seconds = clock.seconds
     return _Product(flat, program, traced, runner, report, passed.padding)
-
-
-def _judged(
-    found: Sequence[Any],
-    eager: Sequence[Any],
-    judge: Sequence[Any],
-    names: Sequence[str],
-    passed: Passed,
-    whole: bool,
-) -> Comparison:
-    """`compare` without the outputs that passes gave the shape that they have; unless `whole`, without padding."""
-    reshaped = passed.reshaped
-    kinds = [list(value.shape) if isinstance(value, Tensor) else None for value in found]
-    if not whole:
-        found, eager, judge = map(passed.real, (found, eager, judge))
-    rows = zip(found, eager, judge, names, kinds, strict=True)
-    kept = [row[:4] for row in rows if row[3] not in reshaped or row[4] != reshaped[row[3]][1]]
-    if not kept:
-        return Comparison()
-    return compare(*map(list, zip(*kept, strict=True)))
-
-
-def _record(report: Report, verdict: Comparison) -> None:
-    report.equal, report.reasons = verdict.equal and not report.reshaped, list(verdict.reasons)
-    if verdict.errors or not report.reshaped:
-        report.sqnr_db, report.cosine, report.max_abs = verdict.sqnr_db, verdict.cosine, verdict.max_abs
 
 
 def _run_model(module: Callable[..., Any], example: Arguments) -> Any:

@@ -133,13 +133,13 @@ def families() -> list[Family]:
     ]  # fmt: skip
 
 
-def try_family(family: Family) -> FamilyResult:
+def try_family(family: Family, backend: str = "onnx") -> FamilyResult:
     """Compile a family's model with `passes=None` and compare it with eager at every size."""
     torch.manual_seed(0)
     model = family.model().eval()
     start = time.perf_counter()
     try:
-        compiled = compile(model, example_inputs=family.inputs(*EXAMPLE), backend="onnx")
+        compiled = compile(model, example_inputs=family.inputs(*EXAMPLE), backend=backend)
         seconds = time.perf_counter() - start
         sizes = tuple((batch, max(length, family.shortest)) for batch, length in SIZES)
         verdicts = [compiled.verify(family.inputs(*size)) for size in sizes]

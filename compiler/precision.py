@@ -27,12 +27,34 @@ def half_dtype(name: str | None, model: Any, backend: str) -> torch.dtype | None
         return None
     if name not in DTYPES:
         raise InputError(f"unknown dtype {name!r}: {nearest(name, DTYPES)}")
+    if backend == "openvino":
+        return None  # the model keeps its own; `inner_dtype`
     if not isinstance(model, torch.nn.Module):
         raise InputError("dtype needs an nn.Module: an exported program has its dtypes written into it")
     on_gpu = any(weight.is_cuda for weight in model.parameters())
     if backend == "onnx" or (backend == "auto" and not on_gpu):
-        raise InputError(f"dtype={name!r} needs backend='triton' or 'eager': ONNX Runtime's CPU kernels are of float32")
+        raise InputError(
+            f"dtype={name!r} needs backend='openvino', 'triton' or 'eager': ONNX Runtime's CPU kernels are of float32"
+        )
     return DTYPES[name]
+
+
+def inner_dtype(name: str | None, backend: str) -> str | None:
+    """What the openvino backend computes in; weights, inputs and outputs stay as they are. None for other backends.
+
+    Raises:
+        InputError: OpenVINO is not installed, or this machine does not compute in it.
+    """
+    if name is None or backend != "openvino":
+        return None
+    if name != "bfloat16":
+        raise InputError(f"the openvino backend computes in float32 or bfloat16, not in {name}")
+    try:
+        from ..backends.openvino.session import check_dtype
+    except ModuleNotFoundError as error:
+        raise InputError(f"backend 'openvino' needs the package {error.name}: pip install openvino") from error
+    check_dtype(name)
+    return name
 
 
 def narrowed(model: Any, dtype: torch.dtype | None) -> Any:

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..backends.eager import EagerRunner
-from ..ir.errors import InputError
-from ..ir.graph import Program
+from ..ir.errors import InputError, LoweringError
+from ..ir.graph import Program, arguments, source_of
+from ..ir.ops.quantize import int8_linear
 from ..ir.printer import print_program
 from . import artifact, structure
 from .report import Report
@@ -59,14 +61,34 @@ class Runner(Protocol):
         ...
 
 
-class OnnxRunner:
-    """An ONNX Runtime session of a program, with its files in a temporary folder."""
+class _FileRunner:
+    """A session of a program's ONNX model, with its files in a temporary folder."""
+
+    session: Any  # its `run` takes and gives arrays
+    leaves: list[Any]
+
+    def _save(self, model: Any) -> Path:
+        from ..backends.onnx.export import save
+
+        self.files = Path(tempfile.mkdtemp(prefix="fxpress-"))
+        weakref.finalize(self, shutil.rmtree, self.files, True)
+        save(model, self.files / artifact.MODEL)
+        return self.files / artifact.MODEL
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Flat inputs to flat outputs, on the CPU."""
+        found = self.session.run([tensor.detach().cpu().numpy() for tensor in tensors])
+        return [leaf.constant if leaf.index is None else torch.from_numpy(found[leaf.index]) for leaf in self.leaves]
+
+
+class OnnxRunner(_FileRunner):
+    """A program in ONNX Runtime, in its own kernels that were measured the fastest."""
 
     name = "onnx"
 
     def __init__(self, program: Program, threads: int | None, clock: Clock, tune: bool = True) -> None:
         from ..backends.onnx.choose import choose
-        from ..backends.onnx.export import check_supported, leaves_of, save, to_onnx
+        from ..backends.onnx.export import check_supported, leaves_of, to_onnx
         from ..backends.onnx.session import Session
 
         with clock("check support"):
@@ -77,15 +99,50 @@ class OnnxRunner:
             self.leaves = leaves_of(program)
             model = to_onnx(program, chosen)
         with clock("load"):
-            self.files = Path(tempfile.mkdtemp(prefix="fxpress-"))
-            weakref.finalize(self, shutil.rmtree, self.files, True)
-            save(model, self.files / artifact.MODEL)
-            self.session = Session(self.files / artifact.MODEL, threads)
+            self.session = Session(self._save(model), threads)
 
-    def run(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """Flat inputs to flat outputs, on the CPU."""
-        found = self.session.run([tensor.detach().cpu().numpy() for tensor in tensors])
-        return [leaf.constant if leaf.index is None else torch.from_numpy(found[leaf.index]) for leaf in self.leaves]
+
+class OpenVinoRunner(_FileRunner):
+    """A program in OpenVINO, in operators of the ONNX standard."""
+
+    name = "openvino"
+
+    def __init__(self, program: Program, threads: int | None, clock: Clock, dtype: str | None = None) -> None:
+        from ..backends.onnx.export import leaves_of, to_standard_onnx
+        from ..backends.openvino.session import OpenVinoSession
+
+        self.dtype = dtype
+        with clock("check support"):
+            _check_static(program)
+        with clock("lower"):
+            self.leaves = leaves_of(program)
+            model = to_standard_onnx(program)
+        with clock("load"):
+            self.session = OpenVinoSession(self._save(model), threads, dtype)
+
+
+def _check_static(program: Program) -> None:
+    """OpenVINO multiplies integers where the ranges are constants; others it would quietly compute in floats.
+
+    Raises:
+        LoweringError: names a linear layer of another kind.
+    """
+    for node in program.calls(int8_linear):
+        if getattr(arguments(node)["scale"], "op", None) != "get_attr":
+            raise LoweringError(
+                f"{node.name}: OpenVINO multiplies no integers whose ranges are found at each run"
+                f"{source_of(node)}; quantize with mode='static', or take backend='onnx'"
+            )
+
+
+def check_installed(backend: str) -> None:
+    """Refuse a backend whose package is not here, before any work is done.
+
+    Raises:
+        InputError: names the package.
+    """
+    if backend in ("openvino", "triton") and find_spec(backend) is None:
+        raise InputError(f"backend {backend!r} needs the package {backend}: pip install {backend}")
 
 
 def best_backend(tensors: Sequence[Tensor]) -> str:
@@ -93,11 +150,14 @@ def best_backend(tensors: Sequence[Tensor]) -> str:
     return "triton" if any(tensor.is_cuda for tensor in tensors) else "onnx"
 
 
-def make_runner(backend: str, program: Program, threads: int | None, clock: Clock, tune: bool = True) -> Runner:
+def make_runner(
+    backend: str, program: Program, threads: int | None, clock: Clock, tune: bool = True, inside: str | None = None
+) -> Runner:
     """What a backend, by its name, makes of a program.
 
     Args:
         tune: whether candidates are measured; else the first one runs.
+        inside: the dtype that openvino computes in.
 
     Raises:
         LoweringError: nodes that it cannot lower.
@@ -108,9 +168,11 @@ def make_runner(backend: str, program: Program, threads: int | None, clock: Cloc
     if backend == "eager":
         return EagerRunner(program)
     try:
+        if backend == "openvino":
+            return OpenVinoRunner(program, threads, clock, inside)
         from ..backends.triton.runner import TritonRunner, tuner_here
     except ModuleNotFoundError as error:
-        raise InputError(f"backend 'triton' needs the package {error.name}: pip install triton") from error
+        raise InputError(f"backend {backend!r} needs the package {error.name}: pip install {backend}") from error
     with clock("lower"):
         return TritonRunner(program, tuner_here() if tune else None)
 
@@ -147,10 +209,11 @@ def save_runner(
         return
     if archs or others:
         raise InputError(f"archs and examples are for kernels of the triton backend, this is {runner.name!r}")
-    if not isinstance(runner, OnnxRunner):
-        raise InputError(f"only the onnx and triton backends can be saved, this is {runner.name!r}")
+    if not isinstance(runner, OnnxRunner | OpenVinoRunner):
+        raise InputError("the eager backend has nothing to save; compile with backend='onnx', 'openvino' or 'triton'")
     leaves = [{"index": leaf.index, "constant": leaf.constant} for leaf in runner.leaves]
-    artifact.write(path, runner.files, described[0], leaves, *described[1:])
+    inside = getattr(runner, "dtype", None)
+    artifact.write(path, runner.files, described[0], leaves, *described[1:], backend=runner.name, dtype=inside)
 
 
 def generated(runner: Runner, what: str) -> str:

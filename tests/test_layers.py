@@ -37,6 +37,7 @@ LAYERS = {
     "backends/onnx": layer(
         "ir kernels backends", "torch networkx numpy onnx onnx_ir onnxruntime onnxscript ml_dtypes safetensors"
     ),
+    "backends/openvino": layer("ir backends", "numpy openvino"),
     "backends/triton": layer("ir kernels backends", "torch networkx numpy sympy triton"),
     "compiler": layer(
         "ir passes kernels backends compiler",

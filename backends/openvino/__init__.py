@@ -1,0 +1,1 @@
+"""Models in OpenVINO, on the CPU."""

@@ -1,0 +1,72 @@
+"""Running an ONNX model of the standard with OpenVINO, on the CPU. Imports no torch: a loaded artefact needs none.
+
+OpenVINO compiles kernels for the sizes that it meets, and keeps them; on processors that have bfloat16 units (AMX,
+AVX-512 BF16) it can multiply in it what the file has in float32.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import openvino
+
+from ...ir.errors import ArtifactError, InputError, one_line
+
+_HINTS = {None: "f32", "bfloat16": "bf16"}
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Refuse a dtype that this machine does not compute in: OpenVINO would quietly take another one.
+
+    Raises:
+        InputError: says so.
+    """
+    if dtype is not None and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise InputError("this processor does not compute in bfloat16 (AMX or AVX-512 BF16 do); leave dtype out")
+
+
+class OpenVinoSession:
+    """A model compiled by OpenVINO for the CPU; threads may share it.
+
+    Args:
+        path: the model file; weights beside it are found by OpenVINO.
+        threads: threads inside one operator; None: OpenVINO's own choice, one a physical core.
+        dtype: "bfloat16": what is computed in it where OpenVINO has kernels, matmuls above all; inputs and outputs stay
+            as they are. None: float32 throughout; left to itself OpenVINO takes bfloat16 where the processor has it.
+
+    Raises:
+        ArtifactError: OpenVINO does not take the file.
+        InputError: this processor does not compute in `dtype`.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None, dtype: str | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise InputError(f"threads must be at least 1, found {threads}")
+        check_dtype(dtype)
+        options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _HINTS[dtype]}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        try:
+            self._model = openvino.Core().compile_model(path, "CPU", options)
+        except Exception as error:  # OpenVINO raises RuntimeError and classes of its own
+            raise ArtifactError(f"OpenVINO cannot load {path.name}: {one_line(error)}") from error
+        self.outputs = [item.get_any_name() for item in self._model.outputs]
+        self._local = threading.local()  # a request runs one input at a time
+
+    def run(self, arrays: Sequence[numpy.ndarray[Any, Any]]) -> list[numpy.ndarray[Any, Any]]:
+        """Run on arrays in the order of the signature; gives arrays in the order of the outputs.
+
+        Raises:
+            InputError: OpenVINO fails on this input.
+        """
+        if not hasattr(self._local, "request"):
+            self._local.request = self._model.create_infer_request()
+        try:
+            found = self._local.request.infer(list(arrays), share_inputs=True)
+        except Exception as error:  # as above
+            raise InputError(f"OpenVINO failed on inputs of {[a.shape for a in arrays]}: {one_line(error)}") from error
+        return [found[item] for item in self._model.outputs]
