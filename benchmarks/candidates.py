@@ -20,6 +20,7 @@ from workloads import (
     EAGER,
     ONNX,
     ONNX_23,
+    OPENVINO,
     OPTIMIZED,
     OURS,
     TUNED,
@@ -183,6 +184,22 @@ def open_onnx(name: str, workload: Workload, work: Path) -> Prepare:
     return prepare
 
 
+def open_openvino(name: str, hint: str, workload: Workload, work: Path) -> Prepare:
+    """Each shape's file, compiled for latency; no torch. The hint is the precision that it may compute in."""
+    import openvino
+
+    core = openvino.Core()
+    if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise RuntimeError("this processor does not compute in bfloat16")
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": hint}
+
+    def prepare(shape: Shape, inputs: Inputs) -> Run:
+        request = core.compile_model(onnx_file(work, name, shape), "CPU", options).create_infer_request()
+        return lambda: request.infer(inputs, share_inputs=True)[0]
+
+    return prepare
+
+
 def fxpress_candidate(artifact: str, build: Callable[[Workload, Path, Shape, Inputs], str] | None = None) -> Candidate:
     """One saved artefact."""
     return Candidate(partial(open_fxpress, artifact), build, partial(artifact_files, artifact), artifact)
@@ -208,5 +225,6 @@ FLOAT32 = {
     ONNX: Candidate(partial(open_onnx, ONNX), partial(build_onnx, ONNX, None)),
     ONNX_23: Candidate(partial(open_onnx, ONNX_23), partial(build_onnx, ONNX_23, 23)),
     OPTIMIZED: Candidate(partial(open_onnx, OPTIMIZED), partial(build_optimized, OPTIMIZED)),
+    OPENVINO: Candidate(partial(open_openvino, OPENVINO, "f32"), partial(build_onnx, OPENVINO, None)),
     OURS: fxpress_candidate("artifact"),
 }

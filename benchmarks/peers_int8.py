@@ -1,4 +1,4 @@
-"""Peers in 8 bits: ONNX Runtime's quantization tools and torchao, each with the settings that do best here.
+"""Peers in 8 bits, ONNX Runtime's quantization tools and torchao, and OpenVINO in bfloat16, each at its best here.
 
 Tried and left out, as slower or less exact on MiniLM: quantize_dynamic per tensor, with reduce_range, and after
 quant_pre_process; static QDQ with QInt8 activations, with every operator that the tool knows quantized, and calibrated
@@ -23,11 +23,23 @@ from candidates import (
     max_autotuned,
     onnx_file,
     open_onnx,
+    open_openvino,
     open_torch,
     saved_inputs,
     tensors_of,
 )
-from workloads import DYNAMIC, DYNAMIC_23, DYNAMIC_OPTIMIZED, STATIC, TORCHAO, TORCHAO_TUNED, Inputs, Shape, Workload
+from workloads import (
+    DYNAMIC,
+    DYNAMIC_23,
+    DYNAMIC_OPTIMIZED,
+    OPENVINO_BF16,
+    STATIC,
+    TORCHAO,
+    TORCHAO_TUNED,
+    Inputs,
+    Shape,
+    Workload,
+)
 
 LINEAR = ["MatMul", "Gemm", "Gather"]
 
@@ -176,6 +188,11 @@ QUANTIZED = {
         DYNAMIC_OPTIMIZED, partial(build_dynamic, build_optimized, IN_FLOAT, DYNAMIC_OPTIMIZED)
     ),
     STATIC: onnx_candidate(STATIC, build_static),
+    OPENVINO_BF16: Candidate(
+        partial(open_openvino, OPENVINO_BF16, "bf16"),
+        partial(build_onnx, OPENVINO_BF16, None),
+        partial(onnx_files, OPENVINO_BF16),
+    ),
     TORCHAO: torchao_candidate(TORCHAO, compiled),
     TORCHAO_TUNED: torchao_candidate(TORCHAO_TUNED, max_autotuned),
 }

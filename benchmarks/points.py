@@ -8,6 +8,8 @@ from pathlib import Path
 from batches import load
 from candidates import fxpress_candidate, saved_inputs, tensors_of
 from workloads import (
+    BF16,
+    BF16_UNPADDED,
     CUT50,
     CUT70,
     CUTS,
@@ -16,6 +18,7 @@ from workloads import (
     INT4_OF_INT8,
     INT8,
     INT8_CLOSE,
+    INT8_OPENVINO,
     INT8_STATIC,
     INT8_UNPADDED,
     PADDED,
@@ -30,11 +33,20 @@ PASSES = {
     INT8_CLOSE: "quantize(int8, min_cosine=0.999), fuse",
     INT8: "quantize(int8), fuse",
     INT8_STATIC: "quantize(int8, mode=static), fuse",
+    INT8_OPENVINO: "quantize(int8, mode=static), fuse",
+    BF16: "fuse",
     INT4: "quantize(int4), fuse",
     INT4_OF_INT8: "quantize(int4, activations=int8), fuse",
     INT4_NEAREST: "quantize(int4, method=minmax), fuse",
     UNPADDED: "remove_padding, fuse",
     INT8_UNPADDED: "remove_padding, quantize(int8), fuse",
+    BF16_UNPADDED: "remove_padding, fuse",
+}
+IN_BF16 = {"backend": "openvino", "dtype": "bfloat16"}
+OPTIONS: dict[str, dict[str, str]] = {  # of compile
+    BF16: IN_BF16,
+    BF16_UNPADDED: IN_BF16,
+    INT8_OPENVINO: {"backend": "openvino"},
 }
 PRUNING = {  # by workload
     "minilm-pruned": {
@@ -71,9 +83,11 @@ def build_point(name: str, workload: Workload, work: Path, shape: Shape, inputs:
             example_inputs=tensors_of(example),
             calibration=[tensors_of(batch) for batch in texts],
             threads=1,
+            **OPTIONS.get(name, {}),
         )
         compiled.save(folder)
-    return f"{name}: passes {passes}"
+    options = ", ".join(OPTIONS.get(name, {}).values())
+    return f"{name}: passes {passes}" + (f"; {options}" if options else "")
 
 
 OUR_POINTS = {

@@ -25,6 +25,7 @@ example, saved and loaded.
 - ONNX Runtime: torch.onnx.export(dynamo=True), in the default opset and in opset 23.
 - ONNX Runtime + optimizer: onnxruntime.transformers.optimizer as it fuses most, on what the older exporter
   (dynamo=False, opset 17) makes of eager attention, with opt_level=0; what it fused is listed.
+- OpenVINO: on the default export, for latency; in float32, unless bfloat16 is said.
 - Matmul floor: the model's matmul operations, attention included, at the best sgemm rate measured in the same run.
 - Error: last_hidden_state at tokens that are not padding, against eager PyTorch in fp64.
 - In fewer bits (minilm-int8), with fewer heads and neurons (minilm-pruned, bert-pruned), with zeros among the weights

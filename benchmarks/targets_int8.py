@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from measure import Results
 from targets import Target, loss, speed
-from workloads import DYNAMIC, DYNAMIC_23, DYNAMIC_OPTIMIZED, EAGER, INT4, INT4_NEAREST, INT8, INT8_CLOSE
+from workloads import BF16, DYNAMIC, DYNAMIC_23, DYNAMIC_OPTIMIZED, EAGER, INT4, INT4_NEAREST, INT8, INT8_CLOSE
 
 PEERS = (DYNAMIC, DYNAMIC_23, DYNAMIC_OPTIMIZED)
 
@@ -22,6 +22,8 @@ def targets(results: Results) -> Iterator[Target]:
     yield closeness(results, INT8_CLOSE, "pooled_mean", 0.999)
     yield closeness(results, INT8_CLOSE, "token_min", 0.99)
     yield from losses(results, INT8_CLOSE, 0.005)
+    yield faster(results, BF16, 1.0, PEERS)
+    yield from losses(results, BF16, 0.005)
     yield size(results, INT4, 0.25)
     yield from losses(results, INT4, 0.02)
     yield nearer(results, INT4, INT4_NEAREST)

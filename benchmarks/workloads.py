@@ -19,6 +19,7 @@ Inputs = dict[str, Any]  # by name: numpy arrays
 
 EAGER, COMPILED, TUNED = "eager", "torch.compile", "torch.compile max-autotune"
 ONNX, ONNX_23, OPTIMIZED = "ONNX Runtime", "ONNX Runtime, opset 23", "ONNX Runtime + optimizer"
+OPENVINO, OPENVINO_BF16 = "OpenVINO", "OpenVINO bfloat16"
 OURS = "fxpress"
 DYNAMIC, DYNAMIC_23 = "quantize_dynamic", "quantize_dynamic, opset 23"
 DYNAMIC_OPTIMIZED, STATIC = "quantize_dynamic + optimizer", "static QDQ"
@@ -26,13 +27,15 @@ TORCHAO, TORCHAO_TUNED = "torchao", "torchao max-autotune"
 INT8, INT8_CLOSE, INT8_STATIC = "fxpress int8", "fxpress int8, cosine 0.999", "fxpress int8, static"
 INT4, INT4_NEAREST = "fxpress int4, GPTQ", "fxpress int4, nearest"
 INT4_OF_INT8 = "fxpress int4, times int8"
+BF16, INT8_OPENVINO = "fxpress bfloat16, OpenVINO", "fxpress int8, static, OpenVINO"
 UNPADDED, INT8_UNPADDED = "fxpress, padding removed", "fxpress int8, padding removed"
+BF16_UNPADDED = "fxpress bfloat16, OpenVINO, padding removed"
 CUT70, CUT50 = "fxpress, 70% of the multiplications", "fxpress, 50% of the multiplications"
-ALL = (EAGER, COMPILED, TUNED, ONNX, ONNX_23, OPTIMIZED, OURS)
-QUANTIZED_PEERS = (DYNAMIC, DYNAMIC_23, DYNAMIC_OPTIMIZED, STATIC, TORCHAO, TORCHAO_TUNED)
-POINTS = (INT8_CLOSE, INT8, INT8_STATIC, INT4_OF_INT8, INT4, INT4_NEAREST)  # ours, in the order of the plot's line
+ALL = (EAGER, COMPILED, TUNED, ONNX, ONNX_23, OPTIMIZED, OPENVINO, OURS)
+QUANTIZED_PEERS = (DYNAMIC, DYNAMIC_23, DYNAMIC_OPTIMIZED, STATIC, TORCHAO, TORCHAO_TUNED, OPENVINO_BF16)
+POINTS = (BF16, INT8_CLOSE, INT8, INT8_STATIC, INT8_OPENVINO, INT4_OF_INT8, INT4, INT4_NEAREST)  # ours
 CUTS = (CUT70, CUT50)
-PADDED = (UNPADDED, INT8_UNPADDED)
+PADDED = (UNPADDED, INT8_UNPADDED, BF16_UNPADDED)
 SPARSITY, SCALING, REPLACED = "sparsity", "attention-scaling", "attention-quality"
 THROUGH = "torch-compile"
 OTHERS = (
@@ -221,7 +224,7 @@ WORKLOADS = {
             hidden_size=384,
             model_type="bert",
             candidates=(EAGER, OURS, *QUANTIZED_PEERS, *POINTS),
-            packages=("torchao",),
+            packages=("torchao", "openvino"),
             kind="quantized",
             calibration=CALIBRATION,
         ),
@@ -237,7 +240,8 @@ WORKLOADS = {
             num_heads=12,
             hidden_size=384,
             model_type="bert",
-            candidates=(*ALL, UNPADDED, DYNAMIC, DYNAMIC_23, INT8, INT8_UNPADDED),
+            candidates=(*ALL, UNPADDED, DYNAMIC, DYNAMIC_23, INT8, INT8_UNPADDED, OPENVINO_BF16, BF16, BF16_UNPADDED),
+            packages=("openvino",),
         ),
         Workload(
             "minilm-pruned",

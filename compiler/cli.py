@@ -41,6 +41,11 @@ Passes = Annotated[
     typer.Option(help="Passes, e.g. 'canonicalize, fuse'; '' for none; left out: exact optimisation (fuse)."),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; left out: one a core.")]
+Backend = Annotated[str, typer.Option(help="What runs it: onnx (ONNX Runtime) or openvino.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="bfloat16, with --backend openvino: what matmuls are computed in, where the processor has it."),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Batch size of the example (it stays dynamic).")]
 Calibration = Annotated[
     Path | None,
@@ -79,6 +84,8 @@ def compile_command(
     batch: Batch = 2,
     length: Length = 16,
     threads: Threads = None,
+    backend: Backend = "onnx",
+    dtype: Dtype = None,
 ) -> None:
     """Compile a pretrained model to a folder that fxpress.load() reads, and print the report."""
     from . import artifact, hf
@@ -86,6 +93,7 @@ def compile_command(
 
     chosen = _passes(passes)
     data = _calibration(calibration, chosen)
+    _check_backend(backend, dtype)
     artifact.check_new(output)
     if heatmap is not None:
         _check_heatmap(heatmap, output, chosen)
@@ -94,7 +102,7 @@ def compile_command(
     inputs = hf.example_inputs(model, batch, length)
     batches = _batches(data, model_dir, model, inputs)
     with _nothing() if batches else _stage("compiling"):  # a bar shows how far calibration is
-        compiled = compile(model, chosen, inputs, backend="onnx", calibration=batches, threads=threads)
+        compiled = compile(model, chosen, inputs, backend=backend, calibration=batches, threads=threads, dtype=dtype)
         compiled.save(output)
     out.print(compiled.report)
     out.print(f"saved to {output}")
@@ -149,6 +157,8 @@ def bench(
     batch: Batch = 2,
     length: Length = 128,
     threads: Threads = 1,
+    backend: Backend = "onnx",
+    dtype: Dtype = None,
 ) -> None:
     """Measure a model's latency compiled and in eager PyTorch, in turn, and the error beside it."""
     from . import hf
@@ -157,11 +167,12 @@ def bench(
 
     chosen = _passes(passes)
     data = _calibration(calibration, chosen)
+    _check_backend(backend, dtype)
     model = hf.load_model(model_dir)
     inputs = hf.example_inputs(model, batch, length)
     batches = _batches(data, model_dir, model, inputs)
     with _nothing() if batches else _stage("compiling"):
-        compiled = compile(model, chosen, inputs, backend="onnx", calibration=batches, threads=threads)
+        compiled = compile(model, chosen, inputs, backend=backend, calibration=batches, threads=threads, dtype=dtype)
     with _stage("measuring"):
         eager, ours = race([lambda: model(**inputs), lambda: compiled(**inputs)], threads)
     out.print(compiled.report.summary(), highlight=False)
@@ -250,6 +261,19 @@ def _check_heatmap(path: Path, output: Path, passes: Sequence[Pass]) -> None:
         raise InputError(f"--heatmap and --output are both {str(path)!r}; give two paths")
     if not any(isinstance(item, MaskWeights) for item in passes):
         raise InputError("--heatmap draws what pruning left: give --passes with mask_weights")
+
+
+def _check_backend(backend: str, dtype: str | None) -> None:
+    """Refuse what cannot run here, before the model is loaded."""
+    from .precision import inner_dtype
+    from .runners import check_installed
+
+    if backend not in ("onnx", "openvino"):
+        raise InputError(f"--backend is onnx or openvino, found {backend!r}")
+    if dtype is not None and backend != "openvino":
+        raise InputError("--dtype is for --backend openvino: ONNX Runtime's CPU kernels are of float32")
+    check_installed(backend)
+    inner_dtype(dtype, backend)
 
 
 def _calibration(path: Path | None, passes: Sequence[Pass]) -> CalibrationFile | None:

@@ -83,6 +83,11 @@ BAD = {
     "no such data": ([*STATIC, "--calibration", "none.txt"], "there is no file 'none.txt'"),
     "data of another kind": ([*STATIC, "--calibration", "x.csv"], "must end in .txt or .safetensors, found 'x.csv'"),
     "data that nothing reads": (["compile", "empty", "-o", "out", "--calibration", "x.txt"], "is for passes that fit"),
+    "an unknown backend": (["compile", "empty", "-o", "out", "--backend", "onix"], "is onnx or openvino, found 'onix'"),
+    "a dtype of no use": (
+        ["compile", "empty", "-o", "out", "--dtype", "bfloat16"],
+        "--dtype is for --backend openvino",
+    ),
     "an unknown pass to explain": (["inspect", "empty", "--explain", "fuze"], "did you mean 'fuse'?"),
     "an unknown family": (["families", "brt"], "did you mean 'bert'?"),
     "an unknown family of the survey": (["families", "--all", "llamma"], "did you mean 'llama'?"),
@@ -139,6 +144,13 @@ def test_compile_writes_an_artefact_that_loads(model_dir: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_compile_for_openvino(model_dir: Path, tmp_path: Path) -> None:
+    done = run("compile", model_dir, "-o", "out", "--backend", "openvino", "--threads", 1, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "BertModel on openvino" in done.stdout
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["backend"] == "openvino"
+
+
 def test_compile_draws_what_pruning_left(model_dir: Path, tmp_path: Path) -> None:
     passes = "mask_weights(pattern='2:4')"
     done = run("compile", model_dir, "-o", "out", "--passes", passes, "--heatmap", "map.svg", cwd=tmp_path)

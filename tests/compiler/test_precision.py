@@ -37,8 +37,8 @@ def test_float_inputs_are_cast() -> None:
     ("options", "reason"),
     [
         ({"dtype": "bfloat", "backend": "eager"}, r"unknown dtype 'bfloat': did you mean 'bfloat16'"),
-        ({"dtype": "float16"}, "needs backend='triton' or 'eager'"),
-        ({"dtype": "float16", "backend": "onnx"}, "needs backend='triton' or 'eager'"),
+        ({"dtype": "float16"}, "needs backend='openvino', 'triton' or 'eager'"),
+        ({"dtype": "float16", "backend": "onnx"}, "needs backend='openvino', 'triton' or 'eager'"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, str], reason: str) -> None:

@@ -15,6 +15,7 @@ from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments, shape
 from ....ir.ops.norm import add_rms_norm, rms_norm
+from ....ir.ops.padding import unpack_tokens
 from ....ir.ops.quantize import dequantize, expand_int4, unpack_int4
 from . import attention as attentions
 from . import quantize as quantizes
@@ -70,7 +71,24 @@ def _int4_linear(
     return F.linear(input, floats[:, :width], bias)
 
 
+def _packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """On the batch with its padding, which everything else is spared: no loop over samples, of which few are fused."""
+    batched = [reference(unpack_tokens)(item.transpose(1, 2), key_mask).transpose(1, 2) for item in (query, key, value)]
+    found = attentions.unfused(*batched, None, key_mask, None, 0 if causal else None, scale, softcap)
+    places = symbolic("NonZero", (key_mask.reshape(-1),), dtype=torch.int64, shape=(1, query.shape[2]), version=13)
+    return found.transpose(1, 2).flatten(0, 1).index_select(0, places[0])[None].transpose(1, 2)
+
+
 ATTENTION = (Lowering("MatMul+Softmax", attentions.unfused),)
+PACKED_ATTENTION = (Lowering("MatMul+Softmax on the batch", _packed_attention),)
 RMS_NORM = (Lowering("Mul+Sqrt", reference(rms_norm)),)
 ADD_RMS_NORM = (Lowering("Add+Mul+Sqrt", reference(add_rms_norm)),)
 INT8_LINEAR = (Lowering("DequantizeLinear+MatMul", _int8_linear, _refuses_int8_linear),)

@@ -117,6 +117,7 @@ FUNCTIONS = (
 
 PORTABLE: dict[Any, tuple[Lowering, ...]] = {
     attention.attention: portable.ATTENTION,
+    padding.packed_attention: portable.PACKED_ATTENTION,
     norm.rms_norm: portable.RMS_NORM,
     norm.add_rms_norm: portable.ADD_RMS_NORM,
     quantize.int8_linear: portable.INT8_LINEAR,

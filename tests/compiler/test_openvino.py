@@ -1,0 +1,149 @@
+"""compile(backend="openvino"): every family equal to eager, integers and padding as elsewhere, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import tiny
+import torch
+
+import fxpress
+from fxpress.backends.openvino.session import check_dtype
+from fxpress.compiler.families import families, try_family
+from fxpress.ir.errors import InputError, LoweringError
+
+
+def has_bfloat16() -> bool:
+    try:
+        check_dtype("bfloat16")
+    except InputError:
+        return False
+    return True
+
+
+needs_bfloat16 = pytest.mark.skipif(not has_bfloat16(), reason="this processor does not compute in bfloat16")
+QUICK = ("bert", "llama", "t5")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (f.name for f in families())],
+)
+def test_a_family_equals_eager(name: str) -> None:
+    result = try_family(next(family for family in families() if family.name == name), backend="openvino")
+    assert result.equal, result.failure
+
+
+def test_without_padding() -> None:
+    compiled = fxpress.compile(tiny.bert(), "remove_padding, fuse", tiny.text(), backend="openvino")
+    assert compiled.report.passes[0].rewrites
+    for size in ((2, 6), (3, 9), (1, 1)):
+        assert compiled.verify(tiny.text(*size)).equal
+
+
+def test_integers_of_constant_ranges_are_multiplied() -> None:
+    batches = [tiny.text(2, 6), tiny.text(3, 9)]
+    compiled = fxpress.compile(
+        tiny.bert(), "quantize(int8, mode=static), fuse", tiny.text(), backend="openvino", calibration=batches
+    )
+    model: Any = compiled._product.runner
+    nodes = [node.get_rt_info() for node in model.session._model.get_runtime_model().get_ops()]
+    kinds = [n["runtimePrecision"].astype(str) for n in nodes if n["layerType"].astype(str) == "FullyConnected"]
+    assert "u8" in kinds and not {"f32", "bf16"} & set(kinds)
+    assert compiled.report.cosine is not None and compiled.report.cosine > 0.999
+
+
+def test_ranges_found_at_each_run_are_refused() -> None:
+    with pytest.raises(LoweringError, match=r"whose ranges are found at each run.*mode='static'"):
+        fxpress.compile(tiny.bert(), "quantize(int8, mode=dynamic), fuse", tiny.text(), backend="openvino")
+
+
+def test_what_has_no_standard_form_is_named() -> None:
+    given = tiny.text(2, 30)
+    with pytest.raises(LoweringError, match="for ONNX Runtime alone"):
+        fxpress.compile(
+            tiny.bert(), "replace_attention(lsh, force=True)", given, backend="openvino", calibration=[given]
+        )
+
+
+RUN = """
+import sys, numpy, fxpress
+found = fxpress.load(sys.argv[1], threads=1)(**dict(numpy.load(sys.argv[2])))
+numpy.savez(sys.argv[3], **found)
+print("torch" in sys.modules)
+"""
+
+
+def test_a_new_process_gives_the_same_result_without_torch(tmp_path: Path) -> None:
+    compiled = fxpress.compile(tiny.bert(), example_inputs=tiny.text(), backend="openvino", threads=1)
+    compiled.save(tmp_path / "bert")
+    given = tiny.text(3, 7)
+    numpy.savez(tmp_path / "in.npz", **{name: value.numpy() for name, value in given.items()})
+    command = [sys.executable, "-P", "-c", RUN, *(str(tmp_path / name) for name in ("bert", "in.npz", "out.npz"))]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() == ["False"]
+    found, expected = numpy.load(tmp_path / "out.npz"), compiled(**given)
+    assert all(found[name].tobytes() == expected[name].numpy().tobytes() for name in found)
+
+
+@needs_bfloat16
+def test_matmuls_in_bfloat16(tmp_path: Path) -> None:
+    model = tiny.bert()
+    compiled = fxpress.compile(model, example_inputs=tiny.text(), backend="openvino", dtype="bfloat16")
+    assert compiled.report.precision["dtype"] == "bfloat16"
+    assert 30 < compiled.report.precision["sqnr_db"] < 80
+    assert "bfloat16 against the model in its own precision" in str(compiled.report)
+    found = compiled(**tiny.text())
+    assert found.last_hidden_state.dtype is torch.float32
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    compiled.save(tmp_path / "bert")
+    assert json.loads((tmp_path / "bert" / "manifest.json").read_text())["dtype"] == "bfloat16"
+    loaded = fxpress.load(tmp_path / "bert")(**tiny.text())
+    assert torch.equal(loaded.last_hidden_state, found.last_hidden_state)
+    assert compiled.then("", backend="openvino").report.precision["dtype"] == "bfloat16"
+    assert compiled.then("", backend="onnx").report.precision == {}
+
+
+@needs_bfloat16
+def test_a_model_in_bfloat16_is_refused_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = fxpress.compile(tiny.bert(), example_inputs=tiny.text(), backend="openvino", dtype="bfloat16")
+    compiled.save(tmp_path / "bert")
+
+    class Core:
+        def get_property(self, device: str, name: str) -> list[str]:
+            return ["FP32"]
+
+    monkeypatch.setattr("openvino.Core", Core)
+    with pytest.raises(InputError, match="does not compute in bfloat16"):
+        fxpress.load(tmp_path / "bert")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": "float16"}, "computes in float32 or bfloat16, not in float16"),
+        ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),
+    ],
+)
+def test_other_dtypes_are_refused(options: dict[str, str], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        fxpress.compile(tiny.bert(), example_inputs=tiny.text(), backend="openvino", **options)
+
+
+def test_a_missing_package_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxpress.compiler.runners.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="backend 'openvino' needs the package openvino: pip install openvino"):
+        fxpress.compile(tiny.bert(), example_inputs=tiny.text(), backend="openvino")
+
+
+def test_a_loaded_model_has_no_device(tmp_path: Path) -> None:
+    fxpress.compile(torch.nn.Linear(4, 4).eval(), example_inputs=(torch.randn(2, 4),), backend="openvino").save(
+        tmp_path / "linear"
+    )
+    with pytest.raises(InputError, match="of the openvino backend, which runs on the CPU; give no device"):
+        fxpress.load(tmp_path / "linear", device="cuda")
