@@ -101,7 +101,11 @@ class Attention:
         bias = self.bias if allowed is None else torch.where(allowed, self.bias, -math.inf)
         # Numbers as low as can be are as good as -inf to a softmax over finite numbers, see `ir.ops.attention`.
         lowest = torch.finfo(self.query.dtype).min if self.empty == "mean" else -math.inf
-        return _rank4(bias.amax(-1, keepdim=True) > lowest)
+        return _rank4(self._any_above(bias, lowest))
+
+    def _any_above(self, bias: Tensor, lowest: float) -> Tensor:
+        """Whether a row has a number above the lowest."""
+        return bias.amax(-1, keepdim=True) > lowest
 
     def _keys(self) -> Tensor:
         """The key mask, [B, M]; [1, M] of True where there is none."""
@@ -133,11 +137,18 @@ class Attention:
         return replace(self, bias=None, key_mask=None, left=None, right=None)
 
 
-def _lowering(function: Callable[[Attention], Tensor]) -> Callable[..., Tensor]:
+class PortableAttention(Attention):
+    """For other runtimes: the maximum of a row of -inf is the lowest finite number to OpenVINO 2026.4."""
+
+    def _any_above(self, bias: Tensor, lowest: float) -> Tensor:
+        return (bias > lowest).any(-1, keepdim=True)
+
+
+def _lowering(function: Callable[[Attention], Tensor], kind: type[Attention] = Attention) -> Callable[..., Tensor]:
     """A function with the operator's signature."""
 
     def lowered(*args: Any, **kwargs: Any) -> Tensor:
-        given = Attention(*args, **kwargs)
+        given = kind(*args, **kwargs)
         query, scale = scaled(given.query, given.scale)
         return function(replace(given, query=query, scale=scale))
 
@@ -308,8 +319,7 @@ def _group_query_attention(given: Attention) -> Tensor:
     return _heads_second(result, given)
 
 
-@_lowering
-def unfused(given: Attention) -> Tensor:
+def _unfused(given: Attention) -> Tensor:
     """MatMul, Add, Softmax, MatMul; the heads of a group are rows of one matmul, so keys are not repeated."""
     batch, heads, length, size = given.query.shape
     groups, keys = given.key.shape[1], given.key.shape[2]
@@ -333,6 +343,9 @@ def unfused(given: Attention) -> Tensor:
     if given.empty == "mean":
         return result  # as the softmax over equal scores gives it
     return given.finish(result.transpose(1, 2)).transpose(1, 2)
+
+
+unfused, portable = _lowering(_unfused), _lowering(_unfused, PortableAttention)
 
 
 def _refuses_fused(node: fx.Node) -> str | None:

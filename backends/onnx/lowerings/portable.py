@@ -82,12 +82,12 @@ def _packed_attention(
 ) -> Tensor:
     """On the batch with its padding, which everything else is spared: no loop over samples, of which few are fused."""
     batched = [reference(unpack_tokens)(item.transpose(1, 2), key_mask).transpose(1, 2) for item in (query, key, value)]
-    found = attentions.unfused(*batched, None, key_mask, None, 0 if causal else None, scale, softcap)
+    found = attentions.portable(*batched, None, key_mask, None, 0 if causal else None, scale, softcap)
     places = symbolic("NonZero", (key_mask.reshape(-1),), dtype=torch.int64, shape=(1, query.shape[2]), version=13)
     return found.transpose(1, 2).flatten(0, 1).index_select(0, places[0])[None].transpose(1, 2)
 
 
-ATTENTION = (Lowering("MatMul+Softmax", attentions.unfused),)
+ATTENTION = (Lowering("MatMul+Softmax for any runtime", attentions.portable),)
 PACKED_ATTENTION = (Lowering("MatMul+Softmax on the batch", _packed_attention),)
 RMS_NORM = (Lowering("Mul+Sqrt", reference(rms_norm)),)
 ADD_RMS_NORM = (Lowering("Add+Mul+Sqrt", reference(add_rms_norm)),)

@@ -26,7 +26,7 @@ from fxpress.compiler import hf
 from fxpress.compiler.demo import packaged_model
 from fxpress.compiler.driver import Compiled
 from fxpress.ir.errors import InputError, LoweringError
-from fxpress.passes import Fuse, IntegerOnly, Quantize
+from fxpress.passes import Fuse, IntegerOnly, Quantize, RemovePadding
 
 SIZES = ((2, 6), (3, 9), (1, 1))  # the example's, another, a single token
 Inputs = dict[str, Tensor]
@@ -179,6 +179,16 @@ def test_other_forms_of_quantization_run_in_both(tmp_path: Path, name: str, opti
         inputs = tiny.text(*size)
         for runtime, found in made.runtimes.run(inputs).items():
             assert steps(made.compiled, inputs, found) < 1, (name, runtime, size)
+
+
+@pytest.mark.slow
+def test_padding_is_removed_in_both(tmp_path: Path) -> None:
+    made = product(tmp_path, [RemovePadding(), Fuse(), Quantize(mode="static", sensitive=None)])
+    assert made.nodes("NonZero")
+    for size in SIZES:
+        inputs = tiny.text(*size)
+        for runtime, found in made.runtimes.run(inputs).items():
+            assert steps(made.compiled, inputs, found) < 1, (runtime, size)
 
 
 @pytest.mark.slow
