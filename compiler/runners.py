@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends.eager import EagerRunner
-from ..ir.errors import InputError, LoweringError
+from ..ir.errors import ArtifactError, InputError, LoweringError
 from ..ir.graph import Program, arguments, source_of
 from ..ir.ops.quantize import int8_linear
 from ..ir.printer import print_program
@@ -118,7 +118,10 @@ class OpenVinoRunner(_FileRunner):
             self.leaves = leaves_of(program)
             model = to_standard_onnx(program)
         with clock("load"):
-            self.session = OpenVinoSession(self._save(model), threads, dtype)
+            try:
+                self.session = OpenVinoSession(self._save(model), threads, dtype)
+            except ArtifactError as error:
+                raise LoweringError(f"{error}; backend='onnx' may") from error
 
 
 def _check_static(program: Program) -> None:

@@ -28,13 +28,16 @@ def has_bfloat16() -> bool:
 
 
 needs_bfloat16 = pytest.mark.skipif(not has_bfloat16(), reason="this processor does not compute in bfloat16")
-QUICK = ("bert", "llama", "t5")
+QUICK, FEW = ("bert", "llama"), ("t5", "vit")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (f.name for f in families())],
-)
+def tried(name: str) -> Any:
+    """A few in each run: what is lowered is tested with ONNX Runtime."""
+    mark = () if name in QUICK else pytest.mark.slow if name in FEW else pytest.mark.exhaustive
+    return pytest.param(name, marks=mark)
+
+
+@pytest.mark.parametrize("name", [tried(family.name) for family in families()])
 def test_a_family_equals_eager(name: str) -> None:
     result = try_family(next(family for family in families() if family.name == name), backend="openvino")
     assert result.equal, result.failure
