@@ -26,7 +26,7 @@ from .binding import Binder
 from .calibration import check_batches, track
 from .onnx_files import onnx_files, write_onnx
 from .pipeline import has_masks, parameters, parse_passes, run_passes, zeros
-from .precision import half_dtype, inner_dtype, narrow_inputs, narrowed, precision_loss
+from .precision import BufferReads, half_dtype, inner_dtype, narrow_inputs, narrowed, precision_loss
 from .report import Report
 from .runners import (
     Clock,
@@ -273,7 +273,7 @@ class Compiled:
     def _make(self, example: Arguments) -> None:
         with without_collector():
             assert not isinstance(self._model, Program)  # it is made at once
-            self._made = _compile(self._model, self._settings, example)
+            self._made = _compile(self._model, self._origin, self._settings, example)
             if self._settings.dtype is not None and self._settings.verify:
                 loss = precision_loss(self._origin, self._made.program, self._made.flat, example)
                 self._made.report.precision = {"dtype": str(self._settings.dtype).removeprefix("torch."), **loss}
@@ -352,13 +352,21 @@ def _settings(
     return _Settings(chosen, dynamic_shapes, backend, batches, verify, max_rewrites, threads)
 
 
-def _compile(model: torch.nn.Module | ExportedProgram, settings: _Settings, example: Arguments) -> _Product:
+def _compile(
+    model: torch.nn.Module | ExportedProgram, origin: Any, settings: _Settings, example: Arguments
+) -> _Product:
     clock = Clock()
     module = model.module() if isinstance(model, ExportedProgram) else model
     bind = _as_arguments if isinstance(model, ExportedProgram) else functools.partial(bind_example, model)
     check_batches(settings.calibration, example, bind)
     with clock("eager"):
-        eager = _run_model(module, example)
+        if settings.dtype is None:
+            eager = _run_model(module, example)
+        else:
+            with BufferReads(module, settings.dtype) as reads:
+                eager = _run_model(module, example)
+            if reads.restore(module, origin):
+                eager = _run_model(module, example)
     with clock("trace"):
         program = trace(model, example, settings.dynamic_shapes)
         flat = _flat(program, example)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ir.equality import cosine, sqnr_db
 from ..ir.errors import InputError, nearest
@@ -60,6 +61,46 @@ def inner_dtype(name: str | None, backend: str) -> str | None:
 def narrowed(model: Any, dtype: torch.dtype | None) -> Any:
     """A copy of a model with its floats in a dtype; without one the model itself."""
     return model if dtype is None else copy.deepcopy(model).to(dtype)
+
+
+class BufferReads(TorchDispatchMode):
+    """Within, how a narrowed model reads its buffers: cast to float32, or as they are.
+
+    Rotary frequencies are cast first, and are more than weights: rounded to bfloat16 they are off by an eighth of a
+    turn at the two-hundredth token. `from_pretrained(dtype=...)` of transformers makes them in float32 whatever the
+    dtype, so that a model narrowed here is to have them, too.
+    """
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        found = {name: buffer for name, buffer in model.named_buffers() if buffer.dtype is dtype and buffer.numel()}
+        self._names = {_place(buffer): name for name, buffer in found.items()}
+        self._cast: set[str] = set()
+        self._other: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call an operator."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            name = self._names.get(_place(leaf)) if isinstance(leaf, Tensor) else None
+            if name is None or (isinstance(result, Tensor) and _place(result) == _place(leaf)):  # a view
+                continue
+            wide = func is torch.ops.aten._to_copy.default and result.dtype is torch.float32
+            (self._cast if wide else self._other).add(name)
+        return result
+
+    def restore(self, model: torch.nn.Module, origin: torch.nn.Module) -> bool:
+        """Give a narrowed model the original's buffers that are cast at each reading; whether there are any."""
+        exact = dict(origin.named_buffers())
+        names = [name for name in sorted(self._cast - self._other) if exact[name].dtype is torch.float32]
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = exact[name].clone()
+        return bool(names)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.device.type != "meta" else 0
 
 
 def narrow_inputs(inputs: Any, dtype: torch.dtype | None) -> Any:

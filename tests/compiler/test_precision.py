@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import tiny
 import torch
 
 import fxpress
+from fxpress.ir.equality import sqnr_db
 from fxpress.ir.errors import InputError
 
 
@@ -31,6 +34,49 @@ def test_float_inputs_are_cast() -> None:
     assert compiled.verify((x,)).equal
     later = fxpress.compile(model, backend="eager", dtype="bfloat16")
     assert torch.equal(later(x), compiled(x))
+
+
+def llama() -> Any:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=96, max_position_embeddings=1024, initializer_range=0.1,
+    )  # fmt: skip
+    return transformers.LlamaModel(config).eval()
+
+
+@pytest.mark.slow
+def test_far_tokens_lose_no_more_than_near_ones() -> None:
+    """Rotary frequencies, which the model reads in float32, are not rounded."""
+    torch.manual_seed(0)
+    model, given = llama(), {"input_ids": torch.randint(3, 90, (1, 900))}
+    compiled = fxpress.compile(model, example_inputs={"input_ids": given["input_ids"][:, :12]}, backend="eager",
+                               dtype="bfloat16")  # fmt: skip
+    assert {str(buffer.dtype) for buffer in compiled.program.module.buffers()} == {"torch.float32"}
+    assert compiled.report.equal and compiled.verify(given).equal
+    with torch.no_grad():
+        found, truth = compiled(**given).last_hidden_state.double(), model(**given).last_hidden_state.double()
+    near, far = (sqnr_db(found[:, part], truth[:, part]) for part in (slice(0, 100), slice(800, 900)))
+    assert far > near - 3
+
+
+def test_buffers_that_the_model_reads_as_they_are_are_narrowed() -> None:
+    class Places(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(16, 8), persistent=False)
+            self.register_buffer("both", torch.randn(8), persistent=False)
+            self.linear = torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x + self.table[: x.shape[1]]) * self.both.float().sum().to(x.dtype) + self.both
+
+    compiled = fxpress.compile(
+        Places().eval(), [], (torch.randn(2, 5, 8),), dynamic_shapes=None, backend="eager", dtype="bfloat16"
+    )
+    assert {buffer.dtype for buffer in compiled.program.module.buffers()} == {torch.bfloat16}
+    assert compiled.report.equal
 
 
 @pytest.mark.parametrize(
