@@ -109,6 +109,7 @@ class OpenVinoRunner(_FileRunner):
 
     def __init__(self, program: Program, threads: int | None, clock: Clock, dtype: str | None = None) -> None:
         from ..backends.onnx.export import leaves_of, to_standard_onnx
+        from ..backends.onnx.halves import store_halves
         from ..backends.openvino.session import OpenVinoSession
 
         self.dtype = dtype
@@ -117,6 +118,8 @@ class OpenVinoRunner(_FileRunner):
         with clock("lower"):
             self.leaves = leaves_of(program)
             model = to_standard_onnx(program)
+            if dtype == "bfloat16":
+                store_halves(model)
         with clock("load"):
             try:
                 self.session = OpenVinoSession(self._save(model), threads, dtype)

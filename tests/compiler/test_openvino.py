@@ -113,6 +113,14 @@ def test_matmuls_in_bfloat16(tmp_path: Path) -> None:
 
 
 @needs_bfloat16
+def test_weights_of_matmuls_and_tables_take_half_the_room() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(64, 64), torch.nn.Linear(64, 256), torch.nn.Linear(256, 64)).eval()
+    compiled = fxpress.compile(model, [], (torch.arange(12)[None],), backend="openvino", dtype="bfloat16")
+    assert compiled.report.bytes_after < 0.55 * compiled.report.bytes_before + 2000  # and the graph
+    assert compiled.report.precision["sqnr_db"] > 40
+
+
+@needs_bfloat16
 def test_a_model_in_bfloat16_is_refused_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = fxpress.compile(tiny.bert(), example_inputs=tiny.text(), backend="openvino", dtype="bfloat16")
     compiled.save(tmp_path / "bert")
