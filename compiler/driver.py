@@ -26,7 +26,7 @@ from .binding import Binder
 from .calibration import check_batches, track
 from .onnx_files import onnx_files, write_onnx
 from .pipeline import has_masks, parameters, parse_passes, run_passes, zeros
-from .precision import BufferReads, half_dtype, inner_dtype, narrow_inputs, narrowed, precision_loss
+from .precision import half_dtype, inner_dtype, keep_exact, narrow_inputs, narrowed, precision_loss
 from .report import Report
 from .runners import (
     Clock,
@@ -360,17 +360,14 @@ def _compile(
     bind = _as_arguments if isinstance(model, ExportedProgram) else functools.partial(bind_example, model)
     check_batches(settings.calibration, example, bind)
     with clock("eager"):
-        if settings.dtype is None:
-            eager = _run_model(module, example)
-        else:
-            with BufferReads(module, settings.dtype) as reads:
-                eager = _run_model(module, example)
-            if reads.restore(module, origin):
-                eager = _run_model(module, example)
+        eager = _run_model(module, example)
     with clock("trace"):
         program = trace(model, example, settings.dynamic_shapes)
         flat = _flat(program, example)
     if isinstance(model, torch.nn.Module):
+        if settings.dtype is not None and keep_exact(program, model, origin):
+            with clock("eager"):
+                eager = _run_model(module, example)
         with clock("check sizes"):
             program = admit_ones(program, model, flat)
             check_sizes(program, model, flat)

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import passes as pass_folder
-from ..ir.equality import compare, sqnr_db
+from ..ir.equality import TakenBranch, compare, sqnr_db
 from ..ir.errors import FxpressError, InputError, RewriteError, VerifyError, nearest
 from ..ir.graph import Program, arguments
 from ..ir.ops.attention import attention
@@ -244,8 +244,10 @@ def counted(program: Program, inputs: Sequence[Tensor]) -> tuple[list[Any], int]
     """
     rules = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=rules)
-    with torch.no_grad(), counter:
-        outputs = list(program.run(inputs))
+    # The counter follows gradients of what a branch of torch.cond is given, weights too, where there are none.
+    weights = {name: weight.detach() for name, weight in program.module.named_parameters(remove_duplicate=False)}
+    with torch.no_grad(), counter, TakenBranch():  # type: ignore[no-untyped-call]
+        outputs = list(torch.func.functional_call(program.module, weights, tuple(inputs)))
     return outputs, counter.get_total_flops() // 2
 
 

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ir.equality import cosine, sqnr_db
 from ..ir.errors import InputError, nearest
-from ..ir.graph import Program
+from ..ir.graph import Program, identifier
 
+aten = torch.ops.aten
+_CASTS = (aten.to, aten._to_copy)
+_VIEWS = (aten.unsqueeze, aten.view, aten.reshape, aten.expand, aten.slice, aten.select, aten.permute, aten.transpose)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -63,44 +65,46 @@ def narrowed(model: Any, dtype: torch.dtype | None) -> Any:
     return model if dtype is None else copy.deepcopy(model).to(dtype)
 
 
-class BufferReads(TorchDispatchMode):
-    """Within, how a narrowed model reads its buffers: cast to float32, or as they are.
+def keep_exact(program: Program, model: torch.nn.Module, origin: torch.nn.Module) -> bool:
+    """Give a narrowed model, and its program, those of the original's buffers that are cast to float32 at each reading.
 
-    Rotary frequencies are cast first, and are more than weights: rounded to bfloat16 they are off by an eighth of a
-    turn at the two-hundredth token. `from_pretrained(dtype=...)` of transformers makes them in float32 whatever the
-    dtype, so that a model narrowed here is to have them, too.
+    Rotary frequencies are, and are more than weights: rounded to bfloat16 they are off by an eighth of a turn at the
+    two-hundredth token. transformers' `from_pretrained(dtype=...)` makes them in float32 whatever the dtype.
+
+    Returns:
+        whether there are any.
     """
+    exact = {identifier(name): (name, buffer) for name, buffer in origin.named_buffers()}
+    kept = False
+    for node in program.graph.nodes:
+        if node.op != "get_attr" or node.target not in exact:
+            continue
+        name, buffer = exact[str(node.target)]
+        views = _read_in_float32(node) if buffer.dtype is torch.float32 else None
+        if not views:
+            continue
+        for module, path in ((model, name), (program.module, str(node.target))):
+            owner, _, leaf = path.rpartition(".")
+            module.get_submodule(owner)._buffers[leaf] = buffer.clone()
+        for view in views:
+            view.meta["val"] = view.meta["val"].to(torch.float32)
+        kept = True
+    return kept
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        found = {name: buffer for name, buffer in model.named_buffers() if buffer.dtype is dtype and buffer.numel()}
-        self._names = {_place(buffer): name for name, buffer in found.items()}
-        self._cast: set[str] = set()
-        self._other: set[str] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call an operator."""
-        result = func(*args, **(kwargs or {}))
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            name = self._names.get(_place(leaf)) if isinstance(leaf, Tensor) else None
-            if name is None or (isinstance(result, Tensor) and _place(result) == _place(leaf)):  # a view
+def _read_in_float32(node: fx.Node) -> list[fx.Node] | None:
+    """A tensor and the views of it that a program reads, if it casts all of them to float32; else None."""
+    found, done = [node], 0
+    while done < len(found):
+        for user in found[done].users:
+            packet = getattr(user.target, "overloadpacket", None)
+            if packet in _CASTS and user.meta["val"].dtype is torch.float32:
                 continue
-            wide = func is torch.ops.aten._to_copy.default and result.dtype is torch.float32
-            (self._cast if wide else self._other).add(name)
-        return result
-
-    def restore(self, model: torch.nn.Module, origin: torch.nn.Module) -> bool:
-        """Give a narrowed model the original's buffers that are cast at each reading; whether there are any."""
-        exact = dict(origin.named_buffers())
-        names = [name for name in sorted(self._cast - self._other) if exact[name].dtype is torch.float32]
-        for name in names:
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._buffers[leaf] = exact[name].clone()
-        return bool(names)
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.device.type != "meta" else 0
+            if packet not in _VIEWS:
+                return None
+            found.append(user)
+        done += 1
+    return found if node.users and node.meta["val"].dtype in DTYPES.values() else None
 
 
 def narrow_inputs(inputs: Any, dtype: torch.dtype | None) -> Any:

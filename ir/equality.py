@@ -155,13 +155,30 @@ class _WideInterpreter(fx.Interpreter):
         return widen(super().get_attr(target, args, kwargs))
 
 
-class _Widen(TorchDispatchMode):
+class TakenBranch(TorchDispatchMode):
+    """Runs the branch of a torch.cond that its condition takes, where other modes refuse it or run both."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call an operator."""
+        if func is torch.ops.higher_order.cond:
+            holds, then, otherwise, operands = args
+            with self:
+                return (then if holds else otherwise)(*operands)
+        return func(*args, **(kwargs or {}))
+
+
+class _Widen(TakenBranch):
     """Turns every request for a narrower float dtype into one for float64."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return func(*map(widen_dtype, args), **{name: widen_dtype(value) for name, value in (kwargs or {}).items()})
+        wide = {name: widen_dtype(value) for name, value in (kwargs or {}).items()}
+        return super().__torch_dispatch__(func, types, list(map(widen_dtype, args)), wide)
 
 
 def widen_dtype(value: Any) -> Any:

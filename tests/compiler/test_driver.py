@@ -414,3 +414,21 @@ def test_an_operator_whose_parts_cannot_be_translated_is_named() -> None:
 
     with pytest.raises(LoweringError, match=r"no translation of .*cholesky"):
         compile(Cholesky().eval(), example_inputs=(torch.randn(2, 4, 4),), backend="onnx")
+
+
+@pytest.mark.parametrize("backend", ["eager", "onnx"])
+def test_a_branch_is_taken_as_its_condition_holds(backend: str) -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = torch.cond(x.sum() > 0, lambda v: self.linear(v).sin(), lambda v: v * 2, (x,))
+            return found
+
+    x = torch.ones(3, 8)
+    for example in (x, -x):
+        compiled = compile(Either().eval(), example_inputs=(example,), backend=backend)
+        assert compiled.verify((x,)).equal and compiled.verify((-x,)).equal
+        assert compiled.report.macs_before == (3 * 8 * 8 if example is x else 0)
