@@ -360,7 +360,20 @@ FEW = (  # of the masks in groups
     "attention, float mask, causal, 2 groups, empty rows give mean",
     "attention, key mask, 2 groups, empty rows give mean",
 )
-ALIKE = {name for name in CASES if "groups, empty rows" in name} - {*FEW}
+ALIKE = {
+    *({name for name in CASES if "groups, empty rows" in name} - {*FEW}),
+    "attention, bool mask of rank 2",
+    "attention, causal window, all keys",
+    "attention, causal, heads of an odd size",
+    "attention, causal, soft cap",
+    "attention, no scale",
+    "attention, sinks, causal",
+    "attention, soft cap, key mask",
+    "attention, wide values",
+    "attention, window, cross lengths",
+    "linear_act, no bias",
+    "split_linear, no bias",
+}
 WITH_EMPTY_ROWS = {*FEW, *(name for name in CASES if "without keys" in name or name.endswith(", empty rows"))}
 
 

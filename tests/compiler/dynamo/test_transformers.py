@@ -37,7 +37,7 @@ def _fresh() -> Iterator[None]:
 
 def _marks(family: str, backend: str) -> Any:
     """Most families with the eager backend; with ONNX Runtime, which is tested for itself, a few in each run."""
-    if family in ALIKE:
+    if family in ALIKE or (family, backend) == ("llama", "eager"):
         return pytest.mark.exhaustive
     if backend == "eager":
         return () if family in QUICK else pytest.mark.slow
