@@ -235,7 +235,7 @@ class Compiled:
         runner = self._product.runner
         if not isinstance(runner, OnnxRunner):
             raise InputError(
-                f"only the onnx backend can be saved, this is {runner.name!r}; compile with backend='onnx'"
+                f"only the onnx backend has such a file, this is {runner.name!r}; give form='qdq', or backend='onnx'"
             )
         return runner
 
