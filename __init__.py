@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from . import passes
     from .compiler.artifact import LoadedModel, load
     from .compiler.callbacks import mask_callback
-    from .compiler.driver import Compiled, compile, export_onnx
+    from .compiler.driver import Compiled, compile
     from .compiler.dynamo.accelerate import register_with_accelerate
     from .compiler.dynamo.report import reports
+    from .compiler.export import export_onnx
     from .ir import errors
     from .ir.pruning.schedule import MaskScheduler
 
@@ -29,7 +30,7 @@ _HOMES = {
     "LoadedModel": ".compiler.artifact",
     "MaskScheduler": ".ir.pruning.schedule",
     "compile": ".compiler.driver",
-    "export_onnx": ".compiler.driver",
+    "export_onnx": ".compiler.export",
     "load": ".compiler.artifact",
     "mask_callback": ".compiler.callbacks",
     "register_with_accelerate": ".compiler.dynamo.accelerate",

@@ -6,6 +6,7 @@ program.json        the graph, for the triton backend: triton_files.py
 model.safetensors   its weights (ONNX external data; also readable by itself)
 program.txt         the rewritten program as text
 report.json         the report of the compilation
+config.json, generation_config.json    of a decoder that was compiled with its cache: transformers' own
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .report import Report
 FORMAT, VERSION = "fxpress-artifact", 1
 MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
 PROGRAM, WEIGHTS = "program.json", "model.safetensors"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 NEEDED = {  # files, by backend
     "onnx": {MODEL, REPORT},
     "openvino": {MODEL, REPORT},
@@ -56,6 +58,8 @@ class LoadedModel:
     gives what the model gave, structure included; a structure whose class is not loaded is given as `Outputs`.
     """
 
+    _decoder: Any = None
+
     def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int | None) -> None:
         self._read(folder, manifest)
         check_weight_files(folder / MODEL, set(manifest["files"]))
@@ -67,6 +71,7 @@ class LoadedModel:
         self.report = Report.from_dict(json.loads((folder / REPORT).read_text(encoding="utf-8")))
         self.leaves: list[tuple[int | None, Any]] = [(item["index"], item["constant"]) for item in manifest["outputs"]]
         self._structure: str | None = manifest["structure"]
+        self._folder = folder if CONFIG in manifest["files"] else None
 
     def _check_leaves(self, folder: Path, count: int) -> None:
         places = [index for index, _ in self.leaves if index is not None]
@@ -84,6 +89,19 @@ class LoadedModel:
         if torch is not None and any(isinstance(value, torch.Tensor) for value in values):
             return self._rebuild([torch.from_numpy(item) for item in self.run([_to_numpy(value) for value in values])])
         return Outputs(zip(self.signature.outputs, self._place(self.run(values)), strict=True))
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """transformers' `generate`, with every step computed by this model; of one that was compiled with cache=True.
+
+        Raises:
+            InputError: it was compiled without, or transformers is missing.
+            ArtifactError: the installed transformers does not know the model.
+        """
+        from . import generation
+
+        if self._decoder is None and self._folder is not None:
+            self._decoder = generation.from_folder(self._folder)
+        return generation.generate(self._decoder, self, self.signature)(*args, **options)
 
     def run(self, arrays: Sequence[Any]) -> list[Any]:
         """Run on flat arrays, in the order of `signature.inputs`."""
@@ -230,6 +248,7 @@ def write(
     program: str,
     backend: str = "onnx",
     dtype: str | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> None:
     """Write an artefact: all of it appears at once, or nothing.
 
@@ -237,6 +256,7 @@ def write(
         folder: the folder to make; it must not exist.
         files: a folder with the graph and its weights, which are copied.
         dtype: that openvino computes in.
+        extra: more files, as text by name.
 
     Raises:
         InputError: the folder exists, or cannot be written.
@@ -244,6 +264,8 @@ def write(
     with new_folder(folder) as temporary:
         for file in sorted(files.iterdir()):
             shutil.copyfile(file, temporary / file.name)
+        for name, text in (extra or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         (temporary / "program.txt").write_text(program, encoding="utf-8")
         (temporary / REPORT).write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
         body = {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ir.errors import InputError
 from ..ir.signature import describe, leaves
+from .generation import CACHES
 from .trace import Arguments
 
 
@@ -51,7 +52,7 @@ def _check(index: int, path: str, value: Tensor, example: Tensor) -> None:
         raise InputError(f"{place}: dtype {value.dtype}, the example has {example.dtype}".replace("torch.", ""))
     if value.dim() != example.dim():
         raise InputError(f"{place}: shape {list(value.shape)}, the example has {list(example.shape)}")
-    if value.numel() == 0:
+    if value.numel() == 0 and not path.startswith(CACHES):  # a cache may be empty
         raise InputError(f"{place} is empty: shape {list(value.shape)}")
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise InputError(f"{place} has NaN or infinity; leave that batch out")

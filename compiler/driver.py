@@ -21,10 +21,10 @@ from ..ir.graph import Program
 from ..ir.padding import Padding, Real
 from ..ir.rewrite import Context, Pass
 from ..ir.signature import describe, leaves
-from . import artifact, hf, pretrained
+from . import artifact, generation, hf, pretrained
 from .binding import Binder
 from .calibration import check_batches, track
-from .onnx_files import onnx_files, write_onnx
+from .onnx_files import check_form, onnx_files, write_onnx
 from .pipeline import has_masks, parameters, parse_passes, run_passes, zeros
 from .precision import half_dtype, inner_dtype, keep_exact, narrow_inputs, narrowed, precision_loss
 from .report import Report
@@ -46,7 +46,6 @@ from .trace import Arguments, bind_example, plain_attention, trace
 from .verdict import judged, record
 
 BACKENDS = ("auto", "eager", "onnx", "openvino", "triton")
-FORMS = ("runtime", "qdq")
 
 
 @dataclass
@@ -83,6 +82,7 @@ class Compiled:
     _model: torch.nn.Module | ExportedProgram | Program
     _settings: _Settings
     _origin: Any = None  # the model that the first program was traced from, in its own precision
+    _decoder: Any = None  # with cache=True: the model of which it is a step
     _made: _Product | None = field(default=None, init=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,20 +97,28 @@ class Compiled:
         made = self._product
         return pytree.tree_unflatten(made.runner.run(made.bind(args, kwargs)), made.program.out_spec)
 
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """transformers' `generate` of the model, with every step computed by this one; compiled with cache=True.
+
+        Raises:
+            InputError: compiled without, or an option of generate that needs more of the model than a step gives.
+        """
+        return generation.generate(self._decoder, self, self.program.signature)(*args, **options)
+
     def verify(self, inputs: Any) -> Comparison:
         """How far the compiled model is from the model on other inputs, judged by an fp64 run of the model.
 
         Where a pass removed padding, outputs are compared at tokens alone.
 
         Args:
-            inputs: a dict of named or a tuple of positional inputs.
+            inputs: a dict of named or a tuple of positional inputs; with cache=True a prompt, or what a step takes.
 
         Raises:
             InputError: inputs that it was not compiled for or that its graph does not hold at, or it was compiled
                 with verify=False.
         """
         made, traced = self._product, self.traced
-        args = narrow_inputs(_as_arguments(inputs), self._settings.dtype)
+        args = self._arguments(inputs)
         tensors = made.program.signature.bind(*args)
         module = self._model.module() if isinstance(self._model, ExportedProgram) else self._model
         eager = pytree.tree_leaves(_run_model(module, args))
@@ -180,11 +188,10 @@ class Compiled:
             LoweringError: a kernel cannot be compiled for one of the GPUs.
         """
         made = self._product
-        given = [narrow_inputs(_as_arguments(item), self._settings.dtype) for item in examples]
-        bound = [made.program.signature.bind(*item) for item in given]
+        bound = [made.program.signature.bind(*self._arguments(item)) for item in examples]
         save_runner(
             made.runner, Path(path), made.program, self.report, made.flat, archs, bound, self._settings.dtype,
-            self._settings.tune,
+            self._settings.tune, generation.config_files(self._decoder),
         )  # fmt: skip
 
     def to_onnx(self, path: str | os.PathLike[str], form: str = "runtime") -> None:
@@ -199,7 +206,7 @@ class Compiled:
             InputError: one of the files exists or cannot be written, or the backend is not onnx.
             LoweringError: a node cannot be written in the standard.
         """
-        _check_form(form)
+        check_form(form)
         if form == "runtime":
             write_onnx(self._onnx_runner().files, Path(path))
             return
@@ -224,6 +231,13 @@ class Compiled:
         """
         made = self._product
         pretrained.write(self._origin, made.program, made.traced, made.flat, Path(path))
+
+    def _arguments(self, inputs: Any) -> Arguments:
+        """Inputs like the example as arguments of the program: of a step with its cache, a prompt's or its own."""
+        if self._decoder is not None and generation.PAST not in inputs:
+            inputs = generation.step_inputs(self._decoder, inputs)
+        narrow: Arguments = narrow_inputs(_as_arguments(inputs), self._settings.dtype)
+        return narrow
 
     @property
     def _product(self) -> _Product:
@@ -254,6 +268,8 @@ class Compiled:
         errors are those of `compile`.
         """
         made, old = self._product, self._settings
+        if self._decoder is not None:
+            calibration = generation.prompts(self._decoder, calibration)
         settings = _settings(passes, old.dynamic_shapes, backend, calibration, old.verify, max_rewrites, threads)
         settings.tune, settings.inside = old.tune, old.inside if backend == "openvino" else None
         signature = made.program.signature
@@ -264,7 +280,7 @@ class Compiled:
             lambda batch: ((), dict(zip(paths, signature.bind(*_as_arguments(batch)), strict=True))),
         )
         model = made.program.copy()
-        found = Compiled(model, settings, self._origin)
+        found = Compiled(model, settings, self._origin, self._decoder)
         with torch.no_grad(), without_collector():
             eager = list(model.run(made.flat))
             found._made = _rewritten(made.report.model, model.copy(), made.flat, eager, settings, Clock())
@@ -292,6 +308,7 @@ def compile(
     threads: int | None = None,
     dtype: str | None = None,
     tune: bool = True,
+    cache: bool = False,
 ) -> Compiled:
     """Compile a model.
 
@@ -310,6 +327,8 @@ def compile(
             Float inputs are cast; the report says what that lost against the model as it is. "bfloat16" with openvino:
             the model stays as it is, and matmuls are computed in bfloat16 if this processor has it.
         tune: measure the ways to run an operator and keep the fastest, on disk too; False: the first one runs.
+        cache: compile a decoder of transformers as a step of `generate`, with the keys and values of earlier tokens
+            (generation.py says what it takes). Examples and calibration are prompts.
 
     Raises:
         InputError, TraceError, RewriteError, VerifyError, LoweringError: one line: cause, place, next step.
@@ -322,7 +341,10 @@ def compile(
     settings.dtype, settings.tune = half_dtype(dtype, model, backend), tune
     settings.inside = inner_dtype(dtype, backend)
     settings.calibration = [narrow_inputs(batch, settings.dtype) for batch in settings.calibration]
-    compiled = Compiled(narrowed(model, settings.dtype), settings, model)
+    decoder = model if cache else None
+    if cache:
+        model, example_inputs, settings.calibration = generation.prepare(model, example_inputs, settings.calibration)
+    compiled = Compiled(narrowed(model, settings.dtype), settings, model, decoder)
     if isinstance(model, ExportedProgram):
         compiled._make(model.example_inputs or ((), {}))
     elif example_inputs is not None:
@@ -369,7 +391,8 @@ def _compile(
             with clock("eager"):
                 eager = _run_model(module, example)
         with clock("check sizes"):
-            program = admit_ones(program, model, flat)
+            admit = generation.admit if isinstance(model, generation.Step) else admit_ones
+            program = admit(program, model, flat)
             check_sizes(program, model, flat)
     return _rewritten(type(module).__name__, program, flat, pytree.tree_leaves(eager), settings, clock)
 
@@ -458,35 +481,4 @@ def weight_bytes(program: Program) -> int:
     return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
-def export_onnx(
-    model: torch.nn.Module | ExportedProgram,
-    path: str | os.PathLike[str],
-    passes: Any = None,
-    example_inputs: Any = None,
-    *,
-    form: str = "runtime",
-    **options: Any,
-) -> Report:
-    """Compile a model and write it as an ONNX file with its weights beside it; `options` are those of `compile`.
-
-    Args:
-        form: as in `Compiled.to_onnx`; for "qdq" nothing is measured, and the report is of the program in PyTorch.
-
-    Raises:
-        InputError: the file exists or cannot be written, before any work is done; and what `compile` raises.
-    """
-    _check_form(form)
-    for file in onnx_files(Path(path)):
-        artifact.check_new(file)
-    backend = "onnx" if form == "runtime" else "eager"
-    compiled = compile(model, passes, example_inputs, backend=backend, **options)
-    compiled.to_onnx(path, form)
-    return compiled.report
-
-
-def _check_form(form: str) -> None:
-    if form not in FORMS:
-        raise InputError(f"unknown form {form!r}: {nearest(form, FORMS)}")
-
-
-__all__ = ["Compiled", "FxpressError", "compile", "export_onnx"]
+__all__ = ["Compiled", "FxpressError", "compile"]

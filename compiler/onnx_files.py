@@ -7,8 +7,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..ir.errors import InputError
+from ..ir.errors import InputError, nearest
 from . import artifact
+
+FORMS = ("runtime", "qdq")
 
 
 def onnx_files(path: Path) -> tuple[Path, Path]:
@@ -20,6 +22,16 @@ def onnx_files(path: Path) -> tuple[Path, Path]:
     if path.suffix != ".onnx":
         raise InputError(f"an ONNX file must end in .onnx, found {str(path)!r}")
     return path, path.with_suffix(".safetensors")
+
+
+def check_form(form: str) -> None:
+    """Refuse a form that `to_onnx` does not know.
+
+    Raises:
+        InputError: names the nearest one.
+    """
+    if form not in FORMS:
+        raise InputError(f"unknown form {form!r}: {nearest(form, FORMS)}")
 
 
 def write_onnx(files: Path, path: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -193,6 +193,7 @@ def save_runner(
     others: Sequence[Sequence[Any]],
     dtype: torch.dtype | None,
     tune: bool,
+    extra: Mapping[str, str],
 ) -> None:
     """Write what a backend made of a program as an artefact.
 
@@ -201,6 +202,7 @@ def save_runner(
         archs, others: of the triton backend: GPUs to compile for, and more flat inputs to compile for.
         dtype: that float inputs are cast to.
         tune: whether candidates are measured where it runs, and compiled for that.
+        extra: more files, as text by name.
 
     Raises:
         InputError: the path exists or cannot be written, or the backend has no artefacts, or not these options.
@@ -211,7 +213,7 @@ def save_runner(
         from . import triton_files
 
         batches = [example, *([torch.as_tensor(item) for item in batch] for batch in others)]
-        triton_files.write(path, runner, batches, triton_files.check_archs(archs), dtype, tune, *described)
+        triton_files.write(path, runner, batches, triton_files.check_archs(archs), dtype, tune, *described, extra)
         return
     if archs or others:
         raise InputError(f"archs and examples are for kernels of the triton backend, this is {runner.name!r}")
@@ -219,7 +221,9 @@ def save_runner(
         raise InputError("the eager backend has nothing to save; compile with backend='onnx', 'openvino' or 'triton'")
     leaves = [{"index": leaf.index, "constant": leaf.constant} for leaf in runner.leaves]
     inside = getattr(runner, "dtype", None)
-    artifact.write(path, runner.files, described[0], leaves, *described[1:], backend=runner.name, dtype=inside)
+    artifact.write(
+        path, runner.files, described[0], leaves, *described[1:], backend=runner.name, dtype=inside, extra=extra
+    )
 
 
 def generated(runner: Runner, what: str) -> str:

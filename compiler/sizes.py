@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,13 +31,20 @@ def admit_ones(program: Program, model: torch.nn.Module, tensors: Sequence[Tenso
     movable = [names for names in groups if all(lows.get(name, (0, None))[0] == 2 for name in names)]
     admitted: set[str] = set()
     for names in movable:
-        for cut in (names, names | admitted):
-            pairs = _outputs(program, model, _cut(program, tensors, cut, 1))
-            if pairs is None or not all(_agree(*pair) for pair in pairs):
-                break
-        else:
+        if all(right_at(program, model, tensors, dict.fromkeys(cut, 1)) for cut in (names, names | admitted)):
             admitted |= names
-    ranges = {name: (1 if name in admitted else low, high) for name, (low, high) in lows.items()}
+    return with_lows(program, dict.fromkeys(admitted, 1))
+
+
+def right_at(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor], sizes: Mapping[str, int]) -> bool:
+    """Whether graph and model agree to rounding where some of the example's sizes are cut."""
+    pairs = _outputs(program, model, _cut(program, tensors, sizes))
+    return pairs is not None and all(_agree(*pair) for pair in pairs)
+
+
+def with_lows(program: Program, lows: Mapping[str, int]) -> Program:
+    """The program with other lower bounds of some sizes."""
+    ranges = {name: (lows.get(name, low), high) for name, (low, high) in program.signature.ranges.items()}
     return replace(program, signature=replace(program.signature, ranges=ranges))
 
 
@@ -51,7 +58,7 @@ def check_sizes(program: Program, model: torch.nn.Module, tensors: Sequence[Tens
     for (axis, size), names in _groups(program, tensors).items():
         if size - 1 < max(2, *(ranges.get(name, (size, None))[0] for name in names)):
             continue
-        pairs = _outputs(program, model, _cut(program, tensors, names, size - 1))
+        pairs = _outputs(program, model, _cut(program, tensors, dict.fromkeys(names, size - 1)))
         for name, pair in zip(program.signature.outputs, pairs or (), strict=False):
             if problem := _difference(*pair):
                 given = next(item.path for item in program.signature.inputs if names & {*item.shape[axis : axis + 1]})
@@ -71,10 +78,10 @@ def _groups(program: Program, tensors: Sequence[Tensor]) -> dict[tuple[int, int]
     return groups
 
 
-def _cut(program: Program, tensors: Sequence[Tensor], names: Collection[str], size: int) -> list[Tensor]:
-    """The inputs with every axis whose size is one of `names` cut to a size."""
+def _cut(program: Program, tensors: Sequence[Tensor], sizes: Mapping[str, int]) -> list[Tensor]:
+    """The inputs with every axis whose size has a name in `sizes` cut to that."""
     return [
-        tensor[tuple(slice(0, size) if name in names else slice(None) for name in spec.shape)].contiguous()
+        tensor[tuple(slice(0, sizes.get(str(name))) for name in spec.shape)].contiguous()
         for spec, tensor in zip(program.signature.inputs, tensors, strict=True)
     ]
 
@@ -82,16 +89,33 @@ def _cut(program: Program, tensors: Sequence[Tensor], names: Collection[str], si
 def _outputs(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> list[tuple[Any, Any]] | None:
     """What graph and model give on an input, in pairs; None where one of them fails, or the input cannot be rebuilt."""
     given = {spec.path: tensor for spec, tensor in zip(program.signature.inputs, tensors, strict=True)}
-    if any("." in path for path in given):
-        return None  # nested inputs: not rebuilt from their leaves
-    constants = {item.path: item.value for item in program.signature.constants if "." not in item.path}
+    arguments = _nested({**given, **{item.path: item.value for item in program.signature.constants}})
     with torch.no_grad(), plain_attention():
         try:
-            expected = pytree.tree_leaves(model(**given, **constants))
+            expected = pytree.tree_leaves(model(**arguments))
             found = program.run(tensors)
-        except (RuntimeError, ValueError, IndexError, TypeError):  # the last: an empty list among the inputs is missing
-            return None
+        except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError):
+            return None  # the last four: an empty list among the inputs is missing, or a container is of another kind
     return list(zip(found, expected, strict=True))
+
+
+def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted paths as dicts of dicts; what is named by numbers is a list."""
+    tree: dict[str, Any] = {}
+    for path, value in given.items():
+        *parents, last = path.split(".")
+        place = tree
+        for name in parents:
+            place = place.setdefault(name, {})
+        place[last] = value
+
+    def listed(item: Any) -> Any:
+        if type(item) is not dict:
+            return item
+        found = {name: listed(value) for name, value in item.items()}
+        return [*found.values()] if all(name.isdigit() for name in found) else found
+
+    return {name: listed(value) for name, value in tree.items()}
 
 
 def _agree(value: Any, truth: Any) -> bool:

@@ -63,6 +63,7 @@ def write(
     structure: str | None,
     report: Report,
     text: str,
+    extra: Mapping[str, str],
 ) -> None:
     """Write an artefact: all of it appears at once, or nothing.
 
@@ -100,7 +101,7 @@ def write(
         }
         (files / artifact.PROGRAM).write_text(json.dumps(data), encoding="utf-8")
         outputs = [{"index": index, "constant": None} for index in range(len(signature.outputs))]
-        artifact.write(folder, files, signature, outputs, structure, report, text, "triton")
+        artifact.write(folder, files, signature, outputs, structure, report, text, "triton", extra=extra)
 
 
 def _digest(source: str) -> str:
