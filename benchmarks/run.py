@@ -23,7 +23,8 @@ own (report_pruned.py). "sparsity" is a table of what single zeros do, by method
 
 "attention-scaling" measures time and memory of each kind of attention by length, with a plot (attention_scaling.py,
 attention_worker.py, report_scaling.py, plot_attention.py); "attention-quality" what the kinds do to trained models,
-without any timing (attention_quality.py). "torch-compile" is MiniLM through torch.compile (through_dynamo.py).
+without any timing (attention_quality.py). "torch-compile" is MiniLM through torch.compile (through_dynamo.py),
+"generation" the writing of tokens by decoders with their cache (generation.py).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from report_pruned import pruned_section
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from workloads import OTHERS, REPLACED, SCALING, SPARSITY, THROUGH, WORKLOADS, Shape, Workload
+from workloads import GENERATION, OTHERS, REPLACED, SCALING, SPARSITY, THROUGH, WORKLOADS, Shape, Workload
 
 HERE = Path(__file__).parent
 SECTIONS = {"exact": section, "quantized": quantized_section, "pruned": pruned_section}
@@ -67,6 +68,7 @@ def main() -> None:
     every = list(WORKLOADS) if candidates or options.shapes else [*WORKLOADS, *OTHERS]
     measures = {
         SPARSITY: measure_sparsity, SCALING: measure_scaling, REPLACED: measure_replaced, THROUGH: measure_through,
+        GENERATION: measure_generation,
     }  # fmt: skip
     for name in [name for name in (*WORKLOADS, *OTHERS) if name in options.only] or every:
         if name in measures:
@@ -139,6 +141,17 @@ def measure_through(into: Path, quick: bool) -> None:
     with progress(THROUGH) as tell:
         found = through_dynamo.measure(tell, quick)
     publish(into, THROUGH, through_dynamo.section(found), [], whole=not quick)
+
+
+def measure_generation(into: Path, quick: bool) -> None:
+    """Decoders with their cache, in 32, 8 and 4 bits."""
+    import generation
+
+    with progress(GENERATION) as tell:
+        found = generation.measure(tell, quick)
+    publish(into, GENERATION, "" if quick else generation.section(found), [], whole=not quick)
+    if quick:
+        CONSOLE.print(found)
 
 
 @contextmanager

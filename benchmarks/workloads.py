@@ -37,12 +37,13 @@ POINTS = (BF16, INT8_CLOSE, INT8, INT8_STATIC, INT8_OPENVINO, INT4_OF_INT8, INT4
 CUTS = (CUT70, CUT50)
 PADDED = (UNPADDED, INT8_UNPADDED, BF16_UNPADDED)
 SPARSITY, SCALING, REPLACED = "sparsity", "attention-scaling", "attention-quality"
-THROUGH = "torch-compile"
+THROUGH, GENERATION = "torch-compile", "generation"
 OTHERS = (
     SPARSITY,
     SCALING,
     REPLACED,
     THROUGH,
+    GENERATION,
 )  # sections of RESULTS.md that are no workload, each with a file of its own
 
 
@@ -164,17 +165,18 @@ def gpt2() -> Any:
     return random_model("GPT2", use_cache=False)
 
 
+LLAMA = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "intermediate_size": 2048,
+    "vocab_size": 32000,
+}
+
+
 def llama() -> Any:
-    return random_model(
-        "Llama",
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        intermediate_size=2048,
-        vocab_size=32000,
-        use_cache=False,
-    )
+    return random_model("Llama", **LLAMA, use_cache=False)
 
 
 def windowed() -> Any:
