@@ -213,11 +213,32 @@ def _multi_head_attention(given: Attention) -> Tensor:
 @_lowering
 def _attention_onnx(given: Attention) -> Tensor:
     """ai.onnx::Attention on [B, N, H * D]; with a boolean mask its fully masked rows are zeros, as torch's."""
+    mask, rest = _kernel_mask(given)
+    return _heads_second(_attention_node(given, mask), rest)
+
+
+@_lowering
+def _attention_heads_first(given: Attention) -> Tensor:
+    """The same on [B, H, N, D]: a cache of keys and values is not transposed for each token."""
+    mask, rest = _kernel_mask(given)
+    result = symbolic(
+        "Attention",
+        (given.query, given.key, given.value, *([] if mask is None else [mask])),
+        {"scale": given.factor, "is_causal": int(given.is_causal), "softcap": given.softcap},
+        dtype=given.query.dtype,
+        shape=(*given.query.shape[:3], given.value.shape[3]),
+        version=23,
+    )
+    return rest.finish(result.transpose(1, 2)).transpose(1, 2)
+
+
+def _kernel_mask(given: Attention) -> tuple[Tensor | None, Attention]:
+    """The mask that ai.onnx::Attention takes, and what is left to `finish`."""
     if given.is_causal:
-        return _heads_second(_attention_node(given), given)
+        return None, given
     if given.empty == "zeros" and (given.bias is None or given.bias.dtype == torch.bool):
-        return _heads_second(_attention_node(given, _full_rows(given.allowed(), given)), given.without_masks())
-    return _heads_second(_attention_node(given, _full_rows(given.additive(), given)), given)
+        return _full_rows(given.allowed(), given), given.without_masks()
+    return _full_rows(given.additive(), given), given
 
 
 @_lowering
@@ -356,6 +377,16 @@ def _refuses_fused(node: fx.Node) -> str | None:
     return None if given["sinks"] is None else "the kernel has no sinks"
 
 
+def _heads_first(node: fx.Node) -> bool:
+    """Whether keys and values lie as [B, H, M, D]: joined to those of a cache."""
+    given = arguments(node)
+    return all(given[name].target is torch.ops.aten.cat.default for name in ("key", "value"))
+
+
+def _refuses_heads_first(node: fx.Node) -> str | None:
+    return _refuses_fused(node) if _heads_first(node) else "keys and values come from projections, tokens first"
+
+
 def _refuses_multi_head(node: fx.Node) -> str | None:
     given = arguments(node)
     if _refuses_fused(node):
@@ -415,13 +446,18 @@ def _whole(
             return "blocks serve a band at every length"
         if causal.settles(node):
             return "steps serve causal attention at every length"
-        return "samples serve every length" if samples.settles(node) else refuses(node)
+        if samples.settles(node):
+            return "samples serve every length"
+        if refuses is not _refuses_heads_first and _refuses_heads_first(node) is None:
+            return "keys and values are a cache's, heads first"
+        return refuses(node)
 
     return Lowering(name, function, refuses_long, standard)
 
 
 ATTENTION = (
     _whole("Attention", _attention_onnx, _refuses_fused),
+    _whole("Attention, heads first", _attention_heads_first, _refuses_heads_first),
     _whole("GroupQueryAttention", _group_query_attention, _refuses_group_query),
     _whole("MultiHeadAttention", _multi_head_attention, _refuses_multi_head),
     _whole("MatMul+Softmax", unfused, standard=True),
