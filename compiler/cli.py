@@ -46,6 +46,9 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="bfloat16, with --backend openvino: what matmuls are computed in, where the processor has it."),
 ]
+Cache = Annotated[
+    bool, typer.Option("--cache", help="A decoder as a step with its key/value cache: fxpress.load(OUT).generate(...).")
+]
 Batch = Annotated[int, typer.Option(min=1, help="Batch size of the example (it stays dynamic).")]
 Calibration = Annotated[
     Path | None,
@@ -86,6 +89,7 @@ def compile_command(
     threads: Threads = None,
     backend: Backend = "onnx",
     dtype: Dtype = None,
+    cache: Cache = False,
 ) -> None:
     """Compile a pretrained model to a folder that fxpress.load() reads, and print the report."""
     from . import artifact, hf
@@ -102,7 +106,9 @@ def compile_command(
     inputs = hf.example_inputs(model, batch, length)
     batches = _batches(data, model_dir, model, inputs)
     with _nothing() if batches else _stage("compiling"):  # a bar shows how far calibration is
-        compiled = compile(model, chosen, inputs, backend=backend, calibration=batches, threads=threads, dtype=dtype)
+        compiled = compile(
+            model, chosen, inputs, backend=backend, calibration=batches, threads=threads, dtype=dtype, cache=cache
+        )
         compiled.save(output)
     out.print(compiled.report)
     out.print(f"saved to {output}")

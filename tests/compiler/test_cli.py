@@ -151,6 +151,20 @@ def test_compile_for_openvino(model_dir: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["backend"] == "openvino"
 
 
+@pytest.mark.slow
+def test_compile_a_decoder_with_its_cache(tmp_path: Path) -> None:
+    import tiny
+
+    import fxpress
+
+    tiny.gpt2().save_pretrained(tmp_path / "gpt2")
+    done = run("compile", "gpt2", "-o", "out", "--cache", "--threads", 1, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "GPT2LMHeadModel on onnx" in done.stdout
+    ids = tiny.text()["input_ids"]
+    assert fxpress.load(tmp_path / "out").generate(ids, max_new_tokens=3, pad_token_id=0).shape == (2, 9)
+
+
 def test_compile_draws_what_pruning_left(model_dir: Path, tmp_path: Path) -> None:
     passes = "mask_weights(pattern='2:4')"
     done = run("compile", model_dir, "-o", "out", "--passes", passes, "--heatmap", "map.svg", cwd=tmp_path)
