@@ -227,6 +227,11 @@ class Decoding:
         length = past[0][0].shape[2] + input_ids.shape[1]
         if attention_mask is None:
             attention_mask = input_ids.new_ones(input_ids.shape[0], length)
+        if attention_mask.shape[-1] != length:
+            raise InputError(
+                f"{MASK} is of {attention_mask.shape[-1]} tokens, those of the cache and the new ones are {length}; "
+                "the step writes with its cache, so use_cache cannot be False"
+            )
         given = {IDS: input_ids, MASK: attention_mask.to(torch.int64), PAST: past}
         if self._positions:
             given[POSITIONS] = positions(attention_mask)[:, -input_ids.shape[1] :]
@@ -239,7 +244,8 @@ class Decoding:
         for name, value in options.items():
             if name == _LAST_ONLY and (isinstance(value, Tensor) or value not in (0, 1)):
                 raise InputError("the compiled step gives the last token's logits alone; generate without assistance")
-            if name not in (*_IGNORED, _LAST_ONLY) and value is not None and value is not False:
+            empty = value is None or value is False or (isinstance(value, Mapping) and not value)
+            if name not in (*_IGNORED, _LAST_ONLY) and not empty:
                 raise InputError(f"the compiled step does not take {name!r}; generate with the model itself")
 
     def _tensors(self, cache: Any, batch: int) -> list[tuple[Tensor, ...]]:
@@ -280,7 +286,7 @@ def generate(model: Any, run: Callable[..., Any], signature: Signature) -> Calla
         raise InputError("the model was compiled without its cache: give compile() cache=True to generate with it")
     writer = copy.copy(model)
     writer.forward = functools.wraps(model.forward)(Decoding(run, signature))
-    return writer.generate  # type: ignore[no-any-return]
+    return functools.partial(writer.generate, use_cache=True)
 
 
 # --- without the model -------------------------------------------------------------------------------------------

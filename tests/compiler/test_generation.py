@@ -117,6 +117,12 @@ def test_beams(gpt2: tuple[Any, Compiled]) -> None:
     assert writes_alike(*gpt2, num_beams=3)
 
 
+def test_a_model_whose_config_says_no_cache() -> None:
+    model, step = compiled("gpt2", verify=False)
+    model.config.use_cache = model.generation_config.use_cache = False
+    assert writes_alike(model, step)
+
+
 def test_sampling(gpt2: tuple[Any, Compiled]) -> None:
     assert writes_alike(*gpt2, do_sample=True, top_k=20, temperature=0.7)
 
@@ -299,6 +305,7 @@ def test_a_model_that_was_compiled_without_its_cache() -> None:
         ({"prompt_lookup_num_tokens": 2}, "generate without assistance"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "does not take 'output_attentions'"),
         ({"cache_implementation": "static"}, "a DynamicCache"),
+        ({"use_cache": False}, "use_cache cannot be False"),
     ],
 )
 def test_what_a_step_cannot_give_is_refused(gpt2: tuple[Any, Compiled], options: Any, message: str) -> None:
