@@ -132,8 +132,9 @@ def _checked(prompt: Any) -> tuple[Tensor, Tensor]:
 def _cache(model: Any, given: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of tokens, as the model computes them, a pair for each layer."""
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+    _check_layers(model, DynamicCache(config=model.config).layers, (DynamicLayer, DynamicSlidingWindowLayer))
     ids, mask = given[IDS], given[MASK]
     rest = {name: value for name, value in given.items() if name not in (IDS, MASK)}
     try:
@@ -142,10 +143,18 @@ def _cache(model: Any, given: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor
     except Exception as error:
         raise InputError(f"the model itself fails on the prompt with an empty cache: {one_line(error)}") from error
     layers = getattr(getattr(found, "past_key_values", None), "layers", [])
-    if not layers or any(type(layer) is not DynamicLayer or layer.keys is None for layer in layers):
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "nothing"
-        raise InputError(f"cache=True is for caches of keys and values alone; {type(model).__name__} keeps {kinds}")
+    _check_layers(model, layers, (DynamicLayer,))
+    if not layers:
+        raise InputError(f"cache=True is for caches of keys and values alone; {type(model).__name__} keeps nothing")
     return [(layer.keys, layer.values) for layer in layers]
+
+
+def _check_layers(model: Any, layers: Sequence[Any], kinds: tuple[type, ...]) -> None:
+    """Refuse a cache with layers of other kinds."""
+    others = sorted({type(layer).__name__ for layer in layers if type(layer) not in kinds})
+    if others:
+        name = type(model).__name__
+        raise InputError(f"cache=True is for caches of keys and values alone; {name} keeps {', '.join(others)}")
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -229,8 +238,7 @@ class Decoding:
             attention_mask = input_ids.new_ones(input_ids.shape[0], length)
         if attention_mask.shape[-1] != length:
             raise InputError(
-                f"{MASK} is of {attention_mask.shape[-1]} tokens, those of the cache and the new ones are {length}; "
-                "the step writes with its cache, so use_cache cannot be False"
+                f"{MASK} is of {attention_mask.shape[-1]} tokens, those of the cache and the new ones are {length}"
             )
         given = {IDS: input_ids, MASK: attention_mask.to(torch.int64), PAST: past}
         if self._positions:
@@ -286,7 +294,13 @@ def generate(model: Any, run: Callable[..., Any], signature: Signature) -> Calla
         raise InputError("the model was compiled without its cache: give compile() cache=True to generate with it")
     writer = copy.copy(model)
     writer.forward = functools.wraps(model.forward)(Decoding(run, signature))
-    return functools.partial(writer.generate, use_cache=True)
+
+    def write(*args: Any, **options: Any) -> Any:
+        if not options.setdefault("use_cache", True):  # whatever the model's config says
+            raise InputError("the compiled step writes with its cache; leave out use_cache=False")
+        return writer.generate(*args, **options)
+
+    return write
 
 
 # --- without the model -------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from torch import nn
 
 import fxpress
 from fxpress import Compiled
-from fxpress.compiler.generation import step_inputs
+from fxpress.compiler.generation import Decoding, step_inputs
+from fxpress.compiler.survey_models import tiny_config
 from fxpress.ir.errors import ArtifactError, InputError, RewriteError
 from fxpress.ir.graph import arguments
 from fxpress.ir.ops.attention import attention
@@ -121,6 +122,11 @@ def test_a_model_whose_config_says_no_cache() -> None:
     model, step = compiled("gpt2", verify=False)
     model.config.use_cache = model.generation_config.use_cache = False
     assert writes_alike(model, step)
+
+
+def test_a_mask_of_other_tokens_than_the_cache_and_the_new_ones(gpt2: tuple[Any, Compiled]) -> None:
+    with pytest.raises(InputError, match="attention_mask is of 7 tokens, those of the cache and the new ones are 8"):
+        Decoding(gpt2[1], gpt2[1].program.signature)(prompt()["input_ids"], torch.ones(2, 7, dtype=torch.int64))
 
 
 def test_sampling(gpt2: tuple[Any, Compiled]) -> None:
@@ -275,13 +281,18 @@ def mamba() -> Any:
     return transformers.MambaForCausalLM(config).eval()
 
 
+def bamba() -> Any:
+    return transformers.AutoModelForCausalLM.from_config(tiny_config("bamba")).eval()
+
+
 @pytest.mark.parametrize(
     ("model", "example", "message"),
     [
         (lambda: nn.Linear(2, 2).eval(), prompt(), "decoders of transformers that generate.*found a Linear"),
         (tiny.bert, prompt(), "decoders of transformers that generate.*found a BertModel"),
         (t5, prompt(), "T5ForConditionalGeneration has an encoder"),
-        (mamba, prompt(), "caches of keys and values alone; MambaForCausalLM keeps nothing"),
+        (mamba, prompt(), "caches of keys and values alone; MambaForCausalLM keeps"),
+        (bamba, prompt(), "caches of keys and values alone; BambaForCausalLM keeps .*Linear"),
         (lambda: decoder("gpt2"), None, "needs example_inputs, a prompt"),
         (lambda: decoder("gpt2"), (prompt()["input_ids"],), "a dict with input_ids, found a tuple"),
         (lambda: decoder("gpt2"), prompt(length=3), r"a length of 4 or more, found \[2, 3\]"),
@@ -305,7 +316,7 @@ def test_a_model_that_was_compiled_without_its_cache() -> None:
         ({"prompt_lookup_num_tokens": 2}, "generate without assistance"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "does not take 'output_attentions'"),
         ({"cache_implementation": "static"}, "a DynamicCache"),
-        ({"use_cache": False}, "use_cache cannot be False"),
+        ({"use_cache": False}, "leave out use_cache=False"),
     ],
 )
 def test_what_a_step_cannot_give_is_refused(gpt2: tuple[Any, Compiled], options: Any, message: str) -> None:
