@@ -340,10 +340,10 @@ def compile(
     settings = _settings(passes, dynamic_shapes, backend, calibration, verify, max_rewrites, threads)
     settings.dtype, settings.tune = half_dtype(dtype, model, backend), tune
     settings.inside = inner_dtype(dtype, backend)
-    settings.calibration = [narrow_inputs(batch, settings.dtype) for batch in settings.calibration]
     decoder = model if cache else None
     if cache:
         model, example_inputs, settings.calibration = generation.prepare(model, example_inputs, settings.calibration)
+    settings.calibration = [narrow_inputs(batch, settings.dtype) for batch in settings.calibration]
     compiled = Compiled(narrowed(model, settings.dtype), settings, model, decoder)
     if isinstance(model, ExportedProgram):
         compiled._make(model.example_inputs or ((), {}))

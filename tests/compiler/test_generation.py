@@ -204,6 +204,14 @@ def test_passes(passes: str) -> None:
     assert torch.equal(reference.generate(**prompt(), **options), step.generate(**prompt(), **options))
 
 
+def test_half_precision() -> None:
+    batches = [prompt()]
+    model, step = compiled("llama", "quantize(int8, mode=static)", dtype="bfloat16", calibration=batches)
+    assert {item.dtype for item in step.program.signature.inputs if item.path.startswith("past")} == {"bfloat16"}
+    assert step.generate(**prompt(), max_new_tokens=3, do_sample=False).shape == (2, 11)
+    assert model.dtype == torch.float32
+
+
 def test_padding_is_not_removed_from_a_cache() -> None:
     with pytest.raises(RewriteError, match="no attention among tokens has a key mask"):
         compiled("gpt2", "remove_padding, fuse")
