@@ -49,6 +49,13 @@ class Attention:
         only = self.bias is None and self.key_mask is None and self.left is None
         return only and isinstance(self.right, int) and self.right == 0
 
+    @property
+    def is_step(self) -> bool:
+        """Whether an upper bound of the band and a key mask are the only masks, heads have one size, and no row is
+        special: behind an empty cache that is causal attention."""
+        only = self.bias is None and self.left is None and self.right is not None and self.sinks is None
+        return only and self.empty == "zeros" and same_sizes([self.query.shape[3]], [self.value.shape[3]])
+
     def allowed(self) -> Tensor | None:
         """Boolean masks and the band as one boolean mask; None: there is none."""
         found = self.bias if self.bias is not None and self.bias.dtype == torch.bool else None
@@ -93,7 +100,7 @@ class Attention:
         if not self.has_empty_rows:
             return None
         if self.bias is None:
-            return self._some_of_band() if self.is_banded else self._keys().any(1)[:, None, None, None]
+            return self._some_of_band() if self.is_banded else self.keys().any(1)[:, None, None, None]
         allowed = self.allowed()
         if self.bias.dtype == torch.bool:
             assert allowed is not None
@@ -107,14 +114,14 @@ class Attention:
         """Whether a row has a number above the lowest."""
         return bias.amax(-1, keepdim=True) > lowest
 
-    def _keys(self) -> Tensor:
+    def keys(self) -> Tensor:
         """The key mask, [B, M]; [1, M] of True where there is none."""
         return torch.ones((1, self.key.shape[2]), dtype=torch.bool) if self.key_mask is None else self.key_mask
 
     def _some_of_band(self) -> Tensor:
         """`some` of a band and a key mask, from counts of keys: no tensor of all rows and keys."""
         rows, keys = torch.arange(self.query.shape[2]), self.key.shape[2]
-        counts = torch.nn.functional.pad(_cast(self._keys(), torch.int64).cumsum(1), (1, 0))  # before each key
+        counts = torch.nn.functional.pad(_cast(self.keys(), torch.int64).cumsum(1), (1, 0))  # before each key
         first = torch.zeros_like(rows) if self.left is None else (rows - self.left).clamp(0, keys)
         last = torch.full_like(rows, keys) if self.right is None else (rows + self.right + 1).clamp(0, keys)
         return (counts.index_select(1, last) > counts.index_select(1, first))[:, None, :, None]
@@ -221,6 +228,10 @@ def _attention_onnx(given: Attention) -> Tensor:
 def _attention_heads_first(given: Attention) -> Tensor:
     """The same on [B, H, N, D]: a cache of keys and values is not transposed for each token."""
     mask, rest = _kernel_mask(given)
+    if mask is not None and given.is_step:
+        options: dict[str, Any] = {"q_num_heads": given.query.shape[1], "kv_num_heads": given.key.shape[1]}
+        options |= {"scale": given.factor, "softcap": given.softcap}
+        return causal.cached_attention(given.query, given.key, given.value, given.keys(), mask, given.right, options)
     result = symbolic(
         "Attention",
         (given.query, given.key, given.value, *([] if mask is None else [mask])),

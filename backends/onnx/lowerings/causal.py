@@ -76,6 +76,23 @@ def causal_attention(
     )
 
 
+def cached_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor, mask: Tensor, right: Any, attributes: dict[str, Any]
+) -> Tensor:
+    """Query [B, H, N, D] on the keys of a cache and its own, [B, G, M, D]; zeros in rows without any key.
+
+    key_mask [B, M], and with the band j <= i + right `mask` [B, 1, N, M]; `attributes` are those of ai.onnx::Attention.
+    """
+    return symbolic(
+        f"{DOMAIN}::{CachedAttention.name}",
+        (query, key, value, key_mask, mask, torch.full((1,), right, dtype=torch.int64)),
+        attributes,
+        dtype=query.dtype,
+        shape=query.shape,
+        version=1,
+    )
+
+
 def _run_of_keys(key_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each sample [B]: its first key, the place behind its last, and whether it has all between them, and one."""
     length = key_mask.shape[1]
@@ -235,6 +252,37 @@ def PaddedCausalAttention(  # type: ignore[no-untyped-def]
     return result
 
 
+@script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
+def PromptAttention(  # type: ignore[no-untyped-def]
+    query, key, value, key_mask, q_num_heads: int, kv_num_heads: int, scale: float, softcap: float
+):
+    """All queries in steps, of [B, heads, N, size]."""
+    flat = op.Constant(value_ints=[0, 0, -1])
+    a_query = op.Reshape(op.Transpose(query, perm=[0, 2, 1, 3]), flat)
+    a_key = op.Reshape(op.Transpose(key, perm=[0, 2, 1, 3]), flat)
+    a_value = op.Reshape(op.Transpose(value, perm=[0, 2, 1, 3]), flat)
+    result = SixteenSteps(a_query, a_key, a_value, key_mask, q_num_heads, kv_num_heads, scale, softcap)
+    heads = op.Concat(
+        op.Shape(query, start=0, end=1), op.Shape(query, start=2, end=3), op.Shape(query, start=1, end=2),
+        op.Shape(query, start=3), axis=0,
+    )  # fmt: skip
+    return op.Reshape(op.Transpose(op.Reshape(result, heads), perm=[0, 2, 1, 3]), op.Shape(query))
+
+
+@script(_FXPRESS, default_opset=op)  # type: ignore[untyped-decorator]
+def CachedAttention(  # type: ignore[no-untyped-def]
+    query, key, value, key_mask, mask, right, q_num_heads: int, kv_num_heads: int, scale: float, softcap: float
+):
+    """Of [B, heads, N, size], keys and values of M tokens: a long prompt, before which nothing is, in steps."""
+    length = op.Shape(query, start=2, end=3)
+    causal = op.And(length == op.Shape(key, start=2, end=3), right == op.Constant(value_ints=[0]))
+    if op.Squeeze(op.And(causal, length >= LONG)):
+        result = PromptAttention(query, key, value, key_mask, q_num_heads, kv_num_heads, scale, softcap)
+    else:
+        result = op.Reshape(op.Attention(query, key, value, mask, scale=scale, softcap=softcap), op.Shape(query))
+    return result
+
+
 FUNCTIONS = (
     Step,
     FourSteps,
@@ -244,4 +292,6 @@ FUNCTIONS = (
     CausalAttention,
     MaskedCausalAttention,
     PaddedCausalAttention,
+    PromptAttention,
+    CachedAttention,
 )

@@ -76,12 +76,20 @@ def test_equals_the_reference(
     assert [item.name for item in chosen.values()] == [FIRST]
     save(to_onnx(traced, chosen), tmp_path / "model.onnx")
     session = Session(tmp_path / "model.onnx", 1)
-    for batch, past, new in ((2, 6, 3), (3, 9, 1), (1, 0, 4), (1, 1, 1)):
+    for batch, past, new in ((2, 6, 3), (3, 9, 1), (1, 0, 4), (1, 1, 1), (2, 0, 391)):
         given = inputs(groups, batch, past, new)
         found = [torch.from_numpy(item) for item in session.run([item.numpy() for item in given])]
         with torch.no_grad():
             verdict = compare(found, traced.run(given), run_float64(traced, given))
         assert verdict.reasons == (), (batch, past, new)
+
+
+@pytest.mark.parametrize(("empty", "steps"), [("zeros", 1), ("mean", 0)])
+def test_a_long_prompt_is_computed_in_steps(empty: str, steps: int) -> None:
+    """Where rows without any key are zeros, a branch serves prompts behind an empty cache."""
+    traced = program(empty=empty)
+    model = to_onnx(traced, {node: supported(node)[0][0] for node in traced.calls(attention)})
+    assert sum(node.op_type == "If" for node in model.graph) == steps
 
 
 def test_no_other_kernel_transposes_a_cache() -> None:
