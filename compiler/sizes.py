@@ -113,7 +113,9 @@ def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
         if type(item) is not dict:
             return item
         found = {name: listed(value) for name, value in item.items()}
-        return [*found.values()] if all(name.isdigit() for name in found) else found
+        if not all(name.isdigit() for name in found):
+            return found
+        return [found[name] for name in sorted(found, key=int)]  # constants among tensors came last
 
     return {name: listed(value) for name, value in tree.items()}
 

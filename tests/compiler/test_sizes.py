@@ -82,3 +82,18 @@ def test_inputs_that_cannot_be_rebuilt_say_nothing() -> None:
 
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     assert fxpress.compile(WithList().eval(), [], {"x": x, "others": []}, backend="eager").report.equal
+
+
+class Nested(nn.Module):
+    """Inputs in a list, with a number between them."""
+
+    def forward(self, parts: Any) -> Tensor:
+        first, times, last = parts
+        return first * times - last
+
+
+def test_inputs_in_a_list_keep_their_places() -> None:
+    """One row is tried with the model as the others are, whatever stands between the tensors."""
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    found = fxpress.compile(Nested().eval(), [], {"parts": [x, 2.0, x + 1]}, backend="eager")
+    assert all(low == 1 for low, _ in found.report.ranges.values())
