@@ -189,7 +189,7 @@ def _export(run: Run, model: Any, given: dict[str, Any]) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    from fxpress.compiler.generation import step_inputs, step_of
+    from fxpress.compiler.steps import step_inputs, step_of
 
     plain, stored = Path(run.folder) / f"{ONNX}.onnx", Path(run.folder) / f"{run.candidate}.onnx"
     if not plain.exists():
@@ -231,7 +231,7 @@ class _Exported:
     def __init__(self, model: Any, file: Path) -> None:
         from candidates import session_of
 
-        from fxpress.compiler.generation import step_inputs
+        from fxpress.compiler.steps import step_inputs
 
         self._model, self._session = model, session_of(file)
         self._names = [item.name for item in self._session.get_inputs()]
@@ -259,7 +259,8 @@ class _Exported:
             for layer, pair in enumerate(self._past) for part, value in enumerate(pair)
         ]  # fmt: skip
         ids = TensorInput("position_ids", "", "int64", (1, 1))
-        return generate(self._model, self, Signature((ids, *past), (), (), (), {}))(**options)
+        self.signature = Signature((ids, *past), (), (), (), {})
+        return generate(self._model, self)(**options)
 
 
 def _time(run: Run, model: Any) -> dict[str, tuple[float, float]]:

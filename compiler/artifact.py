@@ -7,6 +7,8 @@ model.safetensors   its weights (ONNX external data; also readable by itself)
 program.txt         the rewritten program as text
 report.json         the report of the compilation
 config.json, generation_config.json    of a decoder that was compiled with its cache: transformers' own
+
+A model with an encoder that was compiled with its cache is a folder of two artefacts: encoder, decoder.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ FORMAT, VERSION = "fxpress-artifact", 1
 MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
 PROGRAM, WEIGHTS = "program.json", "model.safetensors"
 CONFIG, GENERATION = "config.json", "generation_config.json"
+ENCODER, DECODER = "encoder", "decoder"  # folders, artefacts both, of a model that has an encoder
 NEEDED = {  # files, by backend
     "onnx": {MODEL, REPORT},
     "openvino": {MODEL, REPORT},
@@ -58,6 +61,7 @@ class LoadedModel:
     gives what the model gave, structure included; a structure whose class is not loaded is given as `Outputs`.
     """
 
+    encoder: LoadedModel | None = None  # of a decoder that has one
     _decoder: Any = None
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int | None) -> None:
@@ -101,7 +105,7 @@ class LoadedModel:
 
         if self._decoder is None and self._folder is not None:
             self._decoder = generation.from_folder(self._folder)
-        return generation.generate(self._decoder, self, self.signature)(*args, **options)
+        return generation.generate(self._decoder, self, self.encoder)(*args, **options)
 
     def run(self, arrays: Sequence[Any]) -> list[Any]:
         """Run on flat arrays, in the order of `signature.inputs`."""
@@ -149,6 +153,10 @@ def load(path: str | os.PathLike[str], threads: int | None = None, device: str |
         InputError: it cannot run here, or an option is that of another backend.
     """
     folder = Path(path)
+    if (folder / DECODER).is_dir() and not (folder / MANIFEST).exists():
+        decoder = load(folder / DECODER, threads, device)
+        decoder.encoder = load(folder / ENCODER, threads, device)
+        return decoder
     manifest = _read_manifest(folder)
     backend = manifest.get("backend", "onnx")
     damaged = [problem for name, entry in manifest["files"].items() if (problem := _spare_problem(folder, name, entry))]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ir.errors import InputError
 from ..ir.signature import describe, leaves
-from .generation import CACHES
+from .steps import CACHES
 from .trace import Arguments
 
 

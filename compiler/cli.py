@@ -47,7 +47,7 @@ Dtype = Annotated[
     typer.Option(help="bfloat16, with --backend openvino: what matmuls are computed in, where the processor has it."),
 ]
 Cache = Annotated[
-    bool, typer.Option("--cache", help="A decoder as a step with its key/value cache: fxpress.load(OUT).generate(...).")
+    bool, typer.Option("--cache", help="As a step with its key/value cache, for fxpress.load(OUT).generate(...).")
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Batch size of the example (it stays dynamic).")]
 Calibration = Annotated[
@@ -110,6 +110,10 @@ def compile_command(
             model, chosen, inputs, backend=backend, calibration=batches, threads=threads, dtype=dtype, cache=cache
         )
         compiled.save(output)
+    if compiled.encoder is not None:
+        out.print("The encoder, which reads a source once:")
+        out.print(compiled.encoder.report)
+        out.print("The decoder, a step:")
     out.print(compiled.report)
     out.print(f"saved to {output}")
     if heatmap is not None:

@@ -16,16 +16,16 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ..ir.equality import Comparison, compare, run_float64
-from ..ir.errors import FxpressError, InputError, VerifyError, nearest, one_line
+from ..ir.errors import FxpressError, InputError, VerifyError, one_line
 from ..ir.graph import Program
 from ..ir.padding import Padding, Real
-from ..ir.rewrite import Context, Pass
-from ..ir.signature import describe, leaves
-from . import artifact, generation, hf, pretrained
+from ..ir.rewrite import Context
+from ..ir.signature import Signature, describe, leaves
+from . import artifact, generation, hf, pretrained, steps
 from .binding import Binder
 from .calibration import check_batches, track
 from .onnx_files import check_form, onnx_files, write_onnx
-from .pipeline import has_masks, parameters, parse_passes, run_passes, zeros
+from .pipeline import has_masks, parameters, run_passes, zeros
 from .precision import half_dtype, inner_dtype, keep_exact, narrow_inputs, narrowed, precision_loss
 from .report import Report
 from .runners import (
@@ -34,32 +34,16 @@ from .runners import (
     OpenVinoRunner,
     Runner,
     best_backend,
-    check_installed,
     generated,
     make_runner,
     save_runner,
     without_collector,
 )
+from .settings import Settings, checked
 from .sizes import admit_ones, check_sizes
 from .statistics import statistics_file
 from .trace import Arguments, bind_example, plain_attention, trace
 from .verdict import judged, record
-
-BACKENDS = ("auto", "eager", "onnx", "openvino", "triton")
-
-
-@dataclass
-class _Settings:
-    passes: list[Pass]
-    dynamic_shapes: Any
-    backend: str
-    calibration: Sequence[Any]
-    verify: bool
-    max_rewrites: int | None
-    threads: int | None
-    dtype: torch.dtype | None = None
-    inside: str | None = None  # the dtype that openvino computes in
-    tune: bool = True
 
 
 @dataclass
@@ -80,9 +64,10 @@ class Compiled:
     """A compiled model. Call it like the model; without example inputs it is compiled at the first call."""
 
     _model: torch.nn.Module | ExportedProgram | Program
-    _settings: _Settings
+    _settings: Settings
     _origin: Any = None  # the model that the first program was traced from, in its own precision
     _decoder: Any = None  # with cache=True: the model of which it is a step
+    encoder: Compiled | None = None  # with cache=True, of a model that has one: what reads the source, once
     _made: _Product | None = field(default=None, init=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +88,7 @@ class Compiled:
         Raises:
             InputError: compiled without, or an option of generate that needs more of the model than a step gives.
         """
-        return generation.generate(self._decoder, self, self.program.signature)(*args, **options)
+        return generation.generate(self._decoder, self, self.encoder)(*args, **options)
 
     def verify(self, inputs: Any) -> Comparison:
         """How far the compiled model is from the model on other inputs, judged by an fp64 run of the model.
@@ -143,6 +128,11 @@ class Compiled:
     def program(self) -> Program:
         """The rewritten program; `program.module` is a trainable torch.fx.GraphModule."""
         return self._product.program
+
+    @property
+    def signature(self) -> Signature:
+        """Its inputs and outputs: names, shapes, dtypes, and the sizes that may vary."""
+        return self._product.program.signature
 
     @property
     def source(self) -> str:
@@ -188,11 +178,19 @@ class Compiled:
             LoweringError: a kernel cannot be compiled for one of the GPUs.
         """
         made = self._product
+        examples = list(examples)
         bound = [made.program.signature.bind(*self._arguments(item)) for item in examples]
-        save_runner(
-            made.runner, Path(path), made.program, self.report, made.flat, archs, bound, self._settings.dtype,
-            self._settings.tune, generation.config_files(self._decoder),
+        write = functools.partial(
+            save_runner, made.runner, program=made.program, report=self.report, example=made.flat, archs=archs,
+            others=bound, dtype=self._settings.dtype, tune=self._settings.tune,
+            extra=generation.config_files(self._decoder),
         )  # fmt: skip
+        if self.encoder is None:
+            write(Path(path))
+            return
+        with artifact.new_folder(Path(path)) as folder:
+            self.encoder.save(folder / artifact.ENCODER, archs, steps.sources(self._decoder, examples))
+            write(folder / artifact.DECODER)
 
     def to_onnx(self, path: str | os.PathLike[str], form: str = "runtime") -> None:
         """Write the ONNX model as a file, with its weights beside it: `model.onnx`, `model.safetensors`.
@@ -234,8 +232,8 @@ class Compiled:
 
     def _arguments(self, inputs: Any) -> Arguments:
         """Inputs like the example as arguments of the program: of a step with its cache, a prompt's or its own."""
-        if self._decoder is not None and generation.PAST not in inputs:
-            inputs = generation.step_inputs(self._decoder, inputs)
+        if self._decoder is not None and steps.PAST not in inputs:
+            inputs = steps.step_inputs(self._decoder, inputs)
         narrow: Arguments = narrow_inputs(_as_arguments(inputs), self._settings.dtype)
         return narrow
 
@@ -267,10 +265,14 @@ class Compiled:
         What `verify` and the report compare with is then this program as it is now, not the model. Arguments and
         errors are those of `compile`.
         """
-        made, old = self._product, self._settings
+        made, old, encoder = self._product, self._settings, self.encoder
         if self._decoder is not None:
-            calibration = generation.prompts(self._decoder, calibration)
-        settings = _settings(passes, old.dynamic_shapes, backend, calibration, old.verify, max_rewrites, threads)
+            calibration = list(calibration)
+            if encoder is not None:
+                data = steps.sources(self._decoder, calibration)
+                encoder = encoder.then(passes, backend, data, max_rewrites=max_rewrites, threads=threads)
+            calibration = steps.prompts(self._decoder, calibration)
+        settings = checked(passes, old.dynamic_shapes, backend, calibration, old.verify, max_rewrites, threads)
         settings.tune, settings.inside = old.tune, old.inside if backend == "openvino" else None
         signature = made.program.signature
         paths = [tensor.path for tensor in signature.inputs]
@@ -280,7 +282,7 @@ class Compiled:
             lambda batch: ((), dict(zip(paths, signature.bind(*_as_arguments(batch)), strict=True))),
         )
         model = made.program.copy()
-        found = Compiled(model, settings, self._origin, self._decoder)
+        found = Compiled(model, settings, self._origin, self._decoder, encoder)
         with torch.no_grad(), without_collector():
             eager = list(model.run(made.flat))
             found._made = _rewritten(made.report.model, model.copy(), made.flat, eager, settings, Clock())
@@ -337,14 +339,22 @@ def compile(
         raise InputError(f"model must be an nn.Module or ExportedProgram, found {describe(model)}")
     if isinstance(model, torch.nn.Module) and any(module.training for module in model.modules()):
         raise InputError("the model is in training mode, where dropout is random; call model.eval() first")
-    settings = _settings(passes, dynamic_shapes, backend, calibration, verify, max_rewrites, threads)
+    settings = checked(passes, dynamic_shapes, backend, calibration, verify, max_rewrites, threads)
     settings.dtype, settings.tune = half_dtype(dtype, model, backend), tune
     settings.inside = inner_dtype(dtype, backend)
     decoder = model if cache else None
+    encoder = None
     if cache:
-        model, example_inputs, settings.calibration = generation.prepare(model, example_inputs, settings.calibration)
+        data, prompt = settings.calibration, example_inputs
+        model, example_inputs, settings.calibration = steps.prepare(model, example_inputs, data)
+        if steps.has_encoder(decoder):
+            encoder = compile(
+                steps.encoder_of(decoder), settings.passes, steps.encoder_inputs(decoder, prompt), dynamic_shapes,
+                backend, steps.sources(decoder, data), verify=verify, max_rewrites=max_rewrites, threads=threads,
+                dtype=dtype, tune=tune,
+            )  # fmt: skip
     settings.calibration = [narrow_inputs(batch, settings.dtype) for batch in settings.calibration]
-    compiled = Compiled(narrowed(model, settings.dtype), settings, model, decoder)
+    compiled = Compiled(narrowed(model, settings.dtype), settings, model, decoder, encoder)
     if isinstance(model, ExportedProgram):
         compiled._make(model.example_inputs or ((), {}))
     elif example_inputs is not None:
@@ -352,31 +362,7 @@ def compile(
     return compiled
 
 
-def _settings(
-    passes: Any,
-    dynamic_shapes: Any,
-    backend: str,
-    calibration: Iterable[Any],
-    verify: bool,
-    max_rewrites: int | None,
-    threads: int | None,
-) -> _Settings:
-    """Settings checked before any work is done."""
-    if backend not in BACKENDS:
-        raise InputError(f"unknown backend {backend!r}: {nearest(backend, BACKENDS)}")
-    check_installed(backend)
-    if max_rewrites is not None and max_rewrites < 0:
-        raise InputError(f"max_rewrites must be 0 or more, found {max_rewrites}")
-    chosen, batches = parse_passes(passes), list(calibration)
-    needed = next((item for item in chosen if item.needs_calibration), None)
-    if needed is not None and not batches:
-        raise InputError(f"pass {needed}: {needed.needs_calibration} needs calibration data; give calibration=batches")
-    return _Settings(chosen, dynamic_shapes, backend, batches, verify, max_rewrites, threads)
-
-
-def _compile(
-    model: torch.nn.Module | ExportedProgram, origin: Any, settings: _Settings, example: Arguments
-) -> _Product:
+def _compile(model: torch.nn.Module | ExportedProgram, origin: Any, settings: Settings, example: Arguments) -> _Product:
     clock = Clock()
     module = model.module() if isinstance(model, ExportedProgram) else model
     bind = _as_arguments if isinstance(model, ExportedProgram) else functools.partial(bind_example, model)
@@ -391,14 +377,15 @@ def _compile(
             with clock("eager"):
                 eager = _run_model(module, example)
         with clock("check sizes"):
-            admit = generation.admit if isinstance(model, generation.Step) else admit_ones
-            program = admit(program, model, flat)
+            program = (
+                steps.admit(program, model, flat) if isinstance(model, steps.Step) else admit_ones(program, model, flat)
+            )
             check_sizes(program, model, flat)
     return _rewritten(type(module).__name__, program, flat, pytree.tree_leaves(eager), settings, clock)
 
 
 def _rewritten(
-    name: str, program: Program, flat: list[Tensor], eager: list[Any], settings: _Settings, clock: Clock
+    name: str, program: Program, flat: list[Tensor], eager: list[Any], settings: Settings, clock: Clock
 ) -> _Product:
     """Passes, backend and check of a program whose weights it may take over; `eager` are its outputs on `flat`."""
     backend = best_backend(flat) if settings.backend == "auto" else settings.backend

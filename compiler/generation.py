@@ -1,220 +1,53 @@
-"""Generation: a decoder with its growing key/value cache as one program, and transformers' `generate()` on top of it.
+"""Generation: transformers' `generate()` with every step computed by a compiled program.
 
-A step of a decoder takes N new tokens and the keys and values of the P tokens before them, and gives the logits of the
-last one with the keys and values of all P + N. The cache is plain tensors there, a pair for each layer; P may be 0, so
-the prompt and what follows it are calls of one program. Decoding itself (greedy, beams, sampling, stopping) is
-transformers'.
+Decoding itself (greedy, beams, sampling, stopping) is transformers'; a step is one call of the program, with the cache
+as plain tensors (steps.py).
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ir.errors import ArtifactError, InputError, TraceError, one_line
-from ..ir.graph import Program
-from ..ir.signature import Signature, describe
+from ..ir.errors import ArtifactError, InputError, one_line
+from ..ir.signature import Signature, TensorInput, describe
 from . import hf
 from .artifact import CONFIG, GENERATION
-from .sizes import right_at, with_lows
+from .steps import CROSS, DECODER_IDS, IDS, LAST_ONLY, LOGITS, MASK, PAST, POSITIONS, SOURCES, STATES, positions
 
-IDS, MASK, POSITIONS, PAST = "input_ids", "attention_mask", "position_ids", "past"
-LOGITS = "logits"
-CACHES = f"{PAST}."  # starts the paths of a cache's tensors
-_LAST_ONLY = "logits_to_keep"
+Run = Callable[..., Any]  # a compiled program
 _IGNORED = ("use_cache", "return_dict", "cache_position")  # what a step does anyway, or computes itself
-LEAST = 4  # tokens of an example: two for the cache and two new ones, since torch.export fixes sizes 0 and 1
 
 
-class Step:
-    """Mixed into a decoder's class: its forward with the cache as plain tensors."""
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, past: Any, position_ids: Tensor | None = None
-    ) -> dict[str, Any]:
-        """One step.
-
-        Args:
-            input_ids: [B, N], the new tokens.
-            attention_mask: [B, P + N], 0 at padding, that of the cache included.
-            past: for each layer, keys and values [B, H, P, D].
-            position_ids: [B, N], for models that take them.
-
-        Returns:
-            logits [B, 1, V], those of the last token; past: for each layer keys and values [B, H, P + N, D].
-        """
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(past):
-            cache.update(keys, values, layer)
-        given = {} if position_ids is None else {POSITIONS: position_ids}
-        found = _forward(super().forward, input_ids, attention_mask, cache, given)  # type: ignore[misc]
-        kept = [(layer.keys, layer.values) for layer in found.past_key_values.layers]
-        return {LOGITS: found.logits[:, -1:], PAST: kept}
-
-
-def _forward(forward: Callable[..., Any], ids: Tensor, mask: Tensor, cache: Any, given: Mapping[str, Tensor]) -> Any:
-    """A decoder's own forward with a cache, with the last token's logits alone where it can give them."""
-    last = {_LAST_ONLY: 1} if _LAST_ONLY in inspect.signature(forward).parameters else {}
-    return forward(
-        input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True, **last, **given
-    )
-
-
-def step_of(model: Any) -> torch.nn.Module:
-    """The model with `Step`'s forward; its weights and its config are the model's own.
-
-    Raises:
-        InputError: the model is no decoder of transformers that generates.
-    """
-    transformers = hf.import_transformers()
-    if not isinstance(model, transformers.PreTrainedModel) or not model.can_generate():
-        raise InputError(f"cache=True is for decoders of transformers that generate(), found a {type(model).__name__}")
-    if model.config.is_encoder_decoder:
-        raise InputError(
-            f"cache=True is for decoders; {type(model).__name__} has an encoder, whose keys and values are no part of "
-            "a growing cache: compile it without, or torch.compile(model.forward, backend='fxpress')"
-        )
-    step = copy.copy(model)
-    step.__class__ = type(type(model).__name__, (Step, type(model)), {"__module__": type(model).__module__})
-    return step  # type: ignore[no-any-return]
-
-
-def step_inputs(model: Any, prompt: Any, past: int | None = None) -> dict[str, Any]:
-    """What a step takes, from a prompt of which the first tokens are in the cache.
-
-    Args:
-        model: the decoder itself.
-        prompt: input_ids [B, N] and, if there is padding, attention_mask [B, N].
-        past: how many tokens are in the cache; None: half of them.
-
-    Raises:
-        InputError: no such prompt, one of fewer than 4 tokens, or a cache of another kind than keys and values.
-    """
-    ids, mask = _checked(prompt)
-    if past is None:
-        past = ids.shape[1] // 2
-    given = {IDS: ids, POSITIONS: positions(mask)}
-    if POSITIONS not in inspect.signature(model.forward).parameters:
-        del given[POSITIONS]
-    cache = _cache(model, {name: value[:, : max(past, 1)] for name, value in {**given, MASK: mask}.items()})
-    return {
-        **{name: value[:, past:] for name, value in given.items()},
-        MASK: mask,
-        PAST: [(keys[:, :, :past], values[:, :, :past]) for keys, values in cache],
-    }
-
-
-def _checked(prompt: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(prompt, Mapping) or not isinstance(prompt.get(IDS), Tensor):
-        raise InputError(f"cache=True needs prompts as example: a dict with {IDS}, found {describe(prompt)}")
-    ids, mask = prompt[IDS], prompt.get(MASK)
-    mask = torch.ones_like(ids) if mask is None else mask
-    unknown = sorted({*prompt} - {IDS, MASK, POSITIONS})
-    if unknown:
-        raise InputError(f"input {unknown[0]!r} has no place beside a cache: it takes {IDS}, {MASK} and {POSITIONS}")
-    if ids.dim() != 2 or mask.shape != ids.shape or ids.shape[1] < LEAST:
-        raise InputError(
-            f"{IDS} and {MASK} of a prompt must both be [batch, length] with a length of {LEAST} or more, found "
-            f"{list(ids.shape)} and {list(mask.shape)}"
-        )
-    return ids, mask
-
-
-def _cache(model: Any, given: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of tokens, as the model computes them, a pair for each layer."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    _check_layers(model, DynamicCache(config=model.config).layers, (DynamicLayer, DynamicSlidingWindowLayer))
-    ids, mask = given[IDS], given[MASK]
-    rest = {name: value for name, value in given.items() if name not in (IDS, MASK)}
-    try:
-        with torch.no_grad():
-            found = _forward(model.forward, ids, mask, DynamicCache(), rest)
-    except Exception as error:
-        raise InputError(f"the model itself fails on the prompt with an empty cache: {one_line(error)}") from error
-    layers = getattr(getattr(found, "past_key_values", None), "layers", [])
-    _check_layers(model, layers, (DynamicLayer,))
-    if not layers:
-        raise InputError(f"cache=True is for caches of keys and values alone; {type(model).__name__} keeps nothing")
-    return [(layer.keys, layer.values) for layer in layers]
-
-
-def _check_layers(model: Any, layers: Sequence[Any], kinds: tuple[type, ...]) -> None:
-    """Refuse a cache with layers of other kinds."""
-    others = sorted({type(layer).__name__ for layer in layers if type(layer) not in kinds})
-    if others:
-        name = type(model).__name__
-        raise InputError(f"cache=True is for caches of keys and values alone; {name} keeps {', '.join(others)}")
-
-
-def positions(mask: Tensor) -> Tensor:
-    """The position of each token among those that are no padding, [B, N], as transformers counts them."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def admit(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> Program:
-    """Extend a step's ranges to single sequences and tokens and to an empty cache, where torch.export starts at 2.
-
-    Raises:
-        TraceError: the graph is not the model's there.
-    """
-    axes = {IDS: ("batch", "new"), POSITIONS: ("batch", "new"), MASK: ("batch", "all"), PAST: ("batch", "", "past", "")}
-    names: dict[str, set[str]] = {"batch": set(), "new": set(), "past": set(), "all": set()}
-    example: dict[str, int] = {}
-    for item, tensor in zip(program.signature.inputs, tensors, strict=True):
-        for kind, name, size in zip(axes[item.path.split(".")[0]], item.shape, tensor.shape, strict=True):
-            example[kind] = size
-            if kind and isinstance(name, str):
-                names[kind].add(name)
-    for least in ({"new": 1}, {"past": 0}, {"new": 1, "past": 1}, {"batch": 1}, {"batch": 1, "new": 1, "past": 0}):
-        sizes = example | least
-        sizes["all"] = sizes["new"] + sizes["past"]
-        if not right_at(program, model, tensors, {name: sizes[kind] for kind in names for name in names[kind]}):
-            text = ", ".join(f"{kind} {size}" for kind, size in least.items())
-            raise TraceError(
-                f"torch.export's graph of {type(model).__name__} is no step of generation: it is not the model's where "
-                f"sizes are {text}; compile it without its cache"
-            )
-    lows = {"batch": 1, "new": 1, "past": 0, "all": 1}
-    return with_lows(program, {name: lows[kind] for kind in names for name in names[kind]})
-
-
-def prepare(model: Any, example: Any, calibration: Iterable[Any]) -> tuple[torch.nn.Module, Any, list[Any]]:
-    """A decoder, its example and its calibration, as those of a step."""
-    step = step_of(model)
-    if example is None:
-        raise InputError("cache=True needs example_inputs, a prompt to trace with")
-    return step, step_inputs(model, example), prompts(model, calibration)
-
-
-def prompts(model: Any, batches: Iterable[Any]) -> list[dict[str, Any]]:
-    """Prompts as inputs of a step with an empty cache, for calibration: the first tokens are unlike all others."""
-    return [step_inputs(model, batch, past=0) for batch in batches]
-
-
-# --- generate ----------------------------------------------------------------------------------------------------
-
-
-class Decoding:
+class _Writing:
     """A compiled step as the forward of a transformers model, called by its `generate`."""
 
-    def __init__(self, run: Callable[..., Any], signature: Signature) -> None:
+    def __init__(self, run: Run, signature: Signature) -> None:
         self._run = run
-        paths = {item.path: item for item in signature.inputs}
-        self._positions = POSITIONS in paths
-        layers = sum(path.startswith(CACHES) for path in paths) // 2
-        pairs = [[paths[f"{CACHES}{layer}.{part}"] for part in (0, 1)] for layer in range(layers)]
-        self._past = [[(int(item.shape[1]), int(item.shape[3]), item.dtype) for item in pair] for pair in pairs]
+        self._paths = {item.path: item for item in signature.inputs}
+        self._past = _layers(self._paths, PAST)
+
+    def _tensors(self, cache: Any, batch: int) -> list[tuple[Tensor, ...]]:
+        """Keys and values in a cache of transformers; without tokens in it, empty ones."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+
+        if type(cache) is EncoderDecoderCache:
+            cache = cache.self_attention_cache
+        if cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0):
+            return [tuple(_empty(item, batch) for item in pair) for pair in self._past]
+        if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            raise InputError(f"the compiled step takes a DynamicCache() of whole layers, found {describe(cache)}")
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+class Decoding(_Writing):
+    """A decoder's."""
 
     def __call__(
         self,
@@ -231,7 +64,7 @@ class Decoding:
         """
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
-        self._check(options)
+        _check(options)
         past = self._tensors(past_key_values, input_ids.shape[0])
         length = past[0][0].shape[2] + input_ids.shape[1]
         if attention_mask is None:
@@ -241,33 +74,114 @@ class Decoding:
                 f"{MASK} is of {attention_mask.shape[-1]} tokens, those of the cache and the new ones are {length}"
             )
         given = {IDS: input_ids, MASK: attention_mask.to(torch.int64), PAST: past}
-        if self._positions:
+        if POSITIONS in self._paths:
             given[POSITIONS] = positions(attention_mask)[:, -input_ids.shape[1] :]
             if position_ids is not None:
                 given[POSITIONS] = position_ids.expand_as(input_ids)
         found = self._run(**given)
         return CausalLMOutputWithPast(logits=found[LOGITS], past_key_values=_filled(found[PAST]))
 
-    def _check(self, options: Mapping[str, Any]) -> None:
-        for name, value in options.items():
-            if name == _LAST_ONLY and (isinstance(value, Tensor) or value not in (0, 1)):
-                raise InputError("the compiled step gives the last token's logits alone; generate without assistance")
-            empty = value is None or value is False or (isinstance(value, Mapping) and not value)
-            if name not in (*_IGNORED, _LAST_ONLY) and not empty:
-                raise InputError(f"the compiled step does not take {name!r}; generate with the model itself")
 
-    def _tensors(self, cache: Any, batch: int) -> list[tuple[Tensor, ...]]:
-        """Keys and values in a cache of transformers; without tokens in it, empty ones."""
-        from transformers.cache_utils import DynamicCache, DynamicLayer
+class SourceDecoding(_Writing):
+    """That of a model with an encoder."""
 
-        if cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0):
-            return [
-                tuple(torch.empty(batch, heads, 0, size, dtype=getattr(torch, dtype)) for heads, size, dtype in pair)
-                for pair in self._past
-            ]
-        if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
-            raise InputError(f"the compiled step takes a DynamicCache() of whole layers, found {describe(cache)}")
-        return [(layer.keys, layer.values) for layer in cache.layers]
+    def __init__(self, run: Run, signature: Signature, encode: Encoding) -> None:
+        super().__init__(run, signature)
+        self._encode = encode
+        self._cross = [
+            f"{CROSS}.{layer}.{part}" for layer in range(len(_layers(self._paths, CROSS))) for part in (0, 1)
+        ]
+
+    def __call__(
+        self,
+        decoder_input_ids: Tensor,
+        encoder_outputs: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        decoder_attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """A step with transformers' arguments.
+
+        Raises:
+            InputError: an argument that the step does not take, padding among the decoder's tokens, or states of
+                another encoder.
+        """
+        from transformers.modeling_outputs import Seq2SeqLMOutput
+
+        source = {name: options.pop(name) for name in SOURCES if name in options}
+        _check(options)
+        if decoder_attention_mask is not None and not bool(decoder_attention_mask.all()):
+            raise InputError(
+                "the compiled step takes no padding among the decoder's tokens; give prompts of one length"
+            )
+        if encoder_outputs is None:
+            encoder_outputs = self._encode(**source, **({} if attention_mask is None else {MASK: attention_mask}))
+        if any(name not in encoder_outputs for name in self._cross):
+            raise InputError("encoder_outputs must be those of the compiled encoder; leave them out")
+        flat = [encoder_outputs[name] for name in self._cross]
+        given = {
+            DECODER_IDS: decoder_input_ids,
+            PAST: self._tensors(past_key_values, decoder_input_ids.shape[0]),
+            CROSS: list(zip(flat[::2], flat[1::2], strict=True)),
+        }
+        if MASK in self._paths:
+            if attention_mask is None:
+                attention_mask = decoder_input_ids.new_ones(flat[0].shape[0], flat[0].shape[2])
+            given[MASK] = attention_mask.to(torch.int64)
+        found = self._run(**given)
+        return Seq2SeqLMOutput(
+            logits=found[LOGITS],
+            past_key_values=_filled(found[PAST]),
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+        )
+
+
+class Encoding:
+    """A compiled encoder in the place of a model's own, as `generate` calls it: before the first step."""
+
+    main_input_name: str
+
+    def __init__(self, run: Run, signature: Signature, encoder: Any) -> None:
+        self._run = run
+        self._names = [item.path for item in signature.inputs]
+        self.main_input_name = next(name for name in SOURCES if name in self._names)
+        self.forward = functools.wraps(encoder.forward)(lambda **given: self(**given))  # whose parameters are read
+
+    def __call__(self, **given: Any) -> Any:
+        """States, and beside them, for the steps, keys and values of each layer of the decoder."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        if MASK in self._names and given.get(MASK) is None:
+            ids = given[self.main_input_name]
+            given[MASK] = torch.ones(ids.shape[:2], dtype=torch.int64, device=ids.device)
+        _check({name: value for name, value in given.items() if name not in (*SOURCES, MASK)})
+        found = self._run(**{name: given[name] for name in self._names if given.get(name) is not None})
+        states = BaseModelOutput(last_hidden_state=found[STATES])
+        for layer, pair in enumerate(found[CROSS]):
+            for part, tensor in enumerate(pair):
+                states[f"{CROSS}.{layer}.{part}"] = tensor  # generate() repeats them for beams, as it does the states
+        return states
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    """Refuse arguments of a model's forward that mean more than a step computes."""
+    for name, value in options.items():
+        if name == LAST_ONLY and (isinstance(value, Tensor) or value not in (0, 1)):
+            raise InputError("the compiled step gives the last token's logits alone; generate without assistance")
+        empty = value is None or value is False or (isinstance(value, Mapping) and not value)
+        if name not in (*_IGNORED, LAST_ONLY) and not empty:
+            raise InputError(f"the compiled step does not take {name!r}; generate with the model itself")
+
+
+def _layers(paths: Mapping[str, TensorInput], name: str) -> list[list[TensorInput]]:
+    """The inputs that are keys and values, a pair for each layer."""
+    count = sum(path.startswith(f"{name}.") for path in paths) // 2
+    return [[paths[f"{name}.{layer}.{part}"] for part in (0, 1)] for layer in range(count)]
+
+
+def _empty(item: TensorInput, batch: int) -> Tensor:
+    return torch.empty(batch, int(item.shape[1]), 0, int(item.shape[3]), dtype=getattr(torch, item.dtype))
 
 
 def _filled(past: Iterable[tuple[Tensor, Tensor]]) -> Any:
@@ -284,8 +198,12 @@ def _filled(past: Iterable[tuple[Tensor, Tensor]]) -> Any:
     return cache
 
 
-def generate(model: Any, run: Callable[..., Any], signature: Signature) -> Callable[..., Any]:
-    """The `generate` of a decoder, with a compiled step in place of its forward.
+def generate(model: Any, step: Any, encoder: Any = None) -> Callable[..., Any]:
+    """The `generate` of a model, with a compiled step in place of its forward.
+
+    Args:
+        model: of transformers, with or without weights; None: the step is none.
+        step, encoder: compiled or loaded; the encoder is that of a model that has one.
 
     Raises:
         InputError: the step was not compiled with a cache.
@@ -293,7 +211,14 @@ def generate(model: Any, run: Callable[..., Any], signature: Signature) -> Calla
     if model is None:
         raise InputError("the model was compiled without its cache: give compile() cache=True to generate with it")
     writer = copy.copy(model)
-    writer.forward = functools.wraps(model.forward)(Decoding(run, signature))
+    forward: _Writing
+    if encoder is None:
+        forward = Decoding(step, step.signature)
+    else:
+        encode = Encoding(encoder, encoder.signature, model.get_encoder())
+        forward = SourceDecoding(step, step.signature, encode)
+        writer.get_encoder = lambda *args, **options: encode
+    writer.forward = functools.wraps(model.forward)(forward)
 
     def write(*args: Any, **options: Any) -> Any:
         if not options.setdefault("use_cache", True):  # whatever the model's config says

@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ..ir.errors import InputError, TraceError, one_line
-from ..ir.graph import Program, attribute, fake_result, identifier, size_text
+from ..ir.graph import Program, attribute, fake_result, identifier, mark_current, size_text
 from ..ir.signature import ConstantInput, Signature, TensorInput, describe, leaves
 from . import hf
 from .inplace import functional, is_change
@@ -340,10 +340,12 @@ def _inline(body: fx.GraphModule, args: Sequence[Any], graph: fx.Graph, copied: 
 
 
 def fill_fake_values(program: Program) -> None:
-    """Compute the fake values that calls of a program lack."""
+    """Compute the fake values that calls of a program lack; torch.export found the others by running the calls, too."""
     for node in program.graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta:
-            node.meta["val"] = fake_result(program, node)
+        if node.op == "call_function":
+            if "val" not in node.meta:
+                node.meta["val"] = fake_result(program, node)
+            mark_current(node)
 
 
 def symbols_of(placeholders: Sequence[fx.Node]) -> dict[str, str]:

@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Triton's interpreter runs kernels on the CPU; Triton reads this when it is imported. On a GPU: TRITON_INTERPRET=0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Of small graphs torch's cache of operators on fake tensors costs more than it saves; torch reads this when imported.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 # Property tests draw the same examples in each run, and the time that one takes on a busy machine is no failure.
 settings.register_profile("fxpress", deadline=None, derandomize=True)
 settings.load_profile("fxpress")

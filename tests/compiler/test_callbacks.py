@@ -198,7 +198,10 @@ def sparsities(compiled: Compiled) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # what the Trainer and accelerate warn of is not for this test to judge
-@pytest.mark.parametrize(("method", "pattern"), [("magnitude", "unstructured"), ("movement", "2:4")])
+@pytest.mark.parametrize(
+    ("method", "pattern"),
+    [pytest.param("magnitude", "unstructured", marks=pytest.mark.exhaustive), ("movement", "2:4")],
+)
 def test_trainer(method: str, pattern: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     examples = [

@@ -81,6 +81,10 @@ BAD = {
     "a heatmap without pruning": (["compile", "empty", "-o", "out", "--heatmap", "map.png"], "give --passes with mask"),
     "a pass without the data it needs": ([*STATIC], "ranges of activations needs calibration data; give --calibration"),
     "no such data": ([*STATIC, "--calibration", "none.txt"], "there is no file 'none.txt'"),
+    "no such data to inspect with": (
+        ["inspect", "empty", *STATIC[4:], "--calibration", "none.safetensors"],
+        "there is no file 'none.safetensors'",
+    ),
     "data of another kind": ([*STATIC, "--calibration", "x.csv"], "must end in .txt or .safetensors, found 'x.csv'"),
     "data that nothing reads": (["compile", "empty", "-o", "out", "--calibration", "x.txt"], "is for passes that fit"),
     "an unknown backend": (["compile", "empty", "-o", "out", "--backend", "onix"], "is onnx or openvino, found 'onix'"),
@@ -128,64 +132,87 @@ def test_every_command_has_help(tmp_path: Path) -> None:
         assert f"fxpress {command}" in done["out"]
 
 
+OUTPUTS = {
+    "an artefact": ("bert", "--threads", 1),
+    "openvino": ("bert", "--backend", "openvino", "--threads", 1),
+    "a cache": ("gpt2", "--cache", "--threads", 1),
+    "a cache and an encoder": ("t5", "--cache", "--threads", 1),
+    "a heatmap": ("bert", "--passes", "mask_weights(pattern='2:4')", "--heatmap", "map.svg"),
+    "calibration": (
+        "bert", "--threads", 1, "--calibration", "x.safetensors",
+        "--passes", "quantize(mode=static, method=minmax, sensitive=None)",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outputs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A folder with what each command line compiled, and what it printed."""
+    import tiny
+    import transformers
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("good") / "work"
+    folder.mkdir()
+    (folder / "bert").symlink_to(model_dir)
+    tiny.gpt2().save_pretrained(folder / "gpt2")
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 4, "vocab_size": 60}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).save_pretrained(folder / "t5")
+    ids = torch.arange(20 * 6).reshape(20, 6) % 99
+    save_file({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, folder / "x.safetensors")
+    lines = [("compile", line[0], "-o", name, *line[1:]) for name, line in OUTPUTS.items()]
+    done = run_one_by_one(lines, folder)
+    assert [(item["status"], item["errors"]) for item in done] == [(0, "")] * len(lines)
+    return folder, {name: item["out"] for name, item in zip(OUTPUTS, done, strict=True)}
+
+
+Outputs = tuple[Path, dict[str, str]]
+
+
 @pytest.mark.slow
-def test_compile_writes_an_artefact_that_loads(model_dir: Path, tmp_path: Path) -> None:
+def test_compile_writes_an_artefact_that_loads(outputs: Outputs) -> None:
     import numpy
 
     import fxpress
 
-    done = run("compile", model_dir, "-o", "out", "--threads", 1, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert "equal to eager PyTorch" in done.stdout
+    assert "equal to eager PyTorch" in outputs[1]["an artefact"]
     ones = numpy.ones((3, 5), dtype=numpy.int64)
-    outputs = fxpress.load(tmp_path / "out", threads=1)(input_ids=ones, attention_mask=ones)
-    assert outputs.last_hidden_state.shape == (3, 5, 32)
+    found = fxpress.load(outputs[0] / "an artefact", threads=1)(input_ids=ones, attention_mask=ones)
+    assert found.last_hidden_state.shape == (3, 5, 32)
 
 
 @pytest.mark.slow
-def test_compile_for_openvino(model_dir: Path, tmp_path: Path) -> None:
-    done = run("compile", model_dir, "-o", "out", "--backend", "openvino", "--threads", 1, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "BertModel on openvino" in done.stdout
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["backend"] == "openvino"
+def test_compile_for_openvino(outputs: Outputs) -> None:
+    assert "BertModel on openvino" in outputs[1]["openvino"]
+    assert json.loads((outputs[0] / "openvino" / "manifest.json").read_text())["backend"] == "openvino"
 
 
 @pytest.mark.slow
-def test_compile_a_decoder_with_its_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "length"), [("a cache", 9), ("a cache and an encoder", 4)])
+def test_compile_with_a_cache(name: str, length: int, outputs: Outputs) -> None:
     import tiny
 
     import fxpress
 
-    tiny.gpt2().save_pretrained(tmp_path / "gpt2")
-    done = run("compile", "gpt2", "-o", "out", "--cache", "--threads", 1, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "GPT2LMHeadModel on onnx" in done.stdout
+    assert ("The encoder, which reads a source once:" in outputs[1][name]) == ("encoder" in name)
+    loaded = fxpress.load(outputs[0] / name, threads=1)
+    options = {"pad_token_id": 0, "eos_token_id": None, "decoder_start_token_id": 0} if "encoder" in name else {}
     ids = tiny.text()["input_ids"]
-    assert fxpress.load(tmp_path / "out").generate(ids, max_new_tokens=3, pad_token_id=0).shape == (2, 9)
-
-
-def test_compile_draws_what_pruning_left(model_dir: Path, tmp_path: Path) -> None:
-    passes = "mask_weights(pattern='2:4')"
-    done = run("compile", model_dir, "-o", "out", "--passes", passes, "--heatmap", "map.svg", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "what pruning left" in done.stdout and "no speed-up here, masks kept: 50% of the weights" in done.stdout
-    assert done.stdout.endswith("saved to out\nheatmap in map.svg\n")
-    assert "<svg" in (tmp_path / "map.svg").read_text()
+    assert loaded.generate(ids, max_new_tokens=3, **{"pad_token_id": 0, **options}).shape == (2, length)
 
 
 @pytest.mark.slow
-def test_calibration_data_reach_the_passes(model_dir: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+def test_compile_draws_what_pruning_left(outputs: Outputs) -> None:
+    printed = outputs[1]["a heatmap"]
+    assert "what pruning left" in printed and "no speed-up here, masks kept: 50% of the weights" in printed
+    assert printed.endswith("saved to a heatmap\nheatmap in map.svg\n")
+    assert "<svg" in (outputs[0] / "map.svg").read_text()
 
-    ids = torch.arange(20 * 6).reshape(20, 6) % 99
-    save_file({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tmp_path / "x.safetensors")
-    options = ["--passes", "quantize(mode=static, method=minmax, sensitive=None)", "--calibration", "x.safetensors"]
-    done = run("compile", model_dir, "-o", "out", *options, "--threads", 1, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "calibration: 20 samples in batches of 16" in done.stdout and "linear (static)" in done.stdout
-    other = run("inspect", model_dir, *options[:-1], "y.safetensors", cwd=tmp_path)
-    assert (other.returncode, other.stderr) == (2, "fxpress: there is no file 'y.safetensors'\n")
+
+@pytest.mark.slow
+def test_calibration_data_reach_the_passes(outputs: Outputs) -> None:
+    printed = outputs[1]["calibration"]
+    assert "calibration: 20 samples in batches of 16" in printed and "linear (static)" in printed
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ from torch import nn
 
 import fxpress
 from fxpress import Compiled
-from fxpress.compiler.generation import Decoding, step_inputs
+from fxpress.compiler.generation import Decoding
+from fxpress.compiler.steps import step_inputs
 from fxpress.compiler.survey_models import tiny_config
 from fxpress.ir.errors import ArtifactError, InputError, RewriteError
 from fxpress.ir.graph import arguments
@@ -108,7 +109,7 @@ def test_every_attention_is_found_and_its_band_starts_behind_the_cache(kind: str
 @pytest.mark.parametrize(
     ("kind", "backend"),
     [
-        pytest.param("llama", "onnx", marks=pytest.mark.slow),
+        pytest.param("llama", "onnx", marks=pytest.mark.exhaustive),
         pytest.param("mistral", "onnx", marks=pytest.mark.exhaustive),
         pytest.param("gpt2", "openvino", marks=pytest.mark.slow),
         pytest.param("llama", "openvino", marks=pytest.mark.exhaustive),
@@ -135,7 +136,7 @@ def test_a_model_whose_config_says_no_cache() -> None:
 
 def test_a_mask_of_other_tokens_than_the_cache_and_the_new_ones(gpt2: tuple[Any, Compiled]) -> None:
     with pytest.raises(InputError, match="attention_mask is of 7 tokens, those of the cache and the new ones are 8"):
-        Decoding(gpt2[1], gpt2[1].program.signature)(prompt()["input_ids"], torch.ones(2, 7, dtype=torch.int64))
+        Decoding(gpt2[1], gpt2[1].signature)(prompt()["input_ids"], torch.ones(2, 7, dtype=torch.int64))
 
 
 def test_sampling(gpt2: tuple[Any, Compiled]) -> None:
@@ -189,9 +190,9 @@ def test_the_model_is_not_changed(gpt2: tuple[Any, Compiled]) -> None:
     "passes",
     [
         pytest.param("quantize(int8, granularity=token), fuse", id="int8"),
-        pytest.param("quantize(int8, mode=static), fuse", id="static", marks=pytest.mark.slow),
+        pytest.param("quantize(int8, mode=static), fuse", id="static", marks=pytest.mark.exhaustive),
         pytest.param("quantize(int4, group_size=16), fuse", id="int4", marks=pytest.mark.slow),
-        pytest.param("mask_weights(0.3, 'wanda', 'heads+neurons'), fuse", id="pruned", marks=pytest.mark.slow),
+        pytest.param("mask_weights(0.3, 'wanda', 'heads+neurons'), fuse", id="pruned", marks=pytest.mark.exhaustive),
     ],
 )
 def test_passes(passes: str) -> None:
@@ -286,13 +287,6 @@ def test_a_model_that_transformers_does_not_know(gpt2: tuple[Any, Compiled], tmp
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
-def t5() -> Any:
-    config = transformers.T5Config(
-        d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, vocab_size=VOCABULARY, decoder_start_token_id=0
-    )
-    return transformers.T5ForConditionalGeneration(config).eval()
-
-
 def mamba() -> Any:
     config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, **_IDS)
     return transformers.MambaForCausalLM(config).eval()
@@ -305,9 +299,8 @@ def bamba() -> Any:
 @pytest.mark.parametrize(
     ("model", "example", "message"),
     [
-        (lambda: nn.Linear(2, 2).eval(), prompt(), "decoders of transformers that generate.*found a Linear"),
-        (tiny.bert, prompt(), "decoders of transformers that generate.*found a BertModel"),
-        (t5, prompt(), "T5ForConditionalGeneration has an encoder"),
+        (lambda: nn.Linear(2, 2).eval(), prompt(), "models of transformers that generate.*found a Linear"),
+        (tiny.bert, prompt(), "models of transformers that generate.*found a BertModel"),
         (mamba, prompt(), "caches of keys and values alone; MambaForCausalLM keeps"),
         (bamba, prompt(), "caches of keys and values alone; BambaForCausalLM keeps .*Linear"),
         (lambda: decoder("gpt2"), None, "needs example_inputs, a prompt"),

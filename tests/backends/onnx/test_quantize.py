@@ -239,7 +239,7 @@ def hidden(found: Any) -> Tensor:
 
 
 EVERY = [("bert", order, calibrated) for order in ORDERS for calibrated in (False, True)] + [
-    (name, order, order == "quantize_fuse") for name in ("gpt2", "llama") for order in ORDERS
+    (name, order, order == "quantize_fuse") for name, order in zip(("gpt2", "llama"), ORDERS, strict=True)
 ]
 
 

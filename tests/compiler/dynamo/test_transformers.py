@@ -41,7 +41,7 @@ def _marks(family: str, backend: str) -> Any:
         return pytest.mark.exhaustive
     if backend == "eager":
         return () if family in QUICK else pytest.mark.slow
-    return pytest.mark.slow if family in (*QUICK, "llama") else pytest.mark.exhaustive
+    return pytest.mark.slow if family in QUICK else pytest.mark.exhaustive
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,7 @@ def llama() -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, num_key_value_heads=2, eos_token_id=None))
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("onnx", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize(("make", "backend"), [(llama, "eager"), pytest.param(gpt2, "onnx", marks=pytest.mark.slow)])
 def test_generation_with_a_static_cache_is_that_of_eager(make: Any, backend: str) -> None:
     torch.manual_seed(0)
     model = make().eval()
