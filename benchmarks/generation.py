@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-MODELS, LENGTHS = ("gpt2", "llama"), (128, 896)  # tokens of prompts; GPT-2 has 1024 positions
+MODELS = {"generation": ("gpt2", "llama"), "translation": ("t5",)}  # by section
+LENGTHS = {"gpt2": (128, 896), "llama": (128, 896), "t5": (128, 512)}  # tokens of prompts, of sources where one is read
 EAGER, COMPILED, ONNX = "eager", "torch.compile, static cache", "ONNX Runtime"
 ONNX_INT8, ONNX_INT4 = "ONNX Runtime, quantize_dynamic", "ONNX Runtime, 4-bit weights"
 OURS = {
@@ -40,7 +41,7 @@ class Run:
     candidate: str
     folder: str  # of what was made
     make: bool
-    lengths: Sequence[int] = LENGTHS
+    lengths: Sequence[int] = ()
     tokens: int = TOKENS
 
 
@@ -57,18 +58,23 @@ class Found:
 Results = dict[tuple[str, str], Found]
 
 
-def measure(tell: Callable[[str], None], quick: bool) -> Results:
-    """Everything, model after model."""
+def candidates(model: str) -> Sequence[str]:
+    """The candidates for a model; those of one with an encoder are what is known to run."""
+    return [name for name in CANDIDATES if model != "t5" or name not in (COMPILED, ONNX_INT4)]
+
+
+def measure(tell: Callable[[str], None], quick: bool, name: str) -> Results:
+    """Everything of a section, model after model."""
     results: Results = {}
-    lengths, rounds, tokens = (LENGTHS[:1], 1, 4) if quick else (LENGTHS, ROUNDS, TOKENS)
-    for model in MODELS[-1:] if quick else MODELS:
+    for model in MODELS[name][-1:] if quick else MODELS[name]:
+        lengths, rounds, tokens = (LENGTHS[model][:1], 1, 4) if quick else (LENGTHS[model], ROUNDS, TOKENS)
         with tempfile.TemporaryDirectory(prefix="fxpress-bench-") as folder:
-            for name in CANDIDATES:
+            for name in candidates(model):
                 tell(f"{model}: make {name}")
                 said = _process(Run(model, name, folder, True))
                 results[model, name] = Found({}, {}, said["sqnr_db"], said["megabytes"])
             for turn in range(rounds):
-                for name in CANDIDATES:
+                for name in candidates(model):
                     tell(f"{model}: round {turn + 1} of {rounds}, {name}")
                     said = _process(Run(model, name, folder, False, lengths, tokens))
                     for length in map(str, lengths):
@@ -86,13 +92,8 @@ def _process(run: Run) -> Any:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def section(results: Results) -> str:
-    """The section of RESULTS.md."""
-    from report import environment
-
-    lines = [
-        environment(f"{ROUNDS} rounds of processes on one thread, {TOKENS} tokens each"),
-        "",
+ABOUT = {
+    "generation": [
         "GPT-2 and a small Llama (124M and 125M weights, random), batch 1, greedily by transformers' generate(), whose",
         "own time is in every figure. Prompt: until the first token. Token: each one after it. Medians of the rounds,",
         "and their largest less their smallest. SQNR: of the logits behind a prompt, against eager's; with random",
@@ -101,16 +102,30 @@ def section(results: Results) -> str:
         "- torch.compile, static cache: model.forward compiled, with a StaticCache.",
         "- ONNX Runtime: torch.onnx.export(dynamo=True) of a step with its cache; quantize_dynamic with int8 weights a",
         "  channel; 4-bit weights by MatMulNBitsQuantizer, blocks of 32, accuracy_level=4.",
-    ]
-    for model, length in ((model, length) for model in MODELS for length in map(str, LENGTHS)):
+    ],
+    "translation": [
+        "T5 of the small size (60M weights, random), batch 1, as in the section generation. Prompt: the encoder reads",
+        "a source, and the first token is written. ONNX Runtime: torch.onnx.export(dynamo=True) of the encoder with",
+        "the keys and values that the decoder makes of it, and of a step; quantize_dynamic of both.",
+    ],
+}
+
+
+def section(results: Results, title: str) -> str:
+    """The section of RESULTS.md."""
+    from report import environment
+
+    lines = [environment(f"{ROUNDS} rounds of processes on one thread, {TOKENS} tokens each"), "", *ABOUT[title]]
+    rows = [(name, str(length)) for name in MODELS[title] for length in LENGTHS[name]]
+    for model, length in rows:
         lines += [
             "",
-            f"### {model}, behind a prompt of {length}",
+            f"### {model}, behind a {'source' if model == 't5' else 'prompt'} of {length}",
             "",
             "| candidate | prompt, ms | token, ms | spread | times fxpress alike | SQNR | MB |",
             "|---|---:|---:|---:|---:|---:|---:|",
         ]
-        for name in CANDIDATES:
+        for name in candidates(model):
             found = results[model, name]
             prompt, token = statistics.median(found.prompt[length]), statistics.median(found.token[length])
             spread = max(found.token[length]) - min(found.token[length])
@@ -145,6 +160,9 @@ def _model(name: str) -> Any:
 
     torch.manual_seed(0)
     rest = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    if name == "t5":
+        sizes = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "decoder_start_token_id": 0}
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **rest)).eval()
     config = transformers.GPT2Config(**rest) if name == "gpt2" else transformers.LlamaConfig(**LLAMA, **rest)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
@@ -177,38 +195,61 @@ def _make(run: Run, model: Any) -> dict[str, float]:
         for item in (step, model)
     )
     noise = float((found - truth).double().square().mean())
-    file = stored / "model.safetensors" if run.candidate in OURS else stored.with_suffix(".onnx.data")
-    size = file.stat().st_size / 1e6
+    if run.candidate in OURS:
+        files = [*stored.rglob("model.safetensors")]
+    else:
+        files = [Path(f"{file}.data") for file in _files(run) if file.exists()]
+    size = sum(file.stat().st_size for file in files) / 1e6
     return {"sqnr_db": 10 * float(torch.log10(truth.double().square().mean() / noise)), "megabytes": size}
 
 
+def _files(run: Run, candidate: str = "") -> tuple[Path, Path]:
+    """The files of an exported step, and of an encoder if there is one."""
+    step = Path(run.folder) / f"{candidate or run.candidate}.onnx"
+    return step, step.with_suffix(".encoder.onnx")
+
+
 def _export(run: Run, model: Any, given: dict[str, Any]) -> None:
-    """The plain export of a step, in fewer bits where asked for; the file in fp32 is made once."""
+    """The plain export of a step and of an encoder, in fewer bits where asked for; files in fp32 are made once."""
     import onnx
-    import torch
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    from fxpress.compiler.steps import step_inputs, step_of
+    from fxpress.compiler.steps import encoder_of, has_encoder, step_inputs, step_of
 
-    plain, stored = Path(run.folder) / f"{ONNX}.onnx", Path(run.folder) / f"{run.candidate}.onnx"
-    if not plain.exists():
-        inputs = step_inputs(model, given)
-        sizes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in inputs if name != "past"}
-        pair = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
-        inputs = {name: torch.cat([value, value]) if name != "past" else value for name, value in inputs.items()}
-        inputs["past"] = [tuple(torch.cat([part, part]) for part in layer) for layer in inputs["past"]]
-        sizes["past"] = [(pair, pair) for _ in inputs["past"]]
-        torch.onnx.export(
-            step_of(model), (), plain, kwargs=inputs, dynamic_shapes=sizes, dynamo=True, external_data=True,
-            input_names=None, verbose=False,
-        )  # fmt: skip
-    if run.candidate == ONNX_INT8:
-        quantize_dynamic(plain, stored, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=True)
-    elif run.candidate == ONNX_INT4:
-        quantizer = MatMulNBitsQuantizer(onnx.load(plain), block_size=32, is_symmetric=True, accuracy_level=4)
-        quantizer.process()
-        quantizer.model.save_model_to_file(str(stored), use_external_data_format=True)
+    plain = _files(run, ONNX)
+    if not plain[0].exists():
+        step = step_of(model)
+        step.width = getattr(model.config, "d_model", 0)
+        _to_onnx(step, step_inputs(model, given), plain[0])
+        if has_encoder(model):
+            _to_onnx(encoder_of(model), given, plain[1])
+    for file, stored in zip(plain, _files(run), strict=True):
+        if not file.exists():
+            continue
+        if run.candidate == ONNX_INT8:
+            options = {"per_channel": True, "weight_type": QuantType.QInt8, "use_external_data_format": True}
+            quantize_dynamic(file, stored, **options)
+        elif run.candidate == ONNX_INT4:
+            quantizer = MatMulNBitsQuantizer(onnx.load(file), block_size=32, is_symmetric=True, accuracy_level=4)
+            quantizer.process()
+            quantizer.model.save_model_to_file(str(stored), use_external_data_format=True)
+
+
+def _to_onnx(module: Any, inputs: dict[str, Any], file: Path) -> None:
+    """With every batch and length dynamic, from a batch of two."""
+    import torch
+
+    dynamic = torch.export.Dim.DYNAMIC
+    pair = {0: dynamic, 2: dynamic}
+    nested = [name for name, value in inputs.items() if isinstance(value, list)]
+    sizes: dict[str, Any] = {name: [(pair, pair) for _ in inputs[name]] for name in nested}
+    sizes |= {name: {0: dynamic, 1: dynamic} for name in inputs if name not in nested}
+    twice = torch.utils._pytree.tree_map(lambda part: torch.cat([part, part]), inputs)
+    torch.onnx.export(
+        module, (), file, kwargs=twice, dynamic_shapes={name: sizes[name] for name in inputs}, dynamo=True,
+        external_data=True, verbose=False,
+    )  # fmt: skip
 
 
 def _generator(run: Run, model: Any) -> Any:
@@ -222,45 +263,51 @@ def _generator(run: Run, model: Any) -> Any:
         return fxpress.load(stored, threads=1)
     if run.candidate == COMPILED:
         model.forward = torch.compile(model.forward)
-    return model if run.candidate in (EAGER, COMPILED) else _Exported(model, stored.with_suffix(".onnx"))
+    return model if run.candidate in (EAGER, COMPILED) else _Exported(model, *_files(run))
+
+
+class _Program:
+    """An exported program, called as one of fxpress's own."""
+
+    def __init__(self, file: Path, inputs: dict[str, Any], outputs: Sequence[str]) -> None:
+        from candidates import session_of
+
+        from fxpress.ir.signature import Signature, TensorInput, leaves
+
+        self._session, self._outputs = session_of(file), outputs
+        named = [pair for name, value in inputs.items() for pair in leaves(value, name)]
+        found = [TensorInput(path, "", str(leaf.dtype)[6:], tuple(leaf.shape)) for path, leaf in named]
+        self.signature = Signature(tuple(found), (), (), (), {})
+        self._names = dict(zip(inputs, inputs, strict=True))
+
+    def __call__(self, **given: Any) -> dict[str, Any]:
+        """The first output by itself, the others as pairs of keys and values."""
+        import torch
+
+        names = [item.name for item in self._session.get_inputs()]
+        flat = {name: value for name, value in given.items() if name in names}
+        nested = [part for name in self._names if name not in flat for pair in given[name] for part in pair]
+        flat |= dict(zip((name for name in names if name not in flat), nested, strict=True))
+        found = self._session.run(None, {name: value.numpy() for name, value in flat.items()})
+        first, *rest = map(torch.from_numpy, found)
+        return {self._outputs[0]: first, self._outputs[1]: [*zip(rest[::2], rest[1::2], strict=True)]}
 
 
 class _Exported:
-    """generate() on an exported step: the same way from transformers to a session as fxpress's own."""
+    """generate() on exported programs: the same way from transformers to a session as fxpress's own."""
 
-    def __init__(self, model: Any, file: Path) -> None:
-        from candidates import session_of
+    def __init__(self, model: Any, step: Path, encoder: Path) -> None:
+        from fxpress.compiler.steps import encoder_inputs, step_inputs
 
-        from fxpress.compiler.steps import step_inputs
-
-        self._model, self._session = model, session_of(file)
-        self._names = [item.name for item in self._session.get_inputs()]
-        self._past = step_inputs(model, _prompt(4))["past"]
-
-    def __call__(self, **given: Any) -> dict[str, Any]:
-        import torch
-
-        flat = [part for layer in given.pop("past") for part in layer]
-        values = [*given.values(), *flat]
-        order = ["input_ids", "attention_mask", "position_ids"]
-        named = dict(zip(order, (given[name] for name in order), strict=True))
-        rest = [name for name in self._names if name not in named]
-        named |= dict(zip(rest, flat, strict=True))
-        assert len(named) == len(values)
-        found = [torch.from_numpy(item) for item in self._session.run(None, {k: v.numpy() for k, v in named.items()})]
-        return {"logits": found[0], "past": [*zip(found[1::2], found[2::2], strict=True)]}
+        given = _prompt(4)
+        self._model, self._step = model, _Program(step, step_inputs(model, given), ("logits", "past"))
+        inputs = encoder_inputs(model, given)
+        self._encoder = _Program(encoder, inputs, ("states", "cross")) if encoder.exists() else None
 
     def generate(self, **options: Any) -> Any:
         from fxpress.compiler.generation import generate
-        from fxpress.ir.signature import Signature, TensorInput
 
-        past = [
-            TensorInput(f"past.{layer}.{part}", "", "float32", tuple(value.shape))
-            for layer, pair in enumerate(self._past) for part, value in enumerate(pair)
-        ]  # fmt: skip
-        ids = TensorInput("position_ids", "", "int64", (1, 1))
-        self.signature = Signature((ids, *past), (), (), (), {})
-        return generate(self._model, self)(**options)
+        return generate(self._model, self._step, self._encoder)(**options)
 
 
 def _time(run: Run, model: Any) -> dict[str, tuple[float, float]]:

@@ -33,6 +33,7 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from candidates import named
@@ -45,7 +46,7 @@ from report_pruned import pruned_section
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from workloads import GENERATION, OTHERS, REPLACED, SCALING, SPARSITY, THROUGH, WORKLOADS, Shape, Workload
+from workloads import GENERATION, OTHERS, REPLACED, SCALING, SPARSITY, THROUGH, TRANSLATION, WORKLOADS, Shape, Workload
 
 HERE = Path(__file__).parent
 SECTIONS = {"exact": section, "quantized": quantized_section, "pruned": pruned_section}
@@ -68,7 +69,8 @@ def main() -> None:
     every = list(WORKLOADS) if candidates or options.shapes else [*WORKLOADS, *OTHERS]
     measures = {
         SPARSITY: measure_sparsity, SCALING: measure_scaling, REPLACED: measure_replaced, THROUGH: measure_through,
-        GENERATION: measure_generation,
+        GENERATION: partial(measure_generation, name=GENERATION),
+        TRANSLATION: partial(measure_generation, name=TRANSLATION),
     }  # fmt: skip
     for name in [name for name in (*WORKLOADS, *OTHERS) if name in options.only] or every:
         if name in measures:
@@ -143,13 +145,13 @@ def measure_through(into: Path, quick: bool) -> None:
     publish(into, THROUGH, through_dynamo.section(found), [], whole=not quick)
 
 
-def measure_generation(into: Path, quick: bool) -> None:
-    """Decoders with their cache, in 32, 8 and 4 bits."""
+def measure_generation(into: Path, quick: bool, name: str) -> None:
+    """Models with their cache, in 32, 8 and 4 bits."""
     import generation
 
-    with progress(GENERATION) as tell:
-        found = generation.measure(tell, quick)
-    publish(into, GENERATION, "" if quick else generation.section(found), [], whole=not quick)
+    with progress(name) as tell:
+        found = generation.measure(tell, quick, name)
+    publish(into, name, "" if quick else generation.section(found, name), [], whole=not quick)
     if quick:
         CONSOLE.print(found)
 

@@ -37,13 +37,14 @@ POINTS = (BF16, INT8_CLOSE, INT8, INT8_STATIC, INT8_OPENVINO, INT4_OF_INT8, INT4
 CUTS = (CUT70, CUT50)
 PADDED = (UNPADDED, INT8_UNPADDED, BF16_UNPADDED)
 SPARSITY, SCALING, REPLACED = "sparsity", "attention-scaling", "attention-quality"
-THROUGH, GENERATION = "torch-compile", "generation"
+THROUGH, GENERATION, TRANSLATION = "torch-compile", "generation", "translation"
 OTHERS = (
     SPARSITY,
     SCALING,
     REPLACED,
     THROUGH,
     GENERATION,
+    TRANSLATION,
 )  # sections of RESULTS.md that are no workload, each with a file of its own
 
 

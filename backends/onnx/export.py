@@ -264,7 +264,10 @@ def _fold_constants(model: onnx_ir.Model) -> None:
     limit = 2**40  # of any size
     with quietly():
         onnxscript.optimizer.fold_constants(
-            model, input_size_limit=limit, output_size_limit=limit, should_fold=lambda node: not _unpacks(node) and None
+            model,
+            input_size_limit=limit,
+            output_size_limit=limit,
+            should_fold=lambda node: not (_unpacks(node) or _doubles(node)) and None,
         )
         onnx_ir.passes.Sequential(
             onnx_ir.passes.common.RemoveUnusedNodesPass(),
@@ -284,6 +287,17 @@ def _unpacks(node: onnx_ir.Node) -> bool:
     if shape is None or dtype is None or not shape.is_static() or before.size < _WEIGHT:
         return False
     return bool(math.prod(shape.numpy()) * dtype.bitwidth > before.size * before.dtype.bitwidth)
+
+
+def _doubles(node: onnx_ir.Node) -> bool:
+    """Whether a node only turns a weight that others read as it lies, as a head does that is tied to an embedding.
+
+    The file keeps the numbers once, and a session turns them when it is made.
+    """
+    weight = node.inputs[0] if node.op_type == "Transpose" else None
+    if weight is None or weight.const_value is None or weight.const_value.size < _WEIGHT:
+        return False
+    return any(use.node.op_type != "Transpose" for use in weight.uses())
 
 
 def leaves_of(program: Program) -> list[Leaf]:

@@ -145,10 +145,17 @@ class Attention:
 
 
 class PortableAttention(Attention):
-    """For other runtimes: the maximum of a row of -inf is the lowest finite number to OpenVINO 2026.4."""
+    """For other runtimes, with what OpenVINO 2026.4 cannot do left out."""
 
     def _any_above(self, bias: Tensor, lowest: float) -> Tensor:
-        return (bias > lowest).any(-1, keepdim=True)
+        return (bias > lowest).any(-1, keepdim=True)  # the maximum of a row of -inf is the lowest finite number there
+
+    def finish(self, result: Tensor) -> Tensor:
+        """As above; where all sizes are fixed, OpenVINO dies of a product behind attention's last transpose."""
+        some = self.some()
+        if some is None or self.empty != "zeros":
+            return super().finish(result)
+        return torch.where(some.transpose(1, 2), result, 0.0)
 
 
 def _lowering(function: Callable[[Attention], Tensor], kind: type[Attention] = Attention) -> Callable[..., Tensor]:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -93,6 +95,32 @@ def test_respelled_for_the_exporter(tmp_path: Path) -> None:
         x = torch.rand(2, size)
         (found,) = session.run([x.numpy()])
         assert compare([torch.from_numpy(found)], program.run([x]), run_float64(program, [x])).equal
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(300, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.nn.functional.linear(torch.tanh(self.embedding(ids)), self.embedding.weight)
+
+
+def test_a_tied_weight_is_written_once(tmp_path: Path) -> None:
+    """The head's is the embedding's turned, which a session does when it is made and not at each run."""
+    program = traced(Tied(), torch.arange(6).reshape(2, 3))
+    save(to_onnx(program, choose(program, threads=1)[0]), tmp_path / "model.onnx")
+    assert (tmp_path / "model.safetensors").stat().st_size < 1.1 * 300 * 16 * 4
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options)
+    loaded = onnx.load(tmp_path / "loaded.onnx", load_external_data=False)
+    assert not any(node.op_type == "Transpose" for node in loaded.graph.node)
+    ids = torch.tensor([[5, 7, 299, 0]])
+    (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+    assert compare([torch.from_numpy(found)], program.run([ids]), run_float64(program, [ids])).equal
 
 
 def test_the_exporters_table_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
