@@ -18,6 +18,7 @@ import numpy
 from workloads import (
     COMPILED,
     EAGER,
+    FIXED,
     ONNX,
     ONNX_23,
     OPENVINO,
@@ -218,6 +219,32 @@ def artifact_files(artifact: str, work: Path) -> list[Path]:
     return [file for file in (work / artifact).iterdir() if file.suffix in (".onnx", ".safetensors")]
 
 
+def fixed_folder(work: Path, shape: Shape) -> Path:
+    return work / f"fixed {named(shape)}"
+
+
+def build_fixed(workload: Workload, work: Path, shape: Shape, inputs: Inputs) -> str:
+    """An artefact for each shape, as the peers have."""
+    from fxpress import compile
+
+    compiled = compile(
+        workload.build(), None, tensors_of(inputs), dynamic_shapes=None, backend="openvino", threads=1, verify=False
+    )
+    compiled.save(fixed_folder(work, shape))
+    return ""
+
+
+def open_fixed(workload: Workload, work: Path) -> Prepare:
+    """The artefact of a shape; no torch."""
+    from fxpress import load
+
+    def prepare(shape: Shape, inputs: Inputs) -> Run:
+        model = load(fixed_folder(work, shape), threads=1)
+        return lambda: model(**inputs)["last_hidden_state"]
+
+    return prepare
+
+
 FLOAT32 = {
     EAGER: Candidate(partial(open_torch, as_it_is), files=lambda work: [model_folder() / "model.safetensors"]),
     COMPILED: Candidate(partial(open_torch, compiled)),
@@ -227,4 +254,5 @@ FLOAT32 = {
     OPTIMIZED: Candidate(partial(open_onnx, OPTIMIZED), partial(build_optimized, OPTIMIZED)),
     OPENVINO: Candidate(partial(open_openvino, OPENVINO, "f32"), partial(build_onnx, OPENVINO, None)),
     OURS: fxpress_candidate("artifact"),
+    FIXED: Candidate(open_fixed, build_fixed),
 }

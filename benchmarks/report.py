@@ -21,6 +21,7 @@ one thread, in turn; ms is the median of the rounds' medians, spread their large
 compiled or exported anew for each shape with fixed sizes; fxpress is compiled once, with dynamic sizes, from one small
 example, saved and loaded.
 
+- fxpress, fixed sizes, OpenVINO: compiled anew for each shape, as the peers are, for the openvino backend.
 - torch.compile: dynamic=False; max-autotune with freezing.
 - ONNX Runtime: torch.onnx.export(dynamo=True), in the default opset and in opset 23.
 - ONNX Runtime + optimizer: onnxruntime.transformers.optimizer as it fuses most, on what the older exporter

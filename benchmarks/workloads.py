@@ -20,7 +20,7 @@ Inputs = dict[str, Any]  # by name: numpy arrays
 EAGER, COMPILED, TUNED = "eager", "torch.compile", "torch.compile max-autotune"
 ONNX, ONNX_23, OPTIMIZED = "ONNX Runtime", "ONNX Runtime, opset 23", "ONNX Runtime + optimizer"
 OPENVINO, OPENVINO_BF16 = "OpenVINO", "OpenVINO bfloat16"
-OURS = "fxpress"
+OURS, FIXED = "fxpress", "fxpress, fixed sizes, OpenVINO"
 DYNAMIC, DYNAMIC_23 = "quantize_dynamic", "quantize_dynamic, opset 23"
 DYNAMIC_OPTIMIZED, STATIC = "quantize_dynamic + optimizer", "static QDQ"
 TORCHAO, TORCHAO_TUNED = "torchao", "torchao max-autotune"
@@ -69,7 +69,7 @@ class Workload:
     num_heads: int
     hidden_size: int
     model_type: str = ""  # for onnxruntime.transformers' optimizer
-    candidates: tuple[str, ...] = ALL
+    candidates: tuple[str, ...] = (*ALL, FIXED)
     targets: dict[Shape, Target] = field(default_factory=dict)
     window: int | None = None  # each token sees this many others on either side
     memory: tuple[Shape, ...] = ()  # shapes at which memory is measured
