@@ -222,9 +222,7 @@ def _export(run: Run, model: Any, given: dict[str, Any]) -> None:
 
     plain = _files(run, ONNX)
     if not plain[0].exists():
-        step = step_of(model)
-        step.width = getattr(model.config, "d_model", 0)
-        _to_onnx(step, step_inputs(model, given), plain[0])
+        _to_onnx(step_of(model), step_inputs(model, given), plain[0])
         if has_encoder(model):
             _to_onnx(encoder_of(model), given, plain[1])
     for file, stored in zip(plain, _files(run), strict=True):
@@ -283,7 +281,7 @@ class _Program:
         named = [pair for name, value in inputs.items() for pair in leaves(value, name)]
         found = [TensorInput(path, "", str(leaf.dtype)[6:], tuple(leaf.shape)) for path, leaf in named]
         self.signature = Signature(tuple(found), (), (), (), {})
-        self._names = dict(zip(inputs, inputs, strict=True))
+        self._names = list(inputs)
 
     def __call__(self, **given: Any) -> dict[str, Any]:
         """The first output by itself, the others as pairs of keys and values."""

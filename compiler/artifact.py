@@ -143,7 +143,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None, device: str |
     """Load an artefact that `Compiled.save` wrote; every file is checked before it is used.
 
     Args:
-        path: the folder.
+        path: the folder; of a model with an encoder that was compiled with its cache, the one that holds both.
         threads: threads inside one operator, for the onnx and openvino backends; None: one a physical core.
         device: where a model of the triton backend is to run, "cuda:1"; None: where it was compiled, if that is here,
             else on the GPU.

@@ -126,9 +126,7 @@ class SourceDecoding(_Writing):
             CROSS: list(zip(flat[::2], flat[1::2], strict=True)),
         }
         if MASK in self._paths:
-            if attention_mask is None:
-                attention_mask = decoder_input_ids.new_ones(flat[0].shape[0], flat[0].shape[2])
-            given[MASK] = attention_mask.to(torch.int64)
+            given[MASK] = (encoder_outputs[MASK] if attention_mask is None else attention_mask).to(torch.int64)
         found = self._run(**given)
         return Seq2SeqLMOutput(
             logits=found[LOGITS],
@@ -158,6 +156,8 @@ class Encoding:
         _check({name: value for name, value in given.items() if name not in (*SOURCES, MASK)})
         found = self._run(**{name: given[name] for name in self._names if given.get(name) is not None})
         states = BaseModelOutput(last_hidden_state=found[STATES])
+        if MASK in self._names:
+            states[MASK] = given[MASK]  # the source's own length may be another than that of its states
         for layer, pair in enumerate(found[CROSS]):
             for part, tensor in enumerate(pair):
                 states[f"{CROSS}.{layer}.{part}"] = tensor  # generate() repeats them for beams, as it does the states

@@ -60,8 +60,6 @@ class DecoderStep(Step):
 class SourceStep(Step):
     """Mixed into the class of a model with an encoder: its decoder's forward, with all keys and values as tensors."""
 
-    width: int  # of the encoder's states
-
     def forward(
         self, decoder_input_ids: Tensor, past: Any, cross: Any, attention_mask: Tensor | None = None
     ) -> dict[str, Any]:
@@ -82,7 +80,8 @@ class SourceStep(Step):
         cache = EncoderDecoderCache(_cache_of(past), _cache_of(cross))
         cache.is_updated = dict.fromkeys(range(len(cross)), True)
         first = cross[0][0]
-        states = first.new_zeros(first.shape[0], first.shape[2], self.width)  # of which only the sizes are read
+        # Of the encoder's states batch and length alone are read; a model that read more would fail at this width.
+        states = first.new_zeros(first.shape[0], first.shape[2], 1)
         given = {DECODER_IDS: decoder_input_ids, "encoder_outputs": BaseModelOutput(last_hidden_state=states)}
         found = _forward(super().forward, cache, given | ({} if attention_mask is None else {MASK: attention_mask}))
         return {LOGITS: found.logits[:, -1:], PAST: _pairs(found.past_key_values.self_attention_cache)}
@@ -268,8 +267,9 @@ def _check_known(prompt: Mapping[str, Any], known: Sequence[str]) -> None:
 
 
 def _check_length(names: str, ids: Tensor, mask: Tensor) -> None:
-    if ids.dim() != 2 or mask.shape != ids.shape or ids.shape[1] < LEAST:
-        found = " and ".join(str(list(item.shape)) for item in ((ids,) if mask is ids else (ids, mask)))
+    fits = isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.dim() == 2 and mask.shape == ids.shape
+    if not fits or ids.shape[1] < LEAST:
+        found = " and ".join(describe(item) for item in ((ids,) if mask is ids else (ids, mask)))
         raise InputError(f"{names} of a prompt must be [batch, length] with a length of {LEAST} or more, found {found}")
 
 
@@ -367,11 +367,7 @@ def prepare(model: Any, example: Any, calibration: Iterable[Any]) -> tuple[torch
     step = step_of(model)
     if example is None:
         raise InputError("cache=True needs example_inputs, a prompt to trace with")
-    given = step_inputs(model, example)
-    if isinstance(step, SourceStep):
-        with torch.no_grad():
-            step.width = encoder_of(model)(**encoder_inputs(model, example))[STATES].shape[-1]
-    return step, given, prompts(model, calibration)
+    return step, step_inputs(model, example), prompts(model, calibration)
 
 
 def prompts(model: Any, batches: Iterable[Any]) -> list[dict[str, Any]]:

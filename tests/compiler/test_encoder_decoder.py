@@ -17,6 +17,7 @@ import transformers
 
 import fxpress
 from fxpress import Compiled
+from fxpress.compiler.generation import Encoding, SourceDecoding
 from fxpress.compiler.steps import CROSS, PAST, step_inputs
 from fxpress.compiler.survey_models import tiny_config
 from fxpress.ir.errors import ArtifactError, InputError
@@ -113,6 +114,22 @@ def test_in_onnx_runtime(t5: tuple[Any, Compiled]) -> None:
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "top_k": 20, "temperature": 0.7}])
 def test_beams_and_samples(t5: tuple[Any, Compiled], options: dict[str, Any]) -> None:
     assert writes_alike("t5", *t5, **options)
+
+
+@pytest.mark.parametrize("kind", ["t5", pytest.param("speech_to_text", marks=pytest.mark.slow)])
+def test_a_mask_that_is_left_out_is_one_of_no_padding(kind: str) -> None:
+    """In calls of a step too, whose source may be longer than the states that the encoder makes of it."""
+    model, step = in_eager(kind)
+    given = source(kind)
+    given["attention_mask"][:] = 1
+    ids = torch.full((2, 3), 2)
+    assert step.encoder is not None
+    encode = Encoding(step.encoder, step.encoder.signature, model.get_encoder())
+    decode = SourceDecoding(step, step.signature, encode)
+    with torch.no_grad():
+        want = model(**given, decoder_input_ids=ids).logits[:, -1:]
+    del given["attention_mask"]
+    torch.testing.assert_close(decode(ids, **given).logits, want)
 
 
 def test_the_decoder_may_be_given_a_beginning(t5: tuple[Any, Compiled]) -> None:
@@ -264,6 +281,7 @@ def test_nothing_is_left_of_a_folder_that_cannot_be_written(tmp_path: Path) -> N
         ({"decoder_input_ids": torch.ones(2, 4, dtype=torch.int64)}, "needs what T5ForConditionalGeneration reads"),
         ({**source("t5"), "labels": torch.ones(2, 4)}, "input 'labels' has no place beside a cache"),
         (decoded(0, 4, 2, 7) | {"decoder_input_ids": torch.ones(2, 3, dtype=torch.int64)}, r"a length of 4 or more"),
+        (decoded(0, 4, 2, 7) | {"decoder_input_ids": [[1, 2, 3, 4]]}, r"a length of 4 or more, found a list"),
     ],
 )
 def test_examples_that_are_none(example: Any, message: str) -> None:

@@ -239,7 +239,9 @@ def hidden(found: Any) -> Tensor:
 
 
 EVERY = [("bert", order, calibrated) for order in ORDERS for calibrated in (False, True)] + [
-    (name, order, order == "quantize_fuse") for name, order in zip(("gpt2", "llama"), ORDERS, strict=True)
+    pytest.param(name, order, order == "quantize_fuse", marks=() if few else pytest.mark.exhaustive)
+    for name, kept in zip(("gpt2", "llama"), ORDERS, strict=True)
+    for order, few in ((order, order == kept) for order in ORDERS)
 ]
 
 
