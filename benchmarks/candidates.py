@@ -201,9 +201,14 @@ def open_openvino(name: str, hint: str, workload: Workload, work: Path) -> Prepa
     return prepare
 
 
-def fxpress_candidate(artifact: str, build: Callable[[Workload, Path, Shape, Inputs], str] | None = None) -> Candidate:
+def fxpress_candidate(
+    artifact: str,
+    build: Callable[[Workload, Path, Shape, Inputs], str] | None = None,
+    open_it: Callable[[str, Workload, Path], Prepare] | None = None,
+) -> Candidate:
     """One saved artefact."""
-    return Candidate(partial(open_fxpress, artifact), build, partial(artifact_files, artifact), artifact)
+    opened = partial(open_it or open_fxpress, artifact)
+    return Candidate(opened, build, partial(artifact_files, artifact), artifact)
 
 
 def open_fxpress(artifact: str, workload: Workload, work: Path) -> Prepare:
@@ -214,35 +219,33 @@ def open_fxpress(artifact: str, workload: Workload, work: Path) -> Prepare:
     return lambda shape, inputs: lambda: model(**inputs)["last_hidden_state"]
 
 
+def open_planned(artifact: str, workload: Workload, work: Path) -> Prepare:
+    """The one saved artefact, loaded for each shape's sizes, as OpenVINO plans for them."""
+    from fxpress import load
+
+    def prepare(shape: Shape, inputs: Inputs) -> Run:
+        model = load(work / artifact, threads=1, sizes={name: array.shape for name, array in inputs.items()})
+        return lambda: model(**inputs)["last_hidden_state"]
+
+    return prepare
+
+
 def artifact_files(artifact: str, work: Path) -> list[Path]:
     """The graph and its weights."""
     return [file for file in (work / artifact).iterdir() if file.suffix in (".onnx", ".safetensors")]
 
 
-def fixed_folder(work: Path, shape: Shape) -> Path:
-    return work / f"fixed {named(shape)}"
+PLANNED = "artifact for OpenVINO"
 
 
-def build_fixed(workload: Workload, work: Path, shape: Shape, inputs: Inputs) -> str:
-    """An artefact for each shape, as the peers have."""
+def build_planned(workload: Workload, work: Path, shape: Shape, inputs: Inputs) -> str:
+    """One artefact for every shape, compiled from the workload's example."""
     from fxpress import compile
 
-    compiled = compile(
-        workload.build(), None, tensors_of(inputs), dynamic_shapes=None, backend="openvino", threads=1, verify=False
-    )
-    compiled.save(fixed_folder(work, shape))
+    if not (work / PLANNED).exists():
+        example = tensors_of(saved_inputs(work, workload.example))
+        compile(workload.build(), example_inputs=example, backend="openvino", threads=1).save(work / PLANNED)
     return ""
-
-
-def open_fixed(workload: Workload, work: Path) -> Prepare:
-    """The artefact of a shape; no torch."""
-    from fxpress import load
-
-    def prepare(shape: Shape, inputs: Inputs) -> Run:
-        model = load(fixed_folder(work, shape), threads=1)
-        return lambda: model(**inputs)["last_hidden_state"]
-
-    return prepare
 
 
 FLOAT32 = {
@@ -254,5 +257,5 @@ FLOAT32 = {
     OPTIMIZED: Candidate(partial(open_onnx, OPTIMIZED), partial(build_optimized, OPTIMIZED)),
     OPENVINO: Candidate(partial(open_openvino, OPENVINO, "f32"), partial(build_onnx, OPENVINO, None)),
     OURS: fxpress_candidate("artifact"),
-    FIXED: Candidate(open_fixed, build_fixed),
+    FIXED: fxpress_candidate(PLANNED, build_planned, open_planned),
 }

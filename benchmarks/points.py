@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from batches import load
-from candidates import fxpress_candidate, saved_inputs, tensors_of
+from candidates import fxpress_candidate, open_fxpress, open_planned, saved_inputs, tensors_of
 from workloads import (
     BF16,
     BF16_UNPADDED,
@@ -43,7 +43,7 @@ PASSES = {
     BF16_UNPADDED: "remove_padding, fuse",
 }
 IN_BF16 = {"backend": "openvino", "dtype": "bfloat16"}
-OPTIONS: dict[str, dict[str, str]] = {  # of compile
+OPTIONS: dict[str, dict[str, str]] = {  # of compile; in OpenVINO all, and loaded for each shape's sizes
     BF16: IN_BF16,
     BF16_UNPADDED: IN_BF16,
     INT8_OPENVINO: {"backend": "openvino"},
@@ -91,5 +91,8 @@ def build_point(name: str, workload: Workload, work: Path, shape: Shape, inputs:
 
 
 OUR_POINTS = {
-    name: fxpress_candidate(folder_of(name), partial(build_point, name)) for name in (*POINTS, *CUTS, *PADDED)
+    name: fxpress_candidate(
+        folder_of(name), partial(build_point, name), open_planned if name in OPTIONS else open_fxpress
+    )
+    for name in (*POINTS, *CUTS, *PADDED)
 }

@@ -6,7 +6,18 @@ from collections.abc import Iterator
 
 from measure import Results
 from targets import Target, loss, speed
-from workloads import BF16, DYNAMIC, DYNAMIC_23, DYNAMIC_OPTIMIZED, EAGER, INT4, INT4_NEAREST, INT8, INT8_CLOSE
+from workloads import (
+    BF16,
+    DYNAMIC,
+    DYNAMIC_23,
+    DYNAMIC_OPTIMIZED,
+    EAGER,
+    INT4,
+    INT4_NEAREST,
+    INT8,
+    INT8_CLOSE,
+    INT8_OPENVINO,
+)
 
 PEERS = (DYNAMIC, DYNAMIC_23, DYNAMIC_OPTIMIZED)
 
@@ -18,6 +29,11 @@ def targets(results: Results) -> Iterator[Target]:
     yield closeness(results, INT8, "token_mean", 0.995)
     yield closeness(results, INT8, "pooled_mean", 0.997)
     yield from losses(results, INT8, 0.005)
+    yield faster(results, INT8_OPENVINO, 1.4, (DYNAMIC,))
+    yield faster(results, INT8_OPENVINO, 1.4, PEERS)
+    yield closeness(results, INT8_OPENVINO, "token_mean", 0.995)
+    yield closeness(results, INT8_OPENVINO, "pooled_mean", 0.997)
+    yield from losses(results, INT8_OPENVINO, 0.005)
     yield faster(results, INT8_CLOSE, 1.0, PEERS)
     yield closeness(results, INT8_CLOSE, "pooled_mean", 0.999)
     yield closeness(results, INT8_CLOSE, "token_min", 0.99)

@@ -41,6 +41,7 @@ NEEDED = {  # files, by backend
     "openvino": {MODEL, REPORT},
     "triton": {PROGRAM, WEIGHTS, REPORT},
 }
+_GROWS = "{!r} generates, and its cache grows by each token; give no sizes"
 SPARE = (".cubin.json", ".cubin")  # files that can be made anew
 
 
@@ -63,11 +64,19 @@ class LoadedModel:
 
     encoder: LoadedModel | None = None  # of a decoder that has one
     _decoder: Any = None
+    _shapes: Sequence[tuple[int, ...]] | None = None  # of the inputs, where it was loaded for these alone
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        threads: int | None,
+        sizes: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         self._read(folder, manifest)
+        self._shapes = None if sizes is None else self.signature.shapes(sizes)
         check_weight_files(folder / MODEL, set(manifest["files"]))
-        self.session = _session(folder / MODEL, manifest, threads)
+        self.session = _session(folder / MODEL, manifest, threads, self._shapes)
         self._check_leaves(folder, len(self.session.outputs))
 
     def _read(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -89,6 +98,8 @@ class LoadedModel:
             InputError: arguments that the model was not compiled for.
         """
         values = self.signature.bind(args, kwargs)
+        if self._shapes is not None:
+            self._check_shapes(values)
         torch = sys.modules.get("torch")
         if torch is not None and any(isinstance(value, torch.Tensor) for value in values):
             return self._rebuild([torch.from_numpy(item) for item in self.run([_to_numpy(value) for value in values])])
@@ -111,6 +122,14 @@ class LoadedModel:
         """Run on flat arrays, in the order of `signature.inputs`."""
         return list(self.session.run(arrays))
 
+    def _check_shapes(self, values: Sequence[Any]) -> None:
+        for spec, value, shape in zip(self.signature.inputs, values, self._shapes or (), strict=True):
+            if tuple(value.shape) != shape:
+                raise InputError(
+                    f"input {spec.path!r} has sizes {list(value.shape)}, the model was loaded for {list(shape)} alone; "
+                    "load it once more for these, or without sizes for any"
+                )
+
     def _place(self, found: Sequence[Any]) -> list[Any]:
         return [constant if index is None else found[index] for index, constant in self.leaves]
 
@@ -124,14 +143,16 @@ class LoadedModel:
         return Outputs(zip(self.signature.outputs, leaves, strict=True)) if structure is None else structure
 
 
-def _session(file: Path, manifest: Mapping[str, Any], threads: int | None) -> Any:
+def _session(
+    file: Path, manifest: Mapping[str, Any], threads: int | None, shapes: Sequence[tuple[int, ...]] | None
+) -> Any:
     if manifest.get("backend", "onnx") == "onnx":
         return Session(file, threads)
     try:
         from ..backends.openvino.session import OpenVinoSession
     except ModuleNotFoundError as error:
         raise InputError(f"a model of the openvino backend needs the package {error.name}: pip install it") from error
-    return OpenVinoSession(file, threads, manifest.get("dtype"))
+    return OpenVinoSession(file, threads, manifest.get("dtype"), shapes)
 
 
 def _to_numpy(value: Any) -> numpy.ndarray[Any, Any]:
@@ -139,7 +160,12 @@ def _to_numpy(value: Any) -> numpy.ndarray[Any, Any]:
     return found
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None, device: str | None = None) -> LoadedModel:
+def load(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    device: str | None = None,
+    sizes: Mapping[str, Sequence[int]] | None = None,
+) -> LoadedModel:
     """Load an artefact that `Compiled.save` wrote; every file is checked before it is used.
 
     Args:
@@ -147,6 +173,8 @@ def load(path: str | os.PathLike[str], threads: int | None = None, device: str |
         threads: threads inside one operator, for the onnx and openvino backends; None: one a physical core.
         device: where a model of the triton backend is to run, "cuda:1"; None: where it was compiled, if that is here,
             else on the GPU.
+        sizes: of the inputs by name, `{"input_ids": (1, 128)}`, where no others will come; those that follow need not
+            be given. For the openvino backend, which plans for them; None: any that the model was compiled for.
 
     Raises:
         ArtifactError: no artefact there, or a file that is missing, truncated or altered.
@@ -154,11 +182,17 @@ def load(path: str | os.PathLike[str], threads: int | None = None, device: str |
     """
     folder = Path(path)
     if (folder / DECODER).is_dir() and not (folder / MANIFEST).exists():
+        if sizes is not None:
+            raise InputError(_GROWS.format(str(folder)))
         decoder = load(folder / DECODER, threads, device)
         decoder.encoder = load(folder / ENCODER, threads, device)
         return decoder
     manifest = _read_manifest(folder)
     backend = manifest.get("backend", "onnx")
+    if sizes is not None and CONFIG in manifest["files"]:
+        raise InputError(_GROWS.format(str(folder)))
+    if sizes is not None and backend != "openvino":
+        raise InputError(f"{str(folder)!r} is of the {backend} backend, which plans for no sizes; give none")
     damaged = [problem for name, entry in manifest["files"].items() if (problem := _spare_problem(folder, name, entry))]
     try:
         if backend != "triton":
@@ -166,7 +200,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None, device: str |
                 raise InputError(
                     f"{str(folder)!r} is a model of the {backend} backend, which runs on the CPU; give no device"
                 )
-            return LoadedModel(folder, manifest, threads)
+            return LoadedModel(folder, manifest, threads, sizes)
         if threads is not None:
             raise InputError(f"{str(folder)!r} is of the triton backend, whose work is not the CPU's; give no threads")
         return _load_kernels(folder, manifest, damaged, device)

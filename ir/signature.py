@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import InputError, nearest
 
@@ -32,6 +32,13 @@ class ConstantInput:
 
     path: str
     value: bool | int | float | str | None
+
+
+class _Sized(NamedTuple):
+    """What a check reads of an array."""
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,31 @@ class Signature:
                 first, where = sizes.setdefault(want, (size, place))
                 if first != size:
                     raise InputError(f"{place} is {size}, but must equal {where}, which is {first}")
+
+    def shapes(self, sizes: Mapping[str, Sequence[int]]) -> list[tuple[int, ...]]:
+        """The shapes of all `inputs` where some are given by path; the rest follows from sizes that inputs share.
+
+        Raises:
+            InputError: an unknown input, sizes that the program does not take, or an input whose sizes do not follow.
+        """
+        wanted = {spec.path: spec for spec in self.inputs}
+        known: dict[str, int] = {}
+        for path, shape in sizes.items():
+            if path not in wanted:
+                raise InputError(f"sizes of an unknown input {path!r}: {nearest(path, wanted)}")
+            if not (isinstance(shape, list | tuple) and all(type(size) is int and size >= 0 for size in shape)):
+                raise InputError(f"sizes of input {path!r} must be integers of at least 0, found {shape!r}")
+            known |= {want: size for want, size in zip(wanted[path].shape, shape, strict=False) if type(want) is str}
+        found: list[tuple[int, ...]] = []
+        for spec in self.inputs:
+            shape = sizes.get(
+                spec.path, [known.get(want, -1) if isinstance(want, str) else want for want in spec.shape]
+            )
+            if min(shape, default=0) < 0:
+                raise InputError(f"sizes of input {spec.path!r} are missing: {list(spec.shape)}")
+            found.append(tuple(shape))
+        self._check([_Sized(shape, spec.dtype) for spec, shape in zip(self.inputs, found, strict=True)])
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for the manifest of an artefact."""

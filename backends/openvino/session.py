@@ -37,13 +37,20 @@ class OpenVinoSession:
         threads: threads inside one operator; None: OpenVINO's own choice, one a physical core.
         dtype: "bfloat16": what is computed in it where OpenVINO has kernels, matmuls above all; inputs and outputs stay
             as they are. None: float32 throughout; left to itself OpenVINO takes bfloat16 where the processor has it.
+        shapes: of all inputs, in their order, where no others will come: OpenVINO plans memory and kernels for them.
 
     Raises:
         ArtifactError: OpenVINO does not take the file.
         InputError: this processor does not compute in `dtype`.
     """
 
-    def __init__(self, path: Path, threads: int | None = None, dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        threads: int | None = None,
+        dtype: str | None = None,
+        shapes: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, found {threads}")
         check_dtype(dtype)
@@ -51,7 +58,11 @@ class OpenVinoSession:
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
-            self._model = openvino.Core().compile_model(path, "CPU", options)
+            core = openvino.Core()
+            model = core.read_model(path)
+            if shapes is not None:
+                model.reshape({place: openvino.PartialShape(list(shape)) for place, shape in enumerate(shapes)})
+            self._model = core.compile_model(model, "CPU", options)
         except Exception as error:  # OpenVINO raises RuntimeError and classes of its own
             raise ArtifactError(f"OpenVINO cannot load {path.name}: {one_line(error)}") from error
         self.outputs = [item.get_any_name() for item in self._model.outputs]

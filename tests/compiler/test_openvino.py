@@ -12,6 +12,7 @@ import numpy
 import pytest
 import tiny
 import torch
+import transformers
 
 import fxpress
 from fxpress.backends.openvino.session import check_dtype
@@ -56,6 +57,51 @@ def test_fixed_sizes(make: Any) -> None:
     """OpenVINO 2026.4 ends the process over a product behind a masked attention of fixed sizes."""
     compiled = fxpress.compile(make(), "fuse", tiny.text(2, 6), dynamic_shapes=None, backend="openvino")
     assert compiled.report.equal and compiled.verify(tiny.text(2, 6)).equal
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT's artefact, for any sizes."""
+    folder = tmp_path_factory.mktemp("openvino") / "bert"
+    fxpress.compile(tiny.bert(), "fuse", tiny.text(), backend="openvino", threads=1).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("size", [(2, 6), (1, 9), (1, 1)])
+def test_loaded_for_sizes_alone(stored: Path, size: tuple[int, int]) -> None:
+    given = tiny.text(*size)
+    planned = fxpress.load(stored, threads=1, sizes={name: tuple(value.shape) for name, value in given.items()})
+    assert all(item.partial_shape.is_static for item in planned.session._model.inputs)
+    with torch.no_grad():
+        judge = tiny.bert().double()(**given).last_hidden_state
+    for model in (planned, fxpress.load(stored, threads=1)):
+        torch.testing.assert_close(model(**given).last_hidden_state.double(), judge, atol=2e-6, rtol=0)
+
+
+def test_sizes_that_follow_need_not_be_given(stored: Path) -> None:
+    given = tiny.text(2, 5)
+    assert {"attention_mask", "token_type_ids"} & given.keys()
+    assert fxpress.load(stored, sizes={"input_ids": (2, 5), "attention_mask": (2, 5)})(**given) is not None
+
+
+def test_other_sizes_than_those_loaded_for_are_refused(stored: Path) -> None:
+    planned = fxpress.load(stored, sizes=dict.fromkeys(tiny.text(), (2, 6)))
+    with pytest.raises(InputError, match=r"input 'input_ids' has sizes \[3, 6\], the model was loaded for \[2, 6\]"):
+        planned(**tiny.text(3, 6))
+
+
+def test_a_backend_that_plans_for_no_sizes(tmp_path: Path) -> None:
+    fxpress.compile(tiny.bert(), "fuse", tiny.text(), verify=False).save(tmp_path / "bert")
+    with pytest.raises(InputError, match="is of the onnx backend, which plans for no sizes; give none"):
+        fxpress.load(tmp_path / "bert", sizes={"input_ids": (2, 6)})
+
+
+def test_what_generates_takes_no_sizes(tmp_path: Path) -> None:
+    given = {name: tiny.text(2, 6)[name] for name in ("input_ids", "attention_mask")}
+    model = transformers.GPT2LMHeadModel(tiny.gpt2().config).eval()
+    fxpress.compile(model, None, given, backend="openvino", cache=True, verify=False).save(tmp_path / "gpt2")
+    with pytest.raises(InputError, match="generates, and its cache grows by each token; give no sizes"):
+        fxpress.load(tmp_path / "gpt2", sizes={"input_ids": (2, 6)})
 
 
 def test_integers_of_constant_ranges_are_multiplied() -> None:

@@ -112,3 +112,28 @@ def test_leaves_of_a_pytree_node() -> None:
 )
 def test_description(value: Any, text: str) -> None:
     assert describe(value) == text
+
+
+def test_shapes_follow_from_sizes_that_inputs_share() -> None:
+    assert SIGNATURE.shapes({"input_ids": (2, 5)}) == [(2, 5), (2, 5), (2, 4)]
+    assert SIGNATURE.shapes({"mask": [8, 2]}) == [(8, 2), (8, 2), (8, 4)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"masc": (2, 5)}, "sizes of an unknown input 'masc': did you mean 'mask'?"),
+        ({"past.0.key": (2, 4)}, "sizes of input 'input_ids' are missing: ['d0', 'd1']"),
+        ({"input_ids": 5}, "sizes of input 'input_ids' must be integers of at least 0, found 5"),
+        ({"input_ids": (2, -1)}, "sizes of input 'input_ids' must be integers of at least 0, found (2, -1)"),
+        ({"input_ids": (2, 5, 1)}, "input 'input_ids' must have shape ['d0', 'd1'], found [2, 5, 1]"),
+        ({"input_ids": (2, 1)}, "axis 1 of input 'input_ids' is 1, the traced program is valid for at least 2"),
+        ({"input_ids": (9, 5)}, "axis 0 of input 'input_ids' is 9, the traced program is valid for at most 8"),
+        ({"input_ids": (2, 5), "mask": (2, 6)}, "axis 1 of input 'mask' is 6, but must equal axis 1 of input 'input_i"),
+        ({"input_ids": (2, 5), "past.0.key": (2, 3)}, "axis 1 of input 'past.0.key' must be 4, found 3"),
+    ],
+)
+def test_sizes_that_are_no_shapes(sizes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError) as error:
+        SIGNATURE.shapes(sizes)
+    assert str(error.value).startswith(reason)
