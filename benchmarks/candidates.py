@@ -185,6 +185,11 @@ def open_onnx(name: str, workload: Workload, work: Path) -> Prepare:
     return prepare
 
 
+def openvino_options(hint: str) -> dict[str, Any]:
+    """For one thread and latency, in a precision."""
+    return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": hint}
+
+
 def open_openvino(name: str, hint: str, workload: Workload, work: Path) -> Prepare:
     """Each shape's file, compiled for latency; no torch. The hint is the precision that it may compute in."""
     import openvino
@@ -192,10 +197,10 @@ def open_openvino(name: str, hint: str, workload: Workload, work: Path) -> Prepa
     core = openvino.Core()
     if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise RuntimeError("this processor does not compute in bfloat16")
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": hint}
 
     def prepare(shape: Shape, inputs: Inputs) -> Run:
-        request = core.compile_model(onnx_file(work, name, shape), "CPU", options).create_infer_request()
+        model = core.compile_model(onnx_file(work, name, shape), "CPU", openvino_options(hint))
+        request = model.create_infer_request()
         return lambda: request.infer(inputs, share_inputs=True)[0]
 
     return prepare

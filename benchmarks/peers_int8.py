@@ -1,4 +1,4 @@
-"""Peers in 8 bits, ONNX Runtime's quantization tools and torchao, and OpenVINO in bfloat16, each at its best here.
+"""Peers in 8 bits, each at its best here: ONNX Runtime's tools, torchao and NNCF; and OpenVINO in bfloat16.
 
 Tried and left out, as slower or less exact on MiniLM: quantize_dynamic per tensor, with reduce_range, and after
 quant_pre_process; static QDQ with QInt8 activations, with every operator that the tool knows quantized, and calibrated
@@ -17,6 +17,7 @@ from batches import EVALUATION_SHAPE, load
 from candidates import (
     Candidate,
     Prepare,
+    Run,
     build_onnx,
     build_optimized,
     compiled,
@@ -25,6 +26,7 @@ from candidates import (
     open_onnx,
     open_openvino,
     open_torch,
+    openvino_options,
     saved_inputs,
     tensors_of,
 )
@@ -32,6 +34,7 @@ from workloads import (
     DYNAMIC,
     DYNAMIC_23,
     DYNAMIC_OPTIMIZED,
+    NNCF,
     OPENVINO_BF16,
     STATIC,
     TORCHAO,
@@ -88,7 +91,6 @@ def quantize_export(workload: Workload, work: Path, file: Path, inputs: Inputs) 
 
     The weights are inside the file and the symbolic shape inference is left out, as quant_pre_process fails otherwise.
     """
-    import torch
     from onnxruntime.quantization import (
         CalibrationDataReader,
         CalibrationMethod,
@@ -106,19 +108,7 @@ def quantize_export(workload: Workload, work: Path, file: Path, inputs: Inputs) 
             return next(self.batches, None)
 
     exported, processed = file.with_suffix(".export"), file.with_suffix(".processed")
-    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    example = saved_inputs(work, workload.example)
-    with torch.no_grad():
-        torch.onnx.export(
-            workload.build(),
-            (),
-            exported,
-            kwargs=tensors_of(example),
-            dynamo=True,
-            dynamic_shapes=dict.fromkeys(inputs, sizes),
-            external_data=False,
-            verbose=False,
-        )
+    export_for_any_size(workload, work, exported, inputs)
     quant_pre_process(exported, processed, skip_symbolic_shape=True)
     quantize_static(
         processed,
@@ -131,6 +121,66 @@ def quantize_export(workload: Workload, work: Path, file: Path, inputs: Inputs) 
         weight_type=QuantType.QInt8,
         calibrate_method=CalibrationMethod.MinMax,
     )
+
+
+def export_for_any_size(workload: Workload, work: Path, file: Path, inputs: Inputs) -> None:
+    """torch.onnx.export with dynamic sizes, the weights inside the file."""
+    import torch
+
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    with torch.no_grad():
+        torch.onnx.export(
+            workload.build(),
+            (),
+            file,
+            kwargs=tensors_of(saved_inputs(work, workload.example)),
+            dynamo=True,
+            dynamic_shapes=dict.fromkeys(inputs, sizes),
+            external_data=False,
+            verbose=False,
+        )
+
+
+# --- NNCF ------------------------------------------------------------------------------------------------------
+
+
+def build_nncf(workload: Workload, work: Path, shape: Shape, inputs: Inputs) -> str:
+    """NNCF's post-training quantization for OpenVINO, as its documentation has it for Transformers: its scheme for
+    them, with SmoothQuant, and bias correction; calibrated once."""
+    import nncf
+    import openvino
+
+    file = work / f"{NNCF}.xml"
+    if not file.exists():
+        exported = work / f"export for {NNCF}.onnx"
+        export_for_any_size(workload, work, exported, inputs)
+        batches = load(work / "calibration.npz")
+        openvino.save_model(
+            nncf.quantize(
+                openvino.Core().read_model(exported),
+                nncf.Dataset(batches),
+                preset=nncf.QuantizationPreset.MIXED,
+                model_type=nncf.ModelType.TRANSFORMER,
+                fast_bias_correction=True,
+            ),
+            file,
+            compress_to_fp16=False,
+        )
+    return f"{NNCF}: nncf.quantize, ModelType.TRANSFORMER, QuantizationPreset.MIXED, fast bias correction"
+
+
+def open_nncf(workload: Workload, work: Path) -> Prepare:
+    """The one model, with the sizes of each shape, compiled for latency."""
+    import openvino
+
+    def prepare(shape: Shape, inputs: Inputs) -> Run:
+        core = openvino.Core()
+        model = core.read_model(work / f"{NNCF}.xml")
+        model.reshape({name: list(array.shape) for name, array in inputs.items()})
+        request = core.compile_model(model, "CPU", openvino_options("f32")).create_infer_request()
+        return lambda: request.infer(inputs, share_inputs=True)[0]
+
+    return prepare
 
 
 # --- torchao ---------------------------------------------------------------------------------------------------
@@ -193,6 +243,7 @@ QUANTIZED = {
         partial(build_onnx, OPENVINO_BF16, None),
         partial(onnx_files, OPENVINO_BF16),
     ),
+    NNCF: Candidate(open_nncf, build_nncf, lambda work: [work / f"{NNCF}.xml", work / f"{NNCF}.bin"], f"{NNCF}.xml"),
     TORCHAO: torchao_candidate(TORCHAO, compiled),
     TORCHAO_TUNED: torchao_candidate(TORCHAO_TUNED, max_autotuned),
 }

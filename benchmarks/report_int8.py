@@ -16,9 +16,9 @@ PLOT = "quantization.png"
 INTRODUCTION = f"""Peers (benchmarks/peers_int8.py): quantize_dynamic with int8 weights a channel, of the default
 export, of the opset-23 export and of what onnxruntime.transformers' optimizer makes; static QDQ by quantize_static;
 torchao's int8 weights with int8 activations a token, under torch.compile(dynamic=False) and under max-autotune with
-freezing; OpenVINO on the default export in bfloat16, where the processor has it. Static QDQ and fxpress
-are calibrated on the same {CALIBRATION} texts. Ours: benchmarks/points.py; those in OpenVINO are loaded for
-each shape's sizes, for which all peers are compiled.
+freezing; NNCF's post-training quantization for OpenVINO; OpenVINO on the default export in bfloat16, where the
+processor has it. Static QDQ, NNCF and fxpress are calibrated on the same {CALIBRATION} texts. Ours:
+benchmarks/points.py; those in OpenVINO are loaded for each shape's sizes, for which all peers are compiled.
 
 Cosines are with eager fp32: of the states of tokens that are not padding, and of mean-pooled embeddings; mean and
 smallest. Each table by shape judges {SAMPLES} rows of that shape or more. Texts are docstrings and functions of
