@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import passes as pass_folder
 from ..ir.equality import TakenBranch, compare, sqnr_db
-from ..ir.errors import FxpressError, InputError, RewriteError, VerifyError, nearest
+from ..ir.errors import FxpressError, InputError, RewriteError, VerifyError, nearest, one_line
 from ..ir.graph import Program, arguments
 from ..ir.ops.attention import attention
 from ..ir.ops.float8 import float8_quantize
@@ -172,8 +172,9 @@ def run_passes(
             verify(program)
             after, macs_after = counted(program, context.inputs) if expected else (None, None)
         except (FxpressError, RuntimeError) as error:
-            kind = type(error) if isinstance(error, FxpressError) else RewriteError
-            raise kind(f"{_place(passes, index)}: {error}") from error
+            own = isinstance(error, FxpressError)
+            kind, text = (type(error), str(error)) if own else (RewriteError, one_line(error))
+            raise kind(f"{_place(passes, index)}: {text}") from error
         seconds = time.perf_counter() - start
         if expected and after is not None and rewrite.exact and all(item.exact for item in passes[:index]):
             whole = all(item.keeps_padding for item in passes[: index + 1])

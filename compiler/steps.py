@@ -278,7 +278,11 @@ def _run(model: Any, given: Mapping[str, Tensor], cache: Any = None) -> Any:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    _check_layers(model, DynamicCache(config=model.config).layers, (DynamicLayer, DynamicSlidingWindowLayer))
+    try:
+        usual = DynamicCache(config=model.config)
+    except Exception as error:
+        raise InputError(f"transformers makes no cache for {type(model).__name__}: {one_line(error)}") from error
+    _check_layers(model, usual.layers, (DynamicLayer, DynamicSlidingWindowLayer))
     try:
         with torch.no_grad():
             return _forward(model.forward, DynamicCache() if cache is None else cache, given)

@@ -108,7 +108,7 @@ def _full_slice(program: Program, node: fx.Node) -> fx.Node | None:
 def _joined(program: Program, node: fx.Node) -> fx.Node | None:
     """cat without the empty tensors of one axis that torch passes over, as the caches of models begin with."""
     given = arguments(node)
-    parts = [item for item in given["tensors"] if not (shape(item) == (0,) and dtype(item) == dtype(node))]
+    parts = [item for item in given["tensors"] if not (same_sizes(shape(item), [0]) and dtype(item) == dtype(node))]
     if not parts or len(parts) == len(given["tensors"]):
         return None
     alone = len(parts) == 1 and dtype(parts[0]) == dtype(node)

@@ -292,6 +292,10 @@ def mamba() -> Any:
     return transformers.MambaForCausalLM(config).eval()
 
 
+def blt() -> Any:
+    return transformers.AutoModelForCausalLM.from_config(tiny_config("blt")).eval()
+
+
 def bamba() -> Any:
     return transformers.AutoModelForCausalLM.from_config(tiny_config("bamba")).eval()
 
@@ -303,6 +307,7 @@ def bamba() -> Any:
         (tiny.bert, prompt(), "models of transformers that generate.*found a BertModel"),
         (mamba, prompt(), "caches of keys and values alone; MambaForCausalLM keeps"),
         (bamba, prompt(), "caches of keys and values alone; BambaForCausalLM keeps .*Linear"),
+        (blt, prompt(), "transformers makes no cache for BltForCausalLM: 'BltConfig' object has no attribute"),
         (lambda: decoder("gpt2"), None, "needs example_inputs, a prompt"),
         (lambda: decoder("gpt2"), (prompt()["input_ids"],), "a dict with input_ids, found a tuple"),
         (lambda: decoder("gpt2"), prompt(length=3), r"a length of 4 or more, found a tensor int64\[2, 3\]"),

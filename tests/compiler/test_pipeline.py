@@ -155,7 +155,7 @@ def use_before_definition(program: Program) -> None:
 
 
 def fail(program: Program) -> None:
-    raise RuntimeError("tensor sizes differ")
+    raise RuntimeError("tensor sizes differ\n\nFor more information, set a variable")
 
 
 def refuse(program: Program) -> None:

@@ -226,3 +226,9 @@ def test_parts_of_a_weight_that_is_read_in_parts_alone_are_weights() -> None:
 def test_parts_of_a_weight_that_something_else_needs_stay_slices(read: Any) -> None:
     after, _ = check(program(read, normal(2, 4), w=normal(12, 4)), Canonicalize())
     assert [tuple(weight.shape) for weight in after.module.parameters()] == [(12, 4)]
+
+
+def test_a_part_whose_size_depends_on_data_is_joined() -> None:
+    before = program(lambda m, x: torch.cat([(x > 0).nonzero().flatten(), (x > 1).nonzero().flatten()]), normal(2, 4))
+    after, _ = check(before, Canonicalize())
+    assert len(after.calls(aten.cat.default)) == 1
