@@ -271,8 +271,13 @@ def _exact(item: Any) -> Any:
 
 
 def _said(item: Any) -> str:
-    """An option in the description of a class: of a tensor the dtype and the number of its axes."""
-    return f"{short_dtype(item.dtype)}[{item.dim()}]" if isinstance(item, Tensor) else str(item)
+    """An option in the description of a class: of a tensor the dtype and the number of its axes.
+
+    Integers are ends of attention's band, which lie further off with each token that a cache holds.
+    """
+    if isinstance(item, Tensor):
+        return f"{short_dtype(item.dtype)}[{item.dim()}]"
+    return _class(item) if type(item) is int and item > 0 else str(item)
 
 
 def digest(*kernels: Any) -> str:

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from build import normal, program
 from kernels_agree import calling, poisoned
 from operator_cases import BY_NAME, CASES
@@ -301,6 +303,18 @@ def test_sizes_up_to_a_power_of_two_are_one_class(layer: Program, tmp_path: Path
     assert choice["sizes"] == "f32 [<=1, <=16, 16] x [24, 16]"
     runner.run([normal(4, 5, 16)])
     assert [item["sizes"] for item in runner.tuned][1:] == ["f32 [<=1, <=32, 16] x [24, 16]"]
+
+
+def test_a_growing_cache_is_not_measured_at_each_token(tmp_path: Path) -> None:
+    module = ModuleType("generated")
+    vars(module).update(vars(attention_kernels))
+    choosing = tuner(tmp_path, equal())
+    choosing.attach(module, {})
+    for past in (5, 6, 7):
+        keys, values = normal(1, 4, past + 1, 8), normal(1, 4, past + 1, 8, seed=1)
+        found = module.attention(normal(1, 4, 1, 8, seed=2), keys, values, right=past)
+        torch.testing.assert_close(found, F.scaled_dot_product_attention(normal(1, 4, 1, 8, seed=2), keys, values))
+    assert [item["calls"] for item in choosing.choices] == [3]
 
 
 def test_another_epilogue_is_measured_anew(layer: Program, tmp_path: Path) -> None:
