@@ -8,7 +8,8 @@ program.txt         the rewritten program as text
 report.json         the report of the compilation
 config.json, generation_config.json    of a decoder that was compiled with its cache: transformers' own
 
-A model with an encoder that was compiled with its cache is a folder of two artefacts: encoder, decoder.
+A model with an encoder that was compiled with its cache is a folder of two artefacts, encoder and decoder; the latter
+says in encoder.sha256 which encoder it belongs to.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
 PROGRAM, WEIGHTS = "program.json", "model.safetensors"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ENCODER, DECODER = "encoder", "decoder"  # folders, artefacts both, of a model that has an encoder
+PAIR = "encoder.sha256"  # of the encoder's manifest, in the decoder's folder
 NEEDED = {  # files, by backend
     "onnx": {MODEL, REPORT},
     "openvino": {MODEL, REPORT},
@@ -184,8 +186,11 @@ def load(
     if (folder / DECODER).is_dir() and not (folder / MANIFEST).exists():
         if sizes is not None:
             raise InputError(_GROWS.format(str(folder)))
-        decoder = load(folder / DECODER, threads, device)
-        decoder.encoder = load(folder / ENCODER, threads, device)
+        decoder, encoder = (load(folder / name, threads, device) for name in (DECODER, ENCODER))
+        pair = folder / DECODER / PAIR
+        if not pair.is_file() or pair.read_text(encoding="utf-8") != digest(folder / ENCODER):
+            raise ArtifactError(f"the encoder and the decoder in {str(folder)!r} were not saved together")
+        decoder.encoder = encoder
         return decoder
     manifest = _read_manifest(folder)
     backend = manifest.get("backend", "onnx")
@@ -278,6 +283,11 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest(folder: Path) -> str:
+    """Of an artefact: of its manifest, which holds those of all files."""
+    return _sha256(folder / MANIFEST)
 
 
 def write(

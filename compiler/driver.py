@@ -183,14 +183,14 @@ class Compiled:
         write = functools.partial(
             save_runner, made.runner, program=made.program, report=self.report, example=made.flat, archs=archs,
             others=bound, dtype=self._settings.dtype, tune=self._settings.tune,
-            extra=generation.config_files(self._decoder),
         )  # fmt: skip
+        extra = generation.config_files(self._decoder)
         if self.encoder is None:
-            write(Path(path))
+            write(Path(path), extra=extra)
             return
         with artifact.new_folder(Path(path)) as folder:
             self.encoder.save(folder / artifact.ENCODER, archs, steps.sources(self._decoder, examples))
-            write(folder / artifact.DECODER)
+            write(folder / artifact.DECODER, extra={**extra, artifact.PAIR: artifact.digest(folder / artifact.ENCODER)})
 
     def to_onnx(self, path: str | os.PathLike[str], form: str = "runtime") -> None:
         """Write the ONNX model as a file, with its weights beside it: `model.onnx`, `model.safetensors`.

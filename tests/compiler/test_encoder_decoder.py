@@ -264,6 +264,15 @@ def test_a_folder_without_its_encoder(saved: Path) -> None:
         fxpress.load(saved)
 
 
+def test_an_encoder_of_another_model(saved: Path, tmp_path: Path) -> None:
+    _, other = compiled("t5", "fold", backend="onnx", verify=False)
+    other.save(tmp_path / "other")
+    shutil.rmtree(saved / "encoder")
+    shutil.copytree(tmp_path / "other" / "encoder", saved / "encoder")
+    with pytest.raises(ArtifactError, match="translator' were not saved together"):
+        fxpress.load(saved)
+
+
 def test_nothing_is_left_of_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     _, step = in_eager("t5")
     with pytest.raises(InputError, match="the eager backend has nothing to save"):
