@@ -115,6 +115,8 @@ class Signature:
         Raises:
             InputError: an unknown input, sizes that the program does not take, or an input whose sizes do not follow.
         """
+        if not isinstance(sizes, Mapping):
+            raise InputError(f"sizes must be given by input, {{name: (size, ...)}}, found {sizes!r}")
         wanted = {spec.path: spec for spec in self.inputs}
         known: dict[str, int] = {}
         for path, shape in sizes.items():

@@ -122,6 +122,7 @@ def test_shapes_follow_from_sizes_that_inputs_share() -> None:
 @pytest.mark.parametrize(
     ("sizes", "reason"),
     [
+        ((2, 5), "sizes must be given by input, {name: (size, ...)}, found (2, 5)"),
         ({"masc": (2, 5)}, "sizes of an unknown input 'masc': did you mean 'mask'?"),
         ({"past.0.key": (2, 4)}, "sizes of input 'input_ids' are missing: ['d0', 'd1']"),
         ({"input_ids": 5}, "sizes of input 'input_ids' must be integers of at least 0, found 5"),
@@ -133,7 +134,7 @@ def test_shapes_follow_from_sizes_that_inputs_share() -> None:
         ({"input_ids": (2, 5), "past.0.key": (2, 3)}, "axis 1 of input 'past.0.key' must be 4, found 3"),
     ],
 )
-def test_sizes_that_are_no_shapes(sizes: dict[str, Any], reason: str) -> None:
+def test_sizes_that_are_no_shapes(sizes: Any, reason: str) -> None:
     with pytest.raises(InputError) as error:
         SIGNATURE.shapes(sizes)
     assert str(error.value).startswith(reason)
