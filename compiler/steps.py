@@ -326,6 +326,7 @@ _AXES = {  # of each input: which sizes are one
     CROSS: ("batch", "", "source", ""),
 }
 _NEEDED = ({"new": 1}, {"past": 0}, {"new": 1, "past": 1}, {"batch": 1}, {"batch": 1, "new": 1, "past": 0})
+_SAID = {"batch": "batch", "new": "new tokens", "past": "tokens in the cache"}
 _ONE_SOURCE = {"source": 1, "mask": 1}  # which some encoders cannot read
 
 
@@ -351,10 +352,10 @@ def admit(program: Program, model: Step, tensors: Sequence[Tensor]) -> Program:
 
     for least in _NEEDED:
         if not right(least):
-            text = ", ".join(f"{kind} {size}" for kind, size in least.items())
+            text = ", ".join(f"{_SAID[kind]} {size}" for kind, size in least.items())
             raise TraceError(
-                f"torch.export's graph of {type(model).__name__} is no step of generation: it is not the model's where "
-                f"sizes are {text}; compile it without its cache"
+                f"torch.export's graph of {type(model).__name__} is no step of generation: it does not give what the "
+                f"model gives ({text}); compile it without its cache"
             )
     lows = {"batch": 1, "new": 1, "past": 0, "all": 1}
     alike = "source" in example and example["source"] == example.get("mask", example["source"])

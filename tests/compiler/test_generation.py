@@ -21,7 +21,7 @@ from fxpress import Compiled
 from fxpress.compiler.generation import Decoding
 from fxpress.compiler.steps import step_inputs
 from fxpress.compiler.survey_models import tiny_config
-from fxpress.ir.errors import ArtifactError, InputError, RewriteError
+from fxpress.ir.errors import ArtifactError, InputError, RewriteError, TraceError
 from fxpress.ir.graph import arguments
 from fxpress.ir.ops.attention import attention
 
@@ -317,6 +317,15 @@ def bamba() -> Any:
 def test_what_has_no_growing_cache_is_refused(model: Any, example: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         fxpress.compile(model(), None, example, backend="eager", cache=True)
+
+
+@pytest.mark.slow
+def test_a_graph_that_is_no_step_is_refused() -> None:
+    """CpmAnt puts tokens of its own in front where the cache is empty; traced with some in it, the graph does not."""
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config("cpmant")).eval()
+    message = r"no step of generation: it does not give what the model gives \(tokens in the cache 0\)"
+    with pytest.raises(TraceError, match=message):
+        fxpress.compile(model, None, prompt(), backend="eager", cache=True)
 
 
 def test_a_model_that_was_compiled_without_its_cache() -> None:
