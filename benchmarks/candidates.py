@@ -206,22 +206,21 @@ def open_openvino(name: str, hint: str, workload: Workload, work: Path) -> Prepa
     return prepare
 
 
-def fxpress_candidate(
-    artifact: str,
-    build: Callable[[Workload, Path, Shape, Inputs], str] | None = None,
-    open_it: Callable[[str, Workload, Path], Prepare] | None = None,
-) -> Candidate:
-    """One saved artefact."""
-    opened = partial(open_it or open_fxpress, artifact)
-    return Candidate(opened, build, partial(artifact_files, artifact), artifact)
-
-
 def open_fxpress(artifact: str, workload: Workload, work: Path) -> Prepare:
     """The one saved artefact, loaded once, for every shape; numpy arrays, no torch."""
     from fxpress import load
 
     model = load(work / artifact, threads=1)
     return lambda shape, inputs: lambda: model(**inputs)["last_hidden_state"]
+
+
+def fxpress_candidate(
+    artifact: str,
+    build: Callable[[Workload, Path, Shape, Inputs], str] | None = None,
+    opened: Callable[[str, Workload, Path], Prepare] = open_fxpress,
+) -> Candidate:
+    """One saved artefact."""
+    return Candidate(partial(opened, artifact), build, partial(artifact_files, artifact), artifact)
 
 
 def open_planned(artifact: str, workload: Workload, work: Path) -> Prepare:

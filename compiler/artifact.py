@@ -186,11 +186,13 @@ def load(
     if (folder / DECODER).is_dir() and not (folder / MANIFEST).exists():
         if sizes is not None:
             raise InputError(_GROWS.format(str(folder)))
-        decoder, encoder = (load(folder / name, threads, device) for name in (DECODER, ENCODER))
+        for name in (DECODER, ENCODER):
+            _read_manifest(folder / name)
         pair = folder / DECODER / PAIR
         if not pair.is_file() or pair.read_text(encoding="utf-8") != digest(folder / ENCODER):
             raise ArtifactError(f"the encoder and the decoder in {str(folder)!r} were not saved together")
-        decoder.encoder = encoder
+        decoder = load(folder / DECODER, threads, device)
+        decoder.encoder = load(folder / ENCODER, threads, device)
         return decoder
     manifest = _read_manifest(folder)
     backend = manifest.get("backend", "onnx")

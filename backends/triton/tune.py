@@ -193,7 +193,7 @@ class Tuner:
         if exact not in self._ways:
             ways = attention_ways(module, attention, query, key, value, **given)
             batch, heads, rows, size = query.shape
-            options = "".join(f", {name}={_said(item)}" for name, item in given.items() if item is not None)
+            options = "".join(f", {name}={_reach(name, item)}" for name, item in given.items() if item is not None)
             run: Run = lambda way: way.run(query, key, value, **given)  # noqa: E731
             queries = f"{_type(query)} [{_class(batch)}, {heads}, {_class(rows)}, {size}]"
             sizes = f"{queries} x [{key.shape[1]}, {_class(key.shape[2])}, {value.shape[3]}]{options}"
@@ -271,13 +271,13 @@ def _exact(item: Any) -> Any:
 
 
 def _said(item: Any) -> str:
-    """An option in the description of a class: of a tensor the dtype and the number of its axes.
+    """An option in the description of a class: of a tensor the dtype and the number of its axes."""
+    return f"{short_dtype(item.dtype)}[{item.dim()}]" if isinstance(item, Tensor) else str(item)
 
-    Integers are ends of attention's band, which lie further off with each token that a cache holds.
-    """
-    if isinstance(item, Tensor):
-        return f"{short_dtype(item.dtype)}[{item.dim()}]"
-    return _class(item) if type(item) is int and item > 0 else str(item)
+
+def _reach(name: str, item: Any) -> str:
+    """`_said` of an option of attention: an end of its band lies further off with each token that a cache holds."""
+    return _class(item) if name in ("left", "right") and item > 0 else _said(item)
 
 
 def digest(*kernels: Any) -> str:
