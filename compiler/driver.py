@@ -208,11 +208,11 @@ class Compiled:
         if form == "runtime":
             write_onnx(self._onnx_runner().files, Path(path))
             return
-        from ..backends.onnx.export import save, to_standard_onnx
+        from ..backends.onnx.export import save, standard_form, to_standard_onnx
 
         for file in onnx_files(Path(path)):
             artifact.check_new(file)
-        model = to_standard_onnx(self.program)
+        model = to_standard_onnx(standard_form(self.program))
         with tempfile.TemporaryDirectory(prefix="fxpress-") as folder:
             save(model, Path(folder) / artifact.MODEL)
             write_onnx(Path(folder), Path(path))

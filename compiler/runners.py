@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,21 +104,32 @@ class OnnxRunner(_FileRunner):
 
 
 class OpenVinoRunner(_FileRunner):
-    """A program in OpenVINO, in operators of the ONNX standard."""
+    """A program in OpenVINO, in those operators of the ONNX standard that were measured the fastest there."""
 
     name = "openvino"
 
-    def __init__(self, program: Program, threads: int | None, clock: Clock, dtype: str | None = None) -> None:
-        from ..backends.onnx.export import leaves_of, to_standard_onnx
+    def __init__(
+        self, program: Program, threads: int | None, clock: Clock, dtype: str | None = None, tune: bool = True
+    ) -> None:
+        from ..backends.onnx.choose import Runtime, choose
+        from ..backends.onnx.export import leaves_of, standard_form, to_standard_onnx
         from ..backends.onnx.halves import store_halves
-        from ..backends.openvino.session import OpenVinoSession
+        from ..backends.onnx.lowerings.lowering import STANDARD_OPSET
+        from ..backends.onnx.lowerings.table import standard
+        from ..backends.openvino.session import VERSION, OpenVinoSession
 
         self.dtype = dtype
         with clock("check support"):
             _check_static(program)
+            lowered = standard_form(program)
+        runtime = Runtime(
+            f"openvino {VERSION}, {dtype or 'float32'}", standard, partial(OpenVinoSession, dtype=dtype), STANDARD_OPSET
+        )
+        with clock("choose lowerings"):
+            chosen, self.choices = choose(lowered, threads=threads, measure=tune, runtime=runtime)
         with clock("lower"):
             self.leaves = leaves_of(program)
-            model = to_standard_onnx(program)
+            model = to_standard_onnx(lowered, chosen)
             if dtype == "bfloat16":
                 store_halves(model)
         with clock("load"):
@@ -175,7 +187,7 @@ def make_runner(
         return EagerRunner(program)
     try:
         if backend == "openvino":
-            return OpenVinoRunner(program, threads, clock, inside)
+            return OpenVinoRunner(program, threads, clock, inside, tune)
         from ..backends.triton.runner import TritonRunner, tuner_here
     except ModuleNotFoundError as error:
         raise InputError(f"backend {backend!r} needs the package {error.name}: pip install {backend}") from error

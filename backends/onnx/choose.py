@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import onnx_ir
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 from ...ir.graph import Program, arguments, describe_value
 from ...ir.printer import target_name
 from ..memory import Memory, fastest, processor
-from .export import hint, quietly, write_onnx
+from .export import OPSET, hint, quietly, write_onnx
 from .lowerings.lowering import Lowering
 from .lowerings.table import LOWERINGS, PROBES, supported
 from .session import Session
@@ -37,8 +38,45 @@ class Choice:
     nodes: int
 
 
+class Timed(Protocol):
+    """A model that can be run."""
+
+    @property
+    def inputs(self) -> Sequence[str]:
+        """Their names."""
+        ...
+
+    def run(self, arrays: Sequence[numpy.ndarray[Any, Any]]) -> Any:
+        """Run on arrays in the order of the inputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What runs a model: the lowerings that it has kernels for, and how they are timed.
+
+    Attributes:
+        name: with its version and what else a time depends on.
+        candidates: the lowerings that take a node, in order of preference, and the reasons of others.
+        session: of a model file, on so many threads.
+    """
+
+    name: str
+    candidates: Callable[[fx.Node], tuple[list[Lowering], list[str]]]
+    session: Callable[[Path, int | None], Timed]
+    opset: int
+
+
+ONNX_RUNTIME = Runtime(f"onnxruntime {onnxruntime.__version__}", supported, Session, OPSET)
+
+
 def choose(
-    program: Program, *, threads: int | None = None, memory: Memory | None = None, measure: bool = True
+    program: Program,
+    *,
+    threads: int | None = None,
+    memory: Memory | None = None,
+    measure: bool = True,
+    runtime: Runtime = ONNX_RUNTIME,
 ) -> tuple[dict[fx.Node, Lowering], list[Choice]]:
     """The fastest lowering of each fxpress node of a program that `check` finds nothing wrong with.
 
@@ -46,23 +84,28 @@ def choose(
         threads: threads that the product will run with.
         memory: where measurements are remembered; None: the user's cache folder.
         measure: False: the first lowering of each is taken.
+        runtime: what will run it.
     """
     memory = memory or Memory("onnx")
     kinds: dict[str, list[fx.Node]] = {}
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in LOWERINGS:
-            kinds.setdefault(_kind(program, node, threads), []).append(node)
+            kinds.setdefault(_kind(node, threads, runtime), []).append(node)
     known = memory.read() if measure else {}
-    measured = {key: value for key, value in known.items() if key in kinds and _is_whole(value, kinds[key][0])}
-    wanted = {key: nodes[0] for key, nodes in kinds.items() if key not in measured and len(supported(nodes[0])[0]) > 1}
+    measured = {key: value for key, value in known.items() if key in kinds and _is_whole(value, kinds[key][0], runtime)}
+    wanted = {
+        key: nodes[0]
+        for key, nodes in kinds.items()
+        if key not in measured and len(runtime.candidates(nodes[0])[0]) > 1
+    }
     if wanted and measure:
-        fresh = dict(zip(wanted, _measure(program, list(wanted.values()), threads), strict=True))
+        fresh = dict(zip(wanted, _measure(program, list(wanted.values()), threads, runtime), strict=True))
         memory.write(fresh)
         measured.update(fresh)
     chosen: dict[fx.Node, Lowering] = {}
     choices = []
     for key, nodes in kinds.items():
-        candidates = supported(nodes[0])[0]
+        candidates = runtime.candidates(nodes[0])[0]
         times = {item.name: float(measured.get(key, {}).get(item.name, 0.0)) for item in candidates}
         name = fastest(times)
         best = next(item for item in candidates if item.name == name)
@@ -73,10 +116,10 @@ def choose(
     return chosen, choices
 
 
-def _is_whole(entry: Any, node: fx.Node) -> bool:
+def _is_whole(entry: Any, node: fx.Node, runtime: Runtime) -> bool:
     """Whether something remembered is a time for every candidate of a node."""
     return isinstance(entry, dict) and all(
-        isinstance(entry.get(item.name), int | float) and entry[item.name] > 0 for item in supported(node)[0]
+        isinstance(entry.get(item.name), int | float) and entry[item.name] > 0 for item in runtime.candidates(node)[0]
     )
 
 
@@ -90,7 +133,7 @@ def _tensors(node: fx.Node) -> list[Tensor]:
     ]
 
 
-def _kind(program: Program, node: fx.Node, threads: int | None) -> str:
+def _kind(node: fx.Node, threads: int | None, runtime: Runtime) -> str:
     """Operator, sizes, options, candidates, machine and versions: what a measurement and the choice depend on."""
     given = {}
     for name, value in arguments(node).items():
@@ -103,15 +146,15 @@ def _kind(program: Program, node: fx.Node, threads: int | None) -> str:
         else:
             given[name] = repr(value)
     options = ", ".join(f"{name}={value}" for name, value in given.items())
-    where = f"{processor()}; onnxruntime {onnxruntime.__version__}; threads {threads}"
-    candidates = ", ".join(item.name for item in supported(node)[0])
+    where = f"{processor()}; {runtime.name}; threads {threads}"
+    candidates = ", ".join(item.name for item in runtime.candidates(node)[0])
     return f"{target_name(node)}({options}) as {candidates} on {where}"
 
 
 class _Probes(torch.nn.Module):
     """Every candidate of every node, side by side on inputs of their own; weights are constants."""
 
-    def __init__(self, program: Program, nodes: Sequence[fx.Node]) -> None:
+    def __init__(self, program: Program, nodes: Sequence[fx.Node], runtime: Runtime) -> None:
         super().__init__()
         self.inputs: list[Tensor] = []
         self._calls: list[tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = []
@@ -133,7 +176,7 @@ class _Probes(torch.nn.Module):
             if probe is not None:
                 for name, index in places.items():
                     self.inputs[index] = probe.prepare(name, self.inputs[index])
-            for lowering in supported(node)[0]:
+            for lowering in runtime.candidates(node)[0]:
                 function = probe.wrap(lowering.function) if probe is not None else lowering.function
                 self._calls.append((function, constants, places))
 
@@ -159,38 +202,40 @@ def random_input(fake: Tensor) -> Tensor:
     return torch.ones(sizes, dtype=fake.dtype)
 
 
-def _measure(program: Program, nodes: Sequence[fx.Node], threads: int | None) -> list[dict[str, float]]:
+def _measure(
+    program: Program, nodes: Sequence[fx.Node], threads: int | None, runtime: Runtime
+) -> list[dict[str, float]]:
     """Milliseconds of every candidate of each node: all are exported at once, then cut apart and timed in turn."""
-    probes = _Probes(program, nodes).eval()
-    counts = [len(supported(node)[0]) for node in nodes]
+    probes = _Probes(program, nodes, runtime).eval()
+    candidates = [runtime.candidates(node)[0] for node in nodes]
     names = [
         [f"probe_{index}_{candidate}_{part}" for part in range(_parts(node))]
-        for index, (node, count) in enumerate(zip(nodes, counts, strict=True))
-        for candidate in range(count)
+        for index, (node, group) in enumerate(zip(nodes, candidates, strict=True))
+        for candidate in range(len(group))
     ]
     inputs = [f"input_{index}" for index in range(len(probes.inputs))]
     with torch.no_grad(), quietly():
         exported = torch.export.export(probes, tuple(probes.inputs))
-        model = write_onnx(exported, inputs, [name for group in names for name in group])
+        model = write_onnx(exported, inputs, [name for group in names for name in group], runtime.opset)
     feed = dict(zip(inputs, (item.numpy() for item in probes.inputs), strict=True))
     found = []
     with TemporaryDirectory(prefix="fxpress-") as folder:
-        sessions = [_cut(model, outputs, Path(folder) / f"{outputs[0]}.onnx", threads, feed) for outputs in names]
-        for node, count in zip(nodes, counts, strict=True):
-            group, sessions = sessions[:count], sessions[count:]
-            times = race(group, time.thread_time if threads == 1 else time.perf_counter)
-            found.append({item.name: ms for item, ms in zip(supported(node)[0], times, strict=True)})
+        calls = []
+        for outputs in names:
+            path = Path(folder) / f"{outputs[0]}.onnx"
+            _cut(model, outputs, path)
+            session = runtime.session(path, threads)
+            arrays = [feed[name] for name in session.inputs]
+            calls.append(partial(session.run, arrays))
+        for group in candidates:
+            mine, calls = calls[: len(group)], calls[len(group) :]
+            times = race(mine, time.thread_time if threads == 1 else time.perf_counter)
+            found.append({item.name: ms for item, ms in zip(group, times, strict=True)})
     return found
 
 
-def _cut(
-    model: onnx_ir.Model,
-    outputs: Sequence[str],
-    path: Path,
-    threads: int | None,
-    feed: Mapping[str, numpy.ndarray[Any, Any]],
-) -> Callable[[], Any]:
-    """A session of the part of a model that computes some outputs, as a call on that part's inputs."""
+def _cut(model: onnx_ir.Model, outputs: Sequence[str], path: Path) -> None:
+    """Write the part of a model that computes some outputs."""
     part = model.clone()
     kept = [value for value in part.graph.outputs if value.name in outputs]
     part.graph.outputs.clear()
@@ -201,9 +246,6 @@ def _cut(
     part.graph.inputs.clear()
     part.graph.inputs.extend(wanted)
     onnx_ir.save(part, path)
-    session = Session(path, threads)
-    arrays = [feed[name] for name in session.inputs]
-    return lambda: session.run(arrays)
 
 
 def race(calls: Sequence[Callable[[], Any]], clock: Callable[[], float]) -> list[float]:

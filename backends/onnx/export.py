@@ -135,17 +135,31 @@ def _decomposable(target: torch._ops.OpOverload) -> bool:
     return implicit or target in core_aten_decompositions()
 
 
-def to_standard_onnx(program: Program) -> onnx_ir.Model:
-    """The ONNX model of a program in operators of the standard alone; integers stand between Q/DQ nodes.
+def standard_form(program: Program) -> Program:
+    """A copy of a program for `to_standard_onnx`: what was quantized and left for training is folded.
 
     Raises:
-        LoweringError: a node has no such lowering; and what `to_onnx` raises.
+        LoweringError: a node has no lowering to operators of the standard.
     """
     program = program.copy()
-    fold(program)  # a quantized program that was left for training
+    fold(program)
     _refuse(check(program, standard, STANDARD_OPSET))
-    nodes = program.calls(*LOWERINGS)
-    model = to_onnx(program, {node: standard(node)[0][0] for node in nodes}, STANDARD_OPSET)
+    return program
+
+
+def to_standard_onnx(program: Program, choices: Choices | None = None) -> onnx_ir.Model:
+    """The ONNX model of a program in operators of the standard alone; integers stand between Q/DQ nodes.
+
+    Args:
+        program: in the form of `standard_form`.
+        choices: the lowering of each fxpress node; None: the first of each.
+
+    Raises:
+        LoweringError: as `to_onnx` raises.
+    """
+    if choices is None:
+        choices = {node: standard(node)[0][0] for node in program.calls(*LOWERINGS)}
+    model = to_onnx(program, choices, STANDARD_OPSET)
     store_nibbles(model)
     return model
 

@@ -16,6 +16,8 @@ import openvino
 
 from ...ir.errors import ArtifactError, InputError, one_line
 
+VERSION = openvino.__version__.partition("-")[0]
+
 _HINTS = {None: "f32", "bfloat16": "bf16"}
 
 
@@ -65,7 +67,9 @@ class OpenVinoSession:
             self._model = core.compile_model(model, "CPU", options)
         except Exception as error:  # OpenVINO raises RuntimeError and classes of its own
             raise ArtifactError(f"OpenVINO cannot load {path.name}: {one_line(error)}") from error
-        self.outputs = [item.get_any_name() for item in self._model.outputs]
+        self.inputs, self.outputs = (
+            [item.get_any_name() for item in side] for side in (self._model.inputs, self._model.outputs)
+        )
         self._local = threading.local()  # a request runs one input at a time
 
     def run(self, arrays: Sequence[numpy.ndarray[Any, Any]]) -> list[numpy.ndarray[Any, Any]]:

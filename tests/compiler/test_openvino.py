@@ -129,6 +129,19 @@ def test_what_has_no_standard_form_is_named() -> None:
         )
 
 
+def test_feed_forward_blocks_run_as_was_measured_in_openvino() -> None:
+    """Hidden rows of 1024 numbers begin in one set of the cache: wider ones are a candidate."""
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Linear(32, 1024), torch.nn.GELU(), torch.nn.Linear(1024, 32)).eval()
+    given = (torch.rand(2, 6, 32),)
+    compiled = fxpress.compile(block, "fuse", given, backend="openvino", threads=1)
+    (choice,) = compiled.report.choices
+    assert list(choice["milliseconds"]) == ["Linear+Activation, Linear", "Linear+Activation, Linear, wider rows"]
+    assert all(time > 0 for time in choice["milliseconds"].values())
+    (first,) = fxpress.compile(block, "fuse", given, backend="openvino", tune=False).report.choices
+    assert first["chosen"] == "Linear+Activation, Linear" and not first["milliseconds"]
+
+
 RUN = """
 import sys, numpy, fxpress
 found = fxpress.load(sys.argv[1], threads=1)(**dict(numpy.load(sys.argv[2])))

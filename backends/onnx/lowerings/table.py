@@ -115,6 +115,7 @@ FUNCTIONS = (
     *lsh_attentions.FUNCTIONS,
 )  # of our own, which lowerings call
 
+# Where other runtimes than ONNX Runtime take other lowerings than it, these alone.
 PORTABLE: dict[Any, tuple[Lowering, ...]] = {
     attention.attention: portable.ATTENTION,
     padding.packed_attention: portable.PACKED_ATTENTION,
@@ -138,7 +139,7 @@ def supported(node: fx.Node) -> tuple[list[Lowering], list[str]]:
 
 def standard(node: fx.Node) -> tuple[list[Lowering], list[str]]:
     """`supported` of lowerings to the ONNX standard alone."""
-    every = (*PORTABLE.get(node.target, ()), *LOWERINGS.get(node.target, ()))
+    every = PORTABLE.get(node.target) or LOWERINGS.get(node.target, ())
     candidates, reasons = _taking(node, [lowering for lowering in every if lowering.standard])
     return candidates, [*reasons, *(f"{item.name}: for ONNX Runtime alone" for item in every if not item.standard)]
 

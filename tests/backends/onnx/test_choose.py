@@ -11,11 +11,14 @@ from torch.export import Dim
 
 from fxpress.backends.memory import Memory
 from fxpress.backends.onnx import choose as module
-from fxpress.backends.onnx.choose import Choice, choose
-from fxpress.backends.onnx.lowerings.table import LOWERINGS
+from fxpress.backends.onnx.choose import Choice, Runtime, choose
+from fxpress.backends.onnx.lowerings.lowering import STANDARD_OPSET
+from fxpress.backends.onnx.lowerings.table import LOWERINGS, standard
+from fxpress.backends.onnx.session import Session
 from fxpress.compiler.trace import bind_example, trace
 from fxpress.ir.graph import Program
 from fxpress.ir.ops.attention import attention
+from fxpress.ir.ops.linear import gated_linear
 from fxpress.ir.ops.norm import add_rms_norm, rms_norm
 
 NAMES = ["Attention", "MultiHeadAttention", "MatMul+Softmax"]  # for both kinds of `Two`
@@ -121,13 +124,45 @@ def test_another_number_of_threads_is_measured(
 ) -> None:
     asked = []
 
-    def measure(program: Program, nodes: Any, threads: int | None) -> list[dict[str, float]]:
+    def measure(program: Program, nodes: Any, threads: int | None, runtime: Any) -> list[dict[str, float]]:
         asked.append((len(nodes), threads))
         return [dict.fromkeys(NAMES, 1.0) for _ in nodes]
 
     monkeypatch.setattr(module, "_measure", measure)
     choose(program, threads=1, memory=remembered(tmp_path, measured, [1.0, 1.0, 1.0]))
     assert asked == [(2, 1)]
+
+
+class Slowest:
+    """A session of another runtime, which takes longest over the first candidate."""
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        self._session = Session(path, threads)
+        self.inputs = self._session.inputs
+        self.passes = 9 if path.stem.startswith("probe_0_0") else 1
+
+    def run(self, arrays: Any) -> None:
+        for _ in range(self.passes):
+            self._session.run(arrays)
+
+
+def test_another_runtime_has_its_own_candidates_and_times(tmp_path: Path) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up = nn.Parameter(torch.rand(32, 16)), nn.Parameter(torch.rand(32, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return gated_linear(x, self.gate, self.up, None, None, "silu")
+
+    model = Gated().eval()
+    program = trace(model, bind_example(model, (torch.rand(64, 16),)))
+    runtime = Runtime("another 1.0", lambda node: (standard(node)[0][:2], []), Slowest, STANDARD_OPSET)
+    chosen, (choice,) = choose(program, threads=1, memory=Memory("onnx", tmp_path), runtime=runtime)
+    assert list(choice.milliseconds) == ["two MatMuls", "MatMul+Split"]
+    assert choice.chosen == "MatMul+Split" and [item.name for item in chosen.values()] == ["MatMul+Split"]
+    (key,) = Memory("onnx", tmp_path).read()
+    assert "another 1.0" in key and "onnxruntime" not in key
 
 
 def test_a_damaged_memory_is_a_warning_and_a_new_measurement(program: Program, tmp_path: Path) -> None:
