@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.onnx.ops import symbolic
 
 from ....ir.graph import arguments, dtype
 from ....ir.ops.float8 import FLOAT8, LARGEST, float8_scale
@@ -20,9 +19,7 @@ def _float8_quantize(input: Tensor, scale: Tensor) -> Tensor:
 def _float8_linear(
     input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, quantize_input: bool = False
 ) -> Tensor:
-    floats = symbolic(
-        "DequantizeLinear", (weight, weight_scale), {"axis": 0}, dtype=torch.float32, shape=weight.shape, version=21
-    )
+    floats = weight.to(torch.float32) * weight_scale.unsqueeze(-1)  # once, when a session is made
     if not quantize_input:
         return F.linear(input, floats, bias)
     rows: Tensor = reference(float8_scale)(input)
@@ -37,4 +34,4 @@ def _refuses(node: fx.Node) -> str | None:
 
 FLOAT8_QUANTIZE = (Lowering("Cast", _float8_quantize, _refuses),)
 FLOAT8_SCALE = (Lowering("ReduceMax", reference(float8_scale)),)
-FLOAT8_LINEAR = (Lowering("DequantizeLinear+MatMul", _float8_linear, _refuses),)
+FLOAT8_LINEAR = (Lowering("Cast+MatMul", _float8_linear, _refuses),)

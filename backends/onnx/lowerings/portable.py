@@ -41,6 +41,14 @@ def _activation(input: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tens
     return floats
 
 
+def _dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """Weights with a scale for each row by DequantizeLinear, which other runtimes keep as integers."""
+    if input.dtype is torch.int8 and input.dim() == 2 and scale.shape == (input.shape[0], 1) and zero_point is None:
+        return _dequantize_linear(input, scale.reshape(-1), torch.zeros(input.shape[0], dtype=torch.int8), axis=0)
+    floats: Tensor = quantizes.DEQUANTIZE[0].function(input, scale, zero_point)
+    return floats
+
+
 def _int8_linear(
     input: Tensor, scale: Tensor, zero_point: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -91,6 +99,7 @@ ATTENTION = (Lowering("MatMul+Softmax for any runtime", attentions.portable),)
 PACKED_ATTENTION = (Lowering("MatMul+Softmax on the batch", _packed_attention),)
 RMS_NORM = (Lowering("Mul+Sqrt", reference(rms_norm)),)
 ADD_RMS_NORM = (Lowering("Add+Mul+Sqrt", reference(add_rms_norm)),)
+DEQUANTIZE = (Lowering("DequantizeLinear or Cast+Mul", _dequantize),)
 INT8_LINEAR = (Lowering("DequantizeLinear+MatMul", _int8_linear, _refuses_int8_linear),)
 INT4_LINEAR = (Lowering("DequantizeLinear+MatMul", _int4_linear),)
 EXPAND_INT4 = (Lowering("integers of 8 bits in the file", reference(expand_int4)),)

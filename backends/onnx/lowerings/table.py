@@ -121,6 +121,7 @@ PORTABLE: dict[Any, tuple[Lowering, ...]] = {
     padding.packed_attention: portable.PACKED_ATTENTION,
     norm.rms_norm: portable.RMS_NORM,
     norm.add_rms_norm: portable.ADD_RMS_NORM,
+    quantize.dequantize: portable.DEQUANTIZE,
     quantize.int8_linear: portable.INT8_LINEAR,
     quantize.int4_linear: portable.INT4_LINEAR,
     quantize.expand_int4: portable.EXPAND_INT4,

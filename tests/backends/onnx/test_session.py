@@ -35,3 +35,13 @@ def test_nodes_kept_apart_are_not_joined_at_load(passes: str, form: str, tmp_pat
     kinds = loaded(tmp_path / "model.onnx")
     assert kinds.count("LayerNormalization") == 4
     assert not SLOW & set(kinds)
+
+
+@pytest.mark.parametrize("weights", ["int8", "float8_e4m3"])
+def test_weights_that_floats_are_multiplied_by_are_expanded_once(weights: str, tmp_path: Path) -> None:
+    """A DequantizeLinear of a weight would be computed at each run."""
+    model = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 96)).eval()
+    passes = f"quantize({weights}, activations=None), fuse"
+    fxpress.compile(model, passes, (torch.randn(3, 96),), backend="onnx", tune=False).to_onnx(tmp_path / "model.onnx")
+    assert 2 * 96 * 64 < (tmp_path / "model.safetensors").stat().st_size < 4 * 96 * 64
+    assert set(loaded(tmp_path / "model.onnx")) <= {"Gemm", "FusedGemm", "Relu"}
