@@ -25,6 +25,7 @@ from ...ir.quantization.fold import fold
 from .lowerings import functions
 from .lowerings.lowering import STANDARD_OPSET, Lowering
 from .lowerings.table import FUNCTIONS, LOWERINGS, standard, supported
+from .lowerings.torch_attention import is_plain, torchs_attention
 from .nibbles import store_nibbles
 from .views import join_views
 
@@ -346,6 +347,8 @@ def _lowered(program: Program, choices: Choices) -> tuple[fx.GraphModule, list[s
             node.target = _less  # the exporter's decompositions know no number less a tensor
         elif node.target is torch.ops.aten.chunk.default and len(node.meta["val"]) == node.args[1]:
             node.target = _chunk  # its translation is a sequence, on which the folding of constants fails
+        elif node.target is torch.ops.aten.scaled_dot_product_attention.default and is_plain(node):
+            node.target = torchs_attention
         elif node.op == "output":
             kept = dict.fromkeys(item for item in node.args[0] if isinstance(item, fx.Node))
             node.args = (tuple(kept),)
