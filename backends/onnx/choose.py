@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -250,19 +251,20 @@ def _cut(model: onnx_ir.Model, outputs: Sequence[str], path: Path) -> None:
 
 
 def race(calls: Sequence[Callable[[], Any]], clock: Callable[[], float]) -> list[float]:
-    """The best time of each call in milliseconds; the calls take turns.
+    """The time of each call in milliseconds: the median of its best turn. The calls take turns.
 
-    On one thread the clock is the thread's own, so that other programs on the machine do not decide.
+    The best call of all would be a lucky one: rows that share a cache set are not evicted each time. On one thread the
+    clock is the thread's own, so that other programs on the machine do not decide.
     """
     best = [float("inf")] * len(calls)
     for call in calls:
         call()
     for _ in range(_ROUNDS):
         for index, call in enumerate(calls):
-            begun, count = time.perf_counter(), 0
-            while (gone := time.perf_counter() - begun) < _SECONDS or (count < _CALLS and gone < _MOST):
+            begun, taken = time.perf_counter(), list[float]()
+            while (gone := time.perf_counter() - begun) < _SECONDS or (len(taken) < _CALLS and gone < _MOST):
                 start = clock()
                 call()
-                best[index] = min(best[index], (clock() - start) * 1e3)
-                count += 1
+                taken.append(clock() - start)
+            best[index] = min(best[index], statistics.median(taken) * 1e3)
     return best
