@@ -32,11 +32,11 @@ def processor() -> str:
     return f"{platform.machine()} {platform.processor()} x{os.cpu_count()}"
 
 
-KEEP = 0.98  # another candidate must be at least this much faster than the one before it
+KEEP = 0.97  # another candidate must be at least this much faster than the one before it
 
 
 def fastest(times: Mapping[str, float | None]) -> str:
-    """The candidate of the shortest time; of those within 2%, the first. None: a candidate that failed."""
+    """The candidate of the shortest time; of those within 3%, the first. None: a candidate that failed."""
     known = {name: time for name, time in times.items() if time is not None}
     best, *others = known
     for name in others:

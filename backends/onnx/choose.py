@@ -61,6 +61,7 @@ class Runtime:
         name: with its version and what else a time depends on.
         candidates: the lowerings that take a node, in order of preference, and the reasons of others.
         session: of a model file, on so many threads.
+        opset: that its models are written in.
     """
 
     name: str
@@ -261,7 +262,8 @@ def race(calls: Sequence[Callable[[], Any]], clock: Callable[[], float]) -> list
         call()
     for _ in range(_ROUNDS):
         for index, call in enumerate(calls):
-            begun, taken = time.perf_counter(), list[float]()
+            begun = time.perf_counter()
+            taken: list[float] = []
             while (gone := time.perf_counter() - begun) < _SECONDS or (len(taken) < _CALLS and gone < _MOST):
                 start = clock()
                 call()
