@@ -83,7 +83,7 @@ OPTIONS: list[Options] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("padding", ["none", "left", "empty"])
+@pytest.mark.parametrize("padding", ["none", pytest.param("left", marks=pytest.mark.exhaustive), "empty"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_equals_the_reference_in_every_branch(options: Options, padding: str, tmp_path: Path) -> None:
     """On both sides of 2 ** 20 scores in all, and in a sample: 4 heads * length * keys."""
