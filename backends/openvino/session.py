@@ -56,7 +56,11 @@ class OpenVinoSession:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, found {threads}")
         check_dtype(dtype)
-        options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _HINTS[dtype]}
+        options: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": _HINTS[dtype],
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else inputs of layers with 8-bit weights are rounded to 8 bits, too
+        }
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
         try:

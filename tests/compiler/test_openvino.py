@@ -121,6 +121,24 @@ def test_ranges_found_at_each_run_are_refused() -> None:
         fxpress.compile(tiny.bert(), "quantize(int8, mode=dynamic), fuse", tiny.text(), backend="openvino")
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4", "float8_e4m3"])
+def test_weights_alone_are_multiplied_by_floats(weights: str) -> None:
+    """Left to itself OpenVINO rounds the inputs of layers whose weights have 8 bits to 8 bits, too."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 64), torch.nn.ReLU(), torch.nn.Linear(64, 96)).eval()
+    given, passes = (torch.randn(3, 96),), f"quantize({weights}, activations=None)"
+    found, expected = (
+        fxpress.compile(model, passes, given, backend=name, verify=False)(*given) for name in ("openvino", "eager")
+    )
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+
+
+def test_activations_of_float8_are_refused() -> None:
+    passes = "quantize(float8_e4m3, activations=float8_e4m3)"
+    with pytest.raises(LoweringError, match=r"OpenVINO rounds no activations to float8.*activations=None"):
+        fxpress.compile(torch.nn.Linear(32, 8).eval(), passes, (torch.randn(3, 32),), backend="openvino")
+
+
 def test_what_has_no_standard_form_is_named() -> None:
     given = tiny.text(2, 30)
     with pytest.raises(LoweringError, match="for ONNX Runtime alone"):
