@@ -20,7 +20,6 @@ from torch import Tensor
 from ..backends.eager import EagerRunner
 from ..ir.errors import ArtifactError, InputError, LoweringError
 from ..ir.graph import Program, arguments, source_of
-from ..ir.ops.float8 import float8_linear, float8_quantize
 from ..ir.ops.quantize import int8_linear
 from ..ir.printer import print_program
 from . import artifact, structure
@@ -143,17 +142,9 @@ class OpenVinoRunner(_FileRunner):
 def _check_static(program: Program) -> None:
     """OpenVINO multiplies integers where the ranges are constants; others it would quietly compute in floats.
 
-    And it takes a cast to float8 and back for nothing: activations would not be rounded.
-
     Raises:
         LoweringError: names a linear layer of another kind.
     """
-    for node in program.calls(float8_linear, float8_quantize):
-        if node.target is float8_quantize or arguments(node)["quantize_input"]:
-            raise LoweringError(
-                f"{node.name}: OpenVINO rounds no activations to float8{source_of(node)}; "
-                f"quantize with activations=None, or take backend='onnx'"
-            )
     for node in program.calls(int8_linear):
         if getattr(arguments(node)["scale"], "op", None) != "get_attr":
             raise LoweringError(

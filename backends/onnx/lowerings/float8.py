@@ -32,6 +32,20 @@ def _refuses(node: fx.Node) -> str | None:
     return None if found is torch.float32 else f"the kernels multiply float32, not {found}"
 
 
-FLOAT8_QUANTIZE = (Lowering("Cast", _float8_quantize, _refuses),)
+def _refuses_rounding(node: fx.Node) -> str | None:
+    """OpenVINO 2026.4 takes a cast to float8 and back for nothing."""
+    if arguments(node)["quantize_input"]:
+        return "other runtimes round no activations to float8; quantize with activations=None"
+    return _refuses(node)
+
+
+def _refuses_floats(node: fx.Node) -> str | None:
+    return _refuses(node) if arguments(node)["quantize_input"] else "its activations are not rounded"
+
+
+FLOAT8_QUANTIZE = (Lowering("Cast", _float8_quantize, _refuses, standard=False),)
 FLOAT8_SCALE = (Lowering("ReduceMax", reference(float8_scale)),)
-FLOAT8_LINEAR = (Lowering("Cast+MatMul", _float8_linear, _refuses),)
+FLOAT8_LINEAR = (
+    Lowering("Cast+MatMul", _float8_linear, _refuses_rounding),
+    Lowering("Cast+MatMul of rounded rows", _float8_linear, _refuses_floats, standard=False),
+)
