@@ -85,7 +85,8 @@ class OpenVinoSession:
         if not hasattr(self._local, "request"):
             self._local.request = self._model.create_infer_request()
         try:
-            found = self._local.request.infer(list(arrays), share_inputs=True)
+            # A tuple: given a list, OpenVINO first fetches every input's tensor, up to 0.2 ms a run.
+            found = self._local.request.infer(tuple(arrays), share_inputs=True)
         except Exception as error:  # as above
             raise InputError(f"OpenVINO failed on inputs of {[a.shape for a in arrays]}: {one_line(error)}") from error
         return [found[item] for item in self._model.outputs]
