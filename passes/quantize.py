@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..ir.calibration.lockstep import Lockstep
-from ..ir.calibration.statistics import Nothing, fingerprints
+from ..ir.calibration.statistics import Nothing, Statistics, fingerprints
 from ..ir.calibration.target import Metric, Target
 from ..ir.errors import InputError, RewriteError, nearest
 from ..ir.expand import expand
@@ -24,16 +24,17 @@ from ..ir.ops.quantize import dequantize, dynamic_quantize, int4_embedding, int4
 from ..ir.pattern import Refusal
 from ..ir.pruning.masks import masked
 from ..ir.quantization import grid as grids
+from ..ir.quantization import tables
 from ..ir.quantization.absorb import absorb
 from ..ir.quantization.attention import attentions, in_integers, ranges
 from ..ir.quantization.choice import UNTOUCHED, Choice
 from ..ir.quantization.fold import fold
 from ..ir.quantization.insert import Insertion
 from ..ir.quantization.options import Data, Way, options, plain, refined, rounded
-from ..ir.quantization.precision import applied, closest, search
+from ..ir.quantization.precision import Place, applied, closest, search, split
 from ..ir.quantization.record import FORMAT, Record
 from ..ir.quantization.requantize import requantize
-from ..ir.quantization.sites import Site, embeddings, least, linear_sites
+from ..ir.quantization.sites import Site, least, linear_sites
 from ..ir.rewrite import Applied, Context, Pass, PassResult, Track
 
 aten = torch.ops.aten
@@ -214,8 +215,9 @@ class Quantize(Pass):
         self._attention(program, context, result)
         sites, refusals = linear_sites(program, self.skip)
         result.refusals += refusals
-        choices = self._choices(program, original, sites, context, result)
-        insertion = Insertion(program, BITS[self.embeddings or "int8"])
+        lookups = self._tables(program)
+        choices = self._choices(program, original, sites, lookups, context, result)
+        insertion = Insertion(program)
         for site in sites:
             choice = choices[site]
             if choice is UNTOUCHED:
@@ -225,7 +227,15 @@ class Quantize(Pass):
                 name = choice.name + ", 8 bits" * (choice.bits != BITS[self.weights])
                 result.rewrites[f"linear ({name})"] += len(site.linears)
                 result.matches.append(Applied("linear", site.name, f"{name}: {choice.sqnr_db:.1f} dB"))
-        self._tables(program, insertion, context, result)
+        for table in lookups:
+            reason = tables.refuses(table, choices[table])
+            for lookup in table.lookups:
+                if reason is not None:
+                    result.refusals.append(Refusal(reason, "embedding", lookup.name))
+                elif context.take():
+                    result.rewrites["embedding"] += 1
+                    result.matches.append(Applied("embedding", name_of(lookup), f"{shape(table.stored)[0]} rows"))
+                    insertion.table(lookup, choices[table])
         program.clean()
         if self.fold:
             fold(program)
@@ -274,39 +284,45 @@ class Quantize(Pass):
         )
 
     def _choices(
-        self, program: Program, original: Program, sites: list[Site], context: Context, result: PassResult
-    ) -> Mapping[Site, Choice]:
-        """How each site is quantized; the outputs to come close to are those of the original."""
+        self,
+        program: Program,
+        original: Program,
+        sites: list[Site],
+        lookups: Mapping[tables.Table, Choice],
+        context: Context,
+        result: PassResult,
+    ) -> Mapping[Place, Choice]:
+        """How each site and table is quantized; the outputs to come close to are those of the original."""
         batches, level = context.calibration, self._level
         if not batches:
             way = self._way("token" if level == "auto" else level, False)
-            return {site: plain(way, _weights(program, site), least(site.source)) for site in sites}
-        if self.statistics is None:
-            return self._calibrated(program, original, sites, context, result, Record(Nothing(), sites))
-        belongs = fingerprints(program, batches, self._recorded)
-        with context.statistics(self.statistics, belongs) as statistics:
-            return self._calibrated(program, original, sites, context, result, Record(statistics, sites))
+            return {site: plain(way, _weights(program, site), least(site.source)) for site in sites} | {**lookups}
+        statistics: AbstractContextManager[Statistics] = nullcontext(Nothing())
+        if self.statistics is not None:
+            statistics = context.statistics(self.statistics, fingerprints(program, batches, self._recorded))
+        with statistics as kept:
+            record = Record(kept, sites, lookups)
+            return self._calibrated(program, original, sites, lookups, context, result, record)
 
     @property
     def _recorded(self) -> str:
         """The options that statistics depend on; a metric goes by its name."""
         metric = getattr(self.metric, "__qualname__", type(self.metric).__name__)
-        return (
-            str(replace(self, fold=True, embeddings="int8", requantize=False, statistics=None, metric=None))
-            + f", metric {metric}, record {FORMAT}"
-        )
+        options = replace(self, fold=True, requantize=False, statistics=None, metric=None)
+        return f"{options}, metric {metric}, record {FORMAT}"
 
     def _calibrated(
         self,
         program: Program,
         original: Program,
         sites: list[Site],
+        lookups: Mapping[tables.Table, Choice],
         context: Context,
         result: PassResult,
         record: Record,
-    ) -> Mapping[Site, Choice]:
+    ) -> Mapping[Place, Choice]:
         level = self._level
-        fitting, judging = _split(context.calibration)
+        fitting, judging = split(context.calibration)
         coarse = "tensor" if self.mode == "dynamic" else "static"
         levels = (coarse, "token") if level == "auto" else (level,)
         ways = [self._way(item, True) for item in levels]
@@ -317,10 +333,11 @@ class Quantize(Pass):
         if self.sensitive is None or not ((level == "auto" and self.weights != "int4") or self._has_target):
             # Beside integers, weights of 4 bits make most of the noise themselves.
             most = _NEAR if self.weights == "int4" and level != "float" else 1.0
-            return fitter({site: closest(site, choices, most) for site, choices in found.items()})
+            return fitter({site: closest(site, choices, most) for site, choices in found.items()} | {**lookups})
         cosine = COSINE if self.min_sqnr_db is None and self.min_cosine is None else self.min_cosine
         target = Target(cosine, self.min_sqnr_db, self.metric, self.min_metric)
-        finest = {site: [*choices, UNTOUCHED] for site, choices in found.items()}
+        finest: dict[Place, list[Choice]] = {site: [*choices, UNTOUCHED] for site, choices in found.items()}
+        finest |= {table: [own, UNTOUCHED] for table, own in lookups.items()}
         outcome = search(program, finest, judging, target, fitter, context.track, record.error, original)
         detail = f"{target}: error {outcome.error:.2g} on the calibration data"
         if outcome.reached:
@@ -370,7 +387,7 @@ class Quantize(Pass):
             for site in sites:
                 choose(site)
         else:
-            lockstep.run(applied(program, lockstep, choose, sites))
+            lockstep.run(applied(program, lockstep, choose, dict.fromkeys(sites, UNTOUCHED)))
         return found
 
     def _attention(self, program: Program, context: Context, result: PassResult) -> None:
@@ -398,23 +415,12 @@ class Quantize(Pass):
                 detail = "a scale for each token" if node not in scales else "fixed scales"
                 result.matches.append(Applied("attention", name, detail))
 
-    def _tables(self, program: Program, insertion: Insertion, context: Context, result: PassResult) -> None:
-        """Quantize embeddings, where nothing else reads their floats."""
+    def _tables(self, program: Program) -> dict[tables.Table, Choice]:
+        """The tables of embeddings, each with integers of its own."""
         if self.embeddings is None:
-            return
-        whole = self.embeddings == "int8"
-        grid = grids.Grid() if whole else grids.Grid(4, bool(self.symmetric), GROUP)
-        for lookup in embeddings(program, self.skip):
-            stored: Any = lookup.args[0]
-            others = [user for user in stored.users if user.target is not aten.embedding.default]
-            if others:
-                reason = f"its weight is read by {others[0].name}, which stays in floats"
-                result.refusals.append(Refusal(reason, "embedding", lookup.name))
-            elif context.take():
-                result.rewrites["embedding"] += 1
-                result.matches.append(Applied("embedding", name_of(lookup), f"{shape(stored)[0]} rows"))
-                table = grids.nearest(program.tensor(stored).float(), grid, clip="minmax" if whole else "mse")
-                insertion.table(lookup, table)
+            return {}
+        grid = grids.Grid() if self.embeddings == "int8" else grids.Grid(4, bool(self.symmetric), GROUP)
+        return {table: tables.rounded(program, table, grid) for table in tables.tables(program, self.skip)}
 
 
 @dataclass
@@ -431,8 +437,7 @@ class _Fitter:
     track: Track
     known: dict[int, Choice] = field(default_factory=dict)
 
-    def __call__(self, chosen: Mapping[Site, Choice]) -> dict[Site, Choice]:
-        found: dict[Site, Choice] = {}
+    def __call__(self, chosen: Mapping[Place, Choice]) -> dict[Place, Choice]:
         lockstep = Lockstep(self.program, self.batches, self.track, "fitting weights")
 
         def choose(site: Site) -> Choice:
@@ -443,12 +448,12 @@ class _Fitter:
                 weights = _weights(self.program, site)
                 with _blaming(site):
                     self.known[id(choice)] = self._fitted(choice, way, weights, lockstep, site) if fits else choice
-            found[site] = self.known[id(choice)]
-            return found[site]
+            return self.known[id(choice)]
 
+        self.known |= {id(choice): choice for place, choice in chosen.items() if isinstance(place, tables.Table)}
         if any(id(choice) not in self.known for choice in chosen.values()):
             lockstep.run(applied(self.program, lockstep, choose, chosen))
-        return {site: self.known[id(choice)] for site, choice in chosen.items()}
+        return {place: self.known[id(choice)] for place, choice in chosen.items()}
 
     def _fitted(
         self, choice: Choice, way: Way, weights: Sequence[torch.Tensor], lockstep: Lockstep, site: Site
@@ -458,13 +463,6 @@ class _Fitter:
             found = refined(choice, way, weights, Data(lockstep.rows_as_read(site.source)))
             self.record.put_fitted(choice, found)
         return found
-
-
-def _split(batches: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Batches to fit to, and every fourth to judge by; all for both where there are fewer than four."""
-    if len(batches) < 4:
-        return batches, batches
-    return [batch for place, batch in enumerate(batches) if place % 4 != 3], batches[3::4]
 
 
 def _one_of(option: str, value: Any, valid: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class Target:
     def error(self, outputs: Outputs, truth: Outputs) -> float:
         """Of the worst output: energy of the noise over that of the signal, or how far cosines are from 1."""
         if self.min_sqnr_db is not None:
-            return max(float((a - b).square().sum() / b.square().sum()) for a, b in zip(outputs, truth, strict=True))
+            return max(_noise(a, b) for a, b in zip(outputs, truth, strict=True))
         found = [1 - cosines(a, b) for a, b in zip(outputs, truth, strict=True)]
         return max(max(float(item.mean()), float(item.max()) / _WORST) for item in found)
 
@@ -61,6 +62,12 @@ class Target:
         if self.metric is not None:
             return f"metric {self.min_metric:g}"
         return f"cosine {self.min_cosine:g}" if self.min_sqnr_db is None else f"SQNR {self.min_sqnr_db:g} dB"
+
+
+def _noise(outputs: Tensor, truth: Tensor) -> float:
+    """Energy of the error over that of the signal; of no signal any error is infinitely much, and none is 0."""
+    noise, signal = (float(item.double().square().sum()) for item in (outputs - truth, truth))
+    return noise / signal if signal else math.inf if noise else 0.0
 
 
 def cosines(outputs: Tensor, truth: Tensor) -> Tensor:

@@ -21,17 +21,15 @@ aten = torch.ops.aten
 class Insertion:
     """Writes quantize and dequantize into a program; a weight that several nodes read is quantized once.
 
-    But of a table that a linear reads as float8 there are integers, too: no backend looks up float8.
+    But where it has other numbers of bits for one than for another there are both, and of a table that a linear reads
+    as float8 there are integers, too: no backend looks up float8.
 
     Linears of half precision take and give it, with float32 in between: scales need its digits.
-
-    Args:
-        table_bits: of the integers of embeddings; of a table that is a linear's weight, too, there are the linear's.
     """
 
-    def __init__(self, program: Program, table_bits: int = 8) -> None:
-        self.program, self.table_bits = program, table_bits
-        self._weights: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._weights: dict[tuple[fx.Node, torch.dtype, int], fx.Node] = {}
 
     def linears(self, site: Site, choice: Choice) -> None:
         """Let the linears of a site read the quantized activation and their quantized weights.
@@ -56,10 +54,13 @@ class Insertion:
             call = self.program.call(aten.linear.default, inputs, *parts, before=linear)
             self.program.replace(linear, self._cast(call, dtype(linear), linear))
 
-    def table(self, lookup: fx.Node, weight: Quantized) -> None:
-        """Let an embedding look up in a quantized table."""
+    def table(self, lookup: fx.Node, own: Choice) -> None:
+        """Let an embedding look up in a quantized table: its own, or the finest that linears read, see `looked_up`."""
         stored: Any = lookup.args[0]
-        new = self.program.call_again(lookup, weight=self.weight(stored, weight, self.table_bits))
+        assert own.weights is not None
+        found = {bits: node for (of, kind, bits), node in self._weights.items() if of is stored and kind is not FLOAT8}
+        weight = found[max(found)] if found else self.weight(stored, own.weights[0], own.bits)
+        new = self.program.call_again(lookup, weight=weight)
         self.program.replace(lookup, self._cast(new, dtype(lookup), lookup))
 
     def weight(self, stored: fx.Node, weight: Quantized, bits: int, nested: bool = False) -> fx.Node:
@@ -67,7 +68,7 @@ class Insertion:
 
         Where its scales are `nested`, they are dequantized multiples themselves, by which `fold` knows them.
         """
-        key = stored, weight.integers.dtype
+        key = stored, weight.integers.dtype, bits
         if key in self._weights:
             return self._weights[key]
         program, name = self.program, str(stored.target)

@@ -21,24 +21,36 @@ from ..graph import Program, arguments, shape
 from ..rewrite import Track
 from .choice import UNTOUCHED, Choice
 from .sites import Site
+from .tables import Table, indices_of, looked_up, rows
 
+Place = Site | Table  # what there is to choose for
 _ROUNDS = 4
 
 
-def run(program: Program, batches: Sequence[Sequence[Tensor]], choices: Mapping[Site, Choice]) -> list[Tensor]:
-    """Each float output's vectors [tokens, D] over all batches, padding left out, with some sites quantized."""
+def run(program: Program, batches: Sequence[Sequence[Tensor]], choices: Mapping[Place, Choice]) -> list[Tensor]:
+    """Each float output's vectors [tokens, D] over all batches, padding left out, with some places quantized."""
     return target.run(program, batches, lambda lockstep: applied(program, lockstep, choices.get, choices))
 
 
 def applied(
-    program: Program, lockstep: Lockstep, choose: Callable[[Site], Choice | None], sites: Iterable[Site]
+    program: Program, lockstep: Lockstep, choose: Callable[[Site], Choice | None], choices: Mapping[Place, Choice]
 ) -> Visit:
-    """A visit that lets the linears of sites give what the choice made of each gives; `choose` is asked once a site."""
-    places = {linear: (site, index) for site in sites for index, linear in enumerate(site.linears)}
+    """A visit that lets linears and embeddings give what the choices make of them.
+
+    Args:
+        choose: asked once a site, when its input is there, for the last word on its choice.
+        choices: of every site and table, as far as they are made beforehand.
+    """
+    places = {
+        linear: (site, index) for site in choices if isinstance(site, Site) for index, linear in enumerate(site.linears)
+    }
+    tables = looked_up(choices)
     chosen: dict[Site, Choice] = {}
     inputs: dict[Site, list[Tensor]] = {}
 
     def visit(node: fx.Node) -> list[Any] | None:
+        if node in tables:
+            return [lockstep.hold(rows(node, tables[node], item)) for item in lockstep.values(indices_of(node))]
         if node not in places:
             return None
         site, index = places[node]
@@ -56,17 +68,27 @@ def applied(
     return visit
 
 
-def cost(site: Site, choice: Choice) -> float:
+def split(batches: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Batches to fit to, and every fourth to judge by; all for both where there are fewer than four."""
+    if len(batches) < 4:
+        return batches, batches
+    return [batch for place, batch in enumerate(batches) if place % 4 != 3], batches[3::4]
+
+
+def cost(place: Place, choice: Choice) -> float:
     """Time of a choice beyond that of integers of 8 bits with a fixed range: in passes over one number of one token.
 
     Bytes in the file count a little, so that among what takes the same time the small ones are cheap. Measured on Zen 4
     with ONNX Runtime 1.32: a pass over an activation takes 0.2 ns a number, a multiplication and addition of float32
     13 ps longer than one of int8.
     """
-    width = shape(site.linears[0].args[1])[1]
-    outputs = sum(shape(linear)[-1] for linear in site.linears)
+    stored = 0.00025 * ((32 if choice.weights is None else choice.bits) - 8)  # of a number
+    if isinstance(place, Table):
+        return float(stored * math.prod(shape(place.stored)))
+    width = shape(place.linears[0].args[1])[1]
+    outputs = sum(shape(linear)[-1] for linear in place.linears)
     smoothing = width if choice.smooth is not None else 0
-    stored = 0.00025 * ((32 if choice.weights is None else choice.bits) - 8) * width * outputs
+    stored *= width * outputs
     if choice.activation.level == "float":
         return float(smoothing + stored + 0.065 * width * outputs)
     ranging = {"tensor": width / 2, "token": 2 * (width + outputs), "float8": 2 * (width + outputs)}
@@ -82,21 +104,21 @@ def closest(site: Site, choices: Iterable[Choice], most: float = 1.0) -> Choice:
 
 
 Remember = Callable[[Choice, Callable[[], float]], float]
-Finish = Callable[[Mapping[Site, Choice]], Mapping[Site, Choice]]
+Finish = Callable[[Mapping[Place, Choice]], Mapping[Place, Choice]]
 
 
 @dataclass(frozen=True)
 class Search:
-    """What a search found: a finished choice for each site, its error, and whether that reaches the target."""
+    """What a search found: a finished choice for each place, its error, and whether that reaches the target."""
 
-    choices: Mapping[Site, Choice]
+    choices: Mapping[Place, Choice]
     error: float
     reached: bool
 
 
 def search(
     program: Program,
-    options: Mapping[Site, Sequence[Choice]],
+    options: Mapping[Place, Sequence[Choice]],
     batches: Sequence[Sequence[Tensor]],
     wanted: Target,
     finish: Finish,
@@ -107,7 +129,7 @@ def search(
     """The cheapest options with which the outputs reach the target, each site's from the cheapest on as needed.
 
     Args:
-        options: of each site.
+        options: of each site and table.
         batches: on which errors are measured; better not those that the options were fitted to.
         finish: what is done with the options chosen before they are used; it may lower their error.
         original: the program whose outputs are the truth; None: `program`.
@@ -117,8 +139,13 @@ def search(
     true = program if original is None else original
     truth = run(true, few, {})
 
-    def error(alone: Mapping[Site, Choice]) -> float:
-        return wanted.error(run(program, few, alone), truth)
+    # What a layer does to a table that has its weight is counted as the layer's.
+    tied: dict[Place, Choice] = {
+        place: found[0] for place, found in options.items() if isinstance(place, Table) and place.readers
+    }
+
+    def error(alone: Mapping[Place, Choice]) -> float:
+        return wanted.error(run(program, few, {**tied, **alone}), truth)
 
     pairs = [(site, choice) for site, found in options.items() for choice in found if choice is not UNTOUCHED]
     errors = {(site, id(UNTOUCHED)): 0.0 for site in options}
@@ -127,7 +154,7 @@ def search(
     whole = truth if few is batches else run(true, batches, {})
     best: Search | None = None
     budget = wanted.budget
-    known: list[dict[Site, Choice]] = []
+    known: list[dict[Place, Choice]] = []
     for _ in range(_ROUNDS):
         choices = _cheapest(options, errors, budget)
         if choices in known:
@@ -147,18 +174,17 @@ def search(
     return best
 
 
-def _total(choices: Mapping[Site, Choice]) -> float:
+def _total(choices: Mapping[Place, Choice]) -> float:
     return sum(cost(site, choice) for site, choice in choices.items())
 
 
 def _cheapest(
-    options: Mapping[Site, Sequence[Choice]], errors: Mapping[tuple[Site, int], float], budget: float
-) -> dict[Site, Choice]:
-    """From the cheapest option of every site, make finer what takes most error off for its time, to the budget."""
+    options: Mapping[Place, Sequence[Choice]], errors: Mapping[tuple[Place, int], float], budget: float
+) -> dict[Place, Choice]:
+    """From the cheapest option of every place, make finer what takes most error off for its time, to the budget."""
     current = {site: min(found, key=lambda choice: cost(site, choice)) for site, found in options.items()}
-    total = sum(errors[site, id(choice)] for site, choice in current.items())
-    while total > budget:
-        best: tuple[float, Site, Choice] | None = None
+    while sum(errors[site, id(choice)] for site, choice in current.items()) > budget:
+        best: tuple[float, Place, Choice] | None = None
         for site, found in options.items():
             now, price = errors[site, id(current[site])], cost(site, current[site])
             for choice in found:
@@ -170,6 +196,5 @@ def _cheapest(
         if best is None:
             break
         _, site, choice = best
-        total += errors[site, id(choice)] - errors[site, id(current[site])]
         current[site] = choice
     return current

@@ -15,8 +15,9 @@ from ..calibration.statistics import Statistics
 from .choice import Activation, Choice
 from .grid import Quantized
 from .sites import Site
+from .tables import Table
 
-FORMAT = 2  # of what is kept; files of another one are refused
+FORMAT = 3  # of what is kept; files of another one are refused
 _LEVELS = ("float", "float8", "static", "tensor", "token")
 
 
@@ -26,12 +27,14 @@ class Record:
     Args:
         statistics: where it is kept.
         sites: in the order of the graph, by which they are numbered.
+        tables: each with its integers, which are not kept.
     """
 
-    def __init__(self, statistics: Statistics, sites: Iterable[Site]) -> None:
+    def __init__(self, statistics: Statistics, sites: Iterable[Site], tables: Mapping[Table, Choice]) -> None:
         self._statistics = statistics
         self._numbers = {site: number for number, site in enumerate(sites)}
-        self._names: dict[int, str] = {}  # of options, by identity; they live as long as this
+        # Of options, by identity; they live as long as this.
+        self._names = {id(choice): f"table {number}" for number, choice in enumerate(tables.values())}
         self._options: list[Sequence[Choice]] = []
 
     def options(

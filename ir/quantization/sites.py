@@ -1,4 +1,4 @@
-"""What there is to quantize in a program: linear layers by the activation that they read, and embeddings."""
+"""What there is to quantize in a program: linear layers, by the activation that they read."""
 
 from __future__ import annotations
 
@@ -68,18 +68,6 @@ def _refuses(node: fx.Node, skip: Sequence[str]) -> str | None:
     if len(shape(weight)) != 2:
         return f"weight {weight.target} is no matrix"
     return f"{name_of(node)} is to be skipped" if is_named(node, skip) else None
-
-
-def embeddings(program: Program, skip: Sequence[str]) -> list[fx.Node]:
-    """The lookups in a table of floats."""
-    return [
-        node
-        for node in program.calls(aten.embedding.default)
-        if isinstance(node.args[0], fx.Node)
-        and node.args[0].op == "get_attr"
-        and dtype(node.args[0]).is_floating_point
-        and not is_named(node, skip)
-    ]
 
 
 def least(node: fx.Node) -> float | None:

@@ -52,6 +52,16 @@ def test_without_padding() -> None:
         assert compiled.verify(tiny.text(*size)).equal
 
 
+@pytest.mark.parametrize("passes", ["quantize(int8, mode=static)", "quantize", "quantize(activations=None)"])
+def test_a_vector_stays_one(passes: str) -> None:
+    """OpenVINO 2026.4 gives [1, N] for a vector times a matrix of bytes."""
+    torch.manual_seed(0)
+    model, vector = torch.nn.Linear(24, 5).eval(), torch.randn(24)
+    compiled = fxpress.compile(model, passes, (vector,), backend="openvino", calibration=[(vector,)])
+    eager = fxpress.compile(model, passes, (vector,), backend="eager", calibration=[(vector,)])
+    torch.testing.assert_close(compiled(vector), eager(vector), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("make", [tiny.bert, tiny.gpt2])
 def test_fixed_sizes(make: Any) -> None:
     """OpenVINO 2026.4 ends the process over a product behind a masked attention of fixed sizes."""

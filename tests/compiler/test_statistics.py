@@ -138,7 +138,7 @@ def test_every_kind_of_weight_is_read_back(options: dict[str, Any], tmp_path: Pa
 def test_what_does_not_change_the_statistics_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized(tmp_path / "x.safetensors", context())
     calls = counted(monkeypatch)
-    quantized(tmp_path / "x.safetensors", context(), fold=False, embeddings=None)
+    quantized(tmp_path / "x.safetensors", context(), fold=False)
     assert calls == {"options": 0, "refined": 0}
 
 

@@ -198,7 +198,9 @@ def test_four_bits_that_multiply_integers_are_smoothed() -> None:
 
 @pytest.mark.parametrize("activations", ["int8", None])
 def test_layers_of_four_bits_become_finer_by_eight_before_they_stay_in_floats(activations: str | None) -> None:
-    coarse, fine = (Quantize("int4", activations=activations, **more) for more in ({}, {"min_sqnr_db": 40.0}))
+    coarse, fine = (
+        Quantize("int4", activations=activations, embeddings=None, **more) for more in ({}, {"min_sqnr_db": 40.0})
+    )
     after, result = rewritten(encoder(), fine, calibrated(TEXTS))
     eight = sum(count for name, count in result.rewrites.items() if name.endswith("8 bits)"))
     assert 0 < eight < 6 and reasons(result) == []

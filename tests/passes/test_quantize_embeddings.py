@@ -97,3 +97,53 @@ def test_twice_is_refused() -> None:
 def test_other_bits_are_refused() -> None:
     with pytest.raises(InputError, match="unknown embeddings 'int2': did you mean 'int8'"):
         Quantize(embeddings="int2")
+
+
+# --- under a target ------------------------------------------------------------------------------------------------
+
+BATCHES = [[torch.randint(0, 40, (8, 16), generator=torch.Generator().manual_seed(seed))] for seed in range(4)]
+
+
+def embedded(layer: Callable[[Any, Tensor], Tensor]) -> Program:
+    tensors = {"table": normal(40, 48, seed=1), "w": normal(48, 48, seed=2) / 7, "w2": normal(40, 48, seed=3) / 7}
+    return program(lambda m, ids: layer(m, F.embedding(ids, m.table)), BATCHES[0][0], **tensors)
+
+
+CASES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a table of its own": lambda m, x: F.linear(x, m.w),
+    "a table that is a head's weight": lambda m, x: F.linear(F.relu(x), m.table),
+    "a weight of two layers": lambda m, x: F.linear(F.linear(F.relu(F.linear(x, m.w)), m.w), m.w2),
+}
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+@pytest.mark.parametrize("decibels", [15.0, 30.0, 35.0, 40.0, 45.0, 60.0])
+@pytest.mark.parametrize("name", CASES)
+def test_a_target_that_is_said_to_be_reached_is(name: str, decibels: float, weights: str) -> None:
+    """With tables, and weights that are used twice, among what makes the error."""
+    before = embedded(CASES[name])
+    passes = Quantize(weights, embeddings="int4", activations=None, min_sqnr_db=decibels)
+    after, result = rewritten(before, passes, Context(calibration=BATCHES))
+    (said,) = [match.detail for match in result.matches if match.rule == "target"]
+    judging = BATCHES[3]
+    found = sqnr_db(after.run(judging)[0], before.run(judging)[0])
+    assert found >= decibels
+    assert f"error {10 ** (-found / 10):.2g} " in said or found > 100
+
+
+def test_a_table_that_costs_too_much_stays_in_floats() -> None:
+    before = embedded(CASES["a table of its own"])
+    passes = Quantize(embeddings="int4", activations=None, min_sqnr_db=30.0)
+    after, result = rewritten(before, passes, Context(calibration=BATCHES))
+    assert [item.reason for item in result.refusals] == ["too sensitive: it stays in floats"]
+    assert after.calls(torch.ops.aten.embedding.default) and result.rewrites == {"linear (float)": 1}
+
+
+def test_a_weight_has_the_bits_that_each_of_its_layers_was_chosen_to_have() -> None:
+    passes = Quantize("int4", embeddings=None, min_sqnr_db=20.0)
+    after, result = rewritten(embedded(CASES["a weight of two layers"]), passes, Context(calibration=BATCHES))
+    assert result.rewrites == {"linear (float)": 1, "linear (float, 8 bits)": 2}
+    assert len(after.calls(int4_linear)) == 1 and len(after.calls(torch.ops.aten.linear.default)) == 2
+    stored = {name for name, value in after.module.state_dict().items() if value.dtype in (torch.uint8, torch.int8)}
+    # One weight in 4 bits for its first layer and in 8 for its second.
+    assert {name for name in stored if "zero_point" not in name} == {"w_2_packed", "w_1_integers", "w2_1_integers"}

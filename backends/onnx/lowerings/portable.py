@@ -55,8 +55,12 @@ def _int8_linear(
     """A MatMul of two DequantizeLinear, the second of int8 [K, N] with a scale for each column."""
     columns = weight_scale.reshape(-1)
     zeros = torch.zeros(columns.shape, dtype=torch.int8)
-    result = _activation(input, scale, zero_point) @ _dequantize_linear(weight.t(), columns, zeros, axis=1)
-    return result if bias is None else plain_sum(result, bias)
+    rows = _activation(input, scale, zero_point)
+    if input.dim() == 1:
+        rows = rows[None]  # of a product of bytes OpenVINO gives a row [1, N] for a vector, not [N]
+    result = rows @ _dequantize_linear(weight.t(), columns, zeros, axis=1)
+    result = result if bias is None else plain_sum(result, bias)
+    return result[0] if input.dim() == 1 else result
 
 
 def _refuses_int8_linear(node: fx.Node) -> str | None:

@@ -65,7 +65,7 @@ def found() -> Mapping[Site, Sequence[Choice]]:
         made[site] = [*options(Way("tensor", Grid()), weights, least(site.source), data), UNTOUCHED]
         return UNTOUCHED
 
-    lockstep.run(applied(traced, lockstep, choose, sites))
+    lockstep.run(applied(traced, lockstep, choose, dict.fromkeys(sites, UNTOUCHED)))
     return made
 
 
@@ -100,6 +100,16 @@ def test_the_sensitive_layer_becomes_finer_and_no_other(target: Target) -> None:
 def test_the_target_is_missed_without_it(target: Target) -> None:
     """Else the test above would show nothing."""
     assert error(target, {site: choices[0] for site, choices in found().items()}) > target.budget
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_output_of_zeros_is_as_close_as_it_is_equal(noise: float, place: int) -> None:
+    """Wherever it stands among the outputs: what is measured of the others still counts."""
+    signal, zeros = normal(4, 8), torch.zeros(4, 8)
+    truth, outputs = [signal, signal], [signal * 1.1, signal * 1.1]
+    truth[place], outputs[place] = zeros, zeros + noise
+    assert Target(min_sqnr_db=20).error(outputs, truth) == pytest.approx(math.inf if noise else 0.01)
 
 
 def test_a_metric_is_reached() -> None:

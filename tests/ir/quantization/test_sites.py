@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fxpress.ir.graph import Program
 from fxpress.ir.layers import is_named
-from fxpress.ir.quantization.sites import LEAST, embeddings, least, linear_sites
+from fxpress.ir.quantization.sites import LEAST, least, linear_sites
+from fxpress.ir.quantization.tables import tables
 
 aten = torch.ops.aten
 
@@ -80,7 +81,7 @@ def test_skipped_linears_are_refused_with_their_name() -> None:
 
 @pytest.mark.parametrize(("pattern", "skipped"), [("embed", True), ("em*", True), ("head", False)])
 def test_embeddings_are_skipped_by_name_too(pattern: str, skipped: bool) -> None:
-    assert (embeddings(program(Model(), IDS), [pattern]) == []) is skipped
+    assert (tables(program(Model(), IDS), [pattern]) == []) is skipped
 
 
 def test_a_weight_without_a_module_is_named_by_itself() -> None:
