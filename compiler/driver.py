@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import tempfile
@@ -40,7 +41,7 @@ from .runners import (
     without_collector,
 )
 from .settings import Settings, checked
-from .sizes import admit_ones, check_sizes
+from .sizes import admit_ones, check_sizes, difference
 from .statistics import statistics_file
 from .trace import Arguments, bind_example, plain_attention, trace
 from .verdict import judged, record
@@ -109,13 +110,20 @@ class Compiled:
         eager = pytree.tree_leaves(_run_model(module, args))
         try:
             judge = run_float64(traced, tensors)
+            with torch.no_grad():
+                again = traced.run(tensors)
         except RuntimeError as error:  # torch.export may fix what depends on a size, such as a number of chunks
             raise InputError(f"the traced graph does not hold at these sizes: {one_line(error)}") from error
         real: Real = list
         if made.padding is not None and not all(item.keeps_padding for item in self._settings.passes):
             real = made.padding.left_out(tensors)
-        found, usual, truth = map(real, (made.runner.run(tensors), eager, judge))
-        return compare(found, usual, truth, made.program.signature.outputs)
+        found, usual, truth, graph = map(real, (made.runner.run(tensors), eager, judge, again))
+        names = made.program.signature.outputs
+        verdict = compare(found, usual, truth, names)
+        # The judge is the graph's fp64 run: of a graph that is not the model's it would take eager for imprecise.
+        problems = [(name, difference(*pair)) for name, *pair in zip(names, graph, usual, strict=True)]
+        wrong = [f"the traced graph is not the model: {name} {problem}" for name, problem in problems if problem]
+        return dataclasses.replace(verdict, reasons=(*wrong, *verdict.reasons))
 
     @property
     def report(self) -> Report:

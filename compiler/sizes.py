@@ -17,7 +17,7 @@ from ..ir.graph import Program
 from .trace import plain_attention
 
 # Graph and model run the same operators: what rounding alone makes of that stays far below, a wrong constant far above.
-_APART = 0.01  # of the largest number of an output
+_APART, _HALF_APART = 0.01, 0.1  # of the largest number of an output; in half precision
 
 
 def admit_ones(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> Program:
@@ -60,7 +60,7 @@ def check_sizes(program: Program, model: torch.nn.Module, tensors: Sequence[Tens
             continue
         pairs = _outputs(program, model, _cut(program, tensors, dict.fromkeys(names, size - 1)))
         for name, pair in zip(program.signature.outputs, pairs or (), strict=False):
-            if problem := _difference(*pair):
+            if problem := difference(*pair):
                 given = next(item.path for item in program.signature.inputs if names & {*item.shape[axis : axis + 1]})
                 raise TraceError(
                     f"torch.export's graph is wrong at other sizes: with axis {axis} of {given!r} at {size - 1}, "
@@ -129,8 +129,8 @@ def _agree(value: Any, truth: Any) -> bool:
     return torch.allclose(value, truth, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def _difference(value: Any, truth: Any) -> str:
-    """How the graph's output differs from the model's; empty: by rounding at most."""
+def difference(value: Any, truth: Any) -> str:
+    """How a traced graph's output differs from the model's on one input; empty: by rounding at most."""
     if not isinstance(truth, Tensor) or not isinstance(value, Tensor):
         return ""
     if value.shape != truth.shape:
@@ -140,5 +140,5 @@ def _difference(value: Any, truth: Any) -> str:
         return "has NaN or infinity where the model's has none, or the other way round"
     if not truth.is_floating_point() or not bool(finite.any()):
         return ""  # of whole numbers one may be another for a tie
-    apart = (value - truth)[finite].abs().max()
-    return "has other values than the model's" if bool(apart > _APART * truth[finite].abs().max()) else ""
+    most = (_HALF_APART if truth.element_size() == 2 else _APART) * truth[finite].abs().max()
+    return "has other values than the model's" if bool((value - truth)[finite].abs().max() > most) else ""

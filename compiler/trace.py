@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import inspect
 import keyword
@@ -44,7 +45,9 @@ def trace(model: torch.nn.Module | ExportedProgram, args: Arguments, dynamic_sha
     if isinstance(model, ExportedProgram):
         return _to_program(model, _positional_names(model), model.example_inputs or ((), {}))
     check_names(model, args)
-    positional = parameter_names(model)
+    args = _distinct(model, args)
+    model = _spelled_out(model, args[1])
+    positional = parameter_names(model, len(args[0]))
     if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
         raise InputError(f"dynamic_shapes is {dynamic_shapes!r}; give 'auto', None, or torch.export's own form")
     if isinstance(dynamic_shapes, tuple | list):
@@ -87,10 +90,49 @@ def bind_example(model: torch.nn.Module, example: Any) -> Arguments:
     return (), {**dict(zip(by_name, args, strict=False)), **kwargs}
 
 
-def parameter_names(model: torch.nn.Module) -> tuple[str, ...]:
-    """The names of the arguments of forward that may be given by position."""
+def parameter_names(model: torch.nn.Module, count: int = 0) -> tuple[str, ...]:
+    """The names of the arguments of forward that may be given by position; of `*rest`, to `count`: rest.0, rest.1."""
     parameters = inspect.signature(model.forward).parameters.values()
-    return tuple(item.name for item in parameters if item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD))
+    names = [item.name for item in parameters if item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD)]
+    rest = [item.name for item in parameters if item.kind is item.VAR_POSITIONAL]
+    return (*names, *(f"{name}.{place}" for name in rest for place in range(count - len(names))))
+
+
+def _spelled_out(model: torch.nn.Module, named: Mapping[str, Any]) -> torch.nn.Module:
+    """The model with a parameter of forward for each input that it takes by `**kwargs`.
+
+    torch.export fails on these beside dynamic shapes, and transformers' models take `output_hidden_states` so.
+    """
+    forward: Any = model.forward
+    signature = inspect.signature(forward)
+    others = [name for name in named if name not in signature.parameters]
+    if not others:
+        return model
+    known = [item for item in signature.parameters.values() if item.kind is not item.VAR_KEYWORD]
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in others]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    found = copy.copy(model)
+    call.__signature__ = signature.replace(parameters=[*known, *added])  # type: ignore[attr-defined]
+    found.forward = call
+    return found
+
+
+def _distinct(model: torch.nn.Module, args: Arguments) -> Arguments:
+    """The example with a tensor of its own for each input: one object is one input to torch.export, or a weight."""
+    taken = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        found = leaf.detach().clone() if id(leaf) in taken else leaf
+        taken.add(id(found))
+        return found
+
+    distinct: Arguments = pytree.tree_map(own, args)
+    return distinct
 
 
 def check_names(model: torch.nn.Module, args: Arguments) -> None:
@@ -229,11 +271,13 @@ def _to_program(exported: ExportedProgram, positional: Sequence[str], args: Argu
     placeholders = [node for node in source.graph.nodes if node.op == "placeholder"]
     symbols = symbols_of(placeholders)
     inputs, constants = [], []
+    names = {"torch", *(node.name for node in graph.nodes if node.op != "placeholder")}
     for path, node in zip(paths, placeholders, strict=True):
         value = node.meta.get("val")
         if str(copies[node].target) == "torch":  # what torch.fx writes calls of it in the function's body
-            copies[node].target = "torch_"
             copies[node]._rename("torch_")
+        if str(copies[node].target) in names:  # as a weight's, which would hide it in the function's body
+            copies[node].target = copies[node].name
         if isinstance(value, Tensor):
             sizes = tuple(stated(size_text(size, symbols)) for size in value.shape)
             dtype = str(value.dtype).removeprefix("torch.")
