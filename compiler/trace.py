@@ -6,9 +6,11 @@ import contextlib
 import copy
 import importlib.util
 import inspect
+import io
 import keyword
 import operator
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -189,10 +191,31 @@ def _widened(args: Arguments) -> Iterator[Arguments]:
 
 def _export(model: torch.nn.Module, args: Arguments, dynamic_shapes: Any) -> ExportedProgram:
     try:
-        with torch.no_grad(), _no_mask_inspection(), plain_attention(), hf.traceable_experts(), hf.broadcast_masks():
+        with (
+            _without_dump(),
+            torch.no_grad(),
+            _no_mask_inspection(),
+            plain_attention(),
+            hf.traceable_experts(),
+            hf.broadcast_masks(),
+        ):
             return torch.export.export(model, *args, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise TraceError(f"cannot trace {type(model).__name__}{_user_line(error)}: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_dump() -> Iterator[None]:
+    """Keep the graph that torch.export prints when it fails, hundreds of lines, off stderr; the rest is passed on."""
+    written, dumped = io.StringIO(), ""
+    try:
+        with contextlib.redirect_stderr(written):
+            yield
+    except Exception as error:
+        dumped = f"{getattr(error, 'partial_fx_graph', '')}\n"
+        raise
+    finally:
+        sys.stderr.write(written.getvalue().replace(dumped, "") if dumped.strip() else written.getvalue())
 
 
 @contextlib.contextmanager

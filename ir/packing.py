@@ -67,6 +67,29 @@ def regions(program: Program) -> list[Region]:
     return [region for region in found if region.attention]
 
 
+class Padding:
+    """Which key mask says where the tokens of a value are padding.
+
+    It is the mask by whose attention the value is reached along the tokens. Where calls in between do not say how they
+    treat tokens, it is one of the same sizes, if the length may vary: a decoder's has a name of its own then, even in a
+    batch in which it equals the encoder's.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._regions = [region_of(program, mask) for mask in key_masks(program)]
+
+    def mask(self, node: fx.Node, place: Place) -> fx.Node | None:
+        """The key mask [B, N] of a value whose axes at a place are B and N; None: nothing masks its tokens."""
+        for region in self._regions:
+            if region.places.get(node) == place:
+                return region.key_mask
+        for region in self._regions:
+            sizes = shape(region.key_mask)
+            if not isinstance(sizes[1], int) and _holds(node, place, sizes):
+                return region.key_mask
+        return None
+
+
 @dataclass(frozen=True)
 class Reader:
     """A call outside of a region to which padding counts, and the call of the region that it reads, if by others."""
@@ -178,8 +201,10 @@ def region_of(program: Program, mask: fx.Node) -> Region:
     def reach(node: Any, place: Place) -> None:
         if node in region.places or node in fixed or not _holds(node, place, shape(mask)):
             return
-        carries = any(place[0] in axes and place[1] in axes for axes in carried(node).values())
-        if carries or _among_tokens(node, region, reached):
+        among = _among_tokens(node, region, reached)
+        if region.reads_masked(node) and not among:
+            return  # its queries may be other tokens, as many as the keys by chance
+        if among or any(place[0] in axes and place[1] in axes for axes in carried(node).values()):
             region.places[node] = place
         elif node in reached:
             return

@@ -9,13 +9,14 @@ files.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ..graph import Program, attribute
-from ..packing import key_masks
+from ..packing import Padding, key_masks
 from ..rewrite import Track, untracked
 from .spill import LIMIT, Spill
 
@@ -43,7 +44,8 @@ class Lockstep:
         self._spill = Spill(memory)
         self._track, self._title = track or untracked, title
         self._values: dict[fx.Node, list[Any]] = {}
-        found = [program.values(key_masks(program), batch) for batch in batches]
+        self._key_masks = key_masks(program)
+        found = [program.values(self._key_masks, batch) for batch in batches]
         self._masks = [[mask.bool() for mask in masks] for masks in zip(*found, strict=True)]
 
     def run(self, visit: Visit) -> list[list[Any]]:
@@ -73,25 +75,30 @@ class Lockstep:
 
     def rows(self, node: fx.Node) -> list[Tensor]:
         """An activation [..., K] as rows [tokens, K], by batch, without the tokens that attention masks as padding."""
-        return [self.unpadded(value, index) for index, value in enumerate(self._values[node])]
+        return [self.unpadded(node, value, index) for index, value in enumerate(self._values[node])]
 
     def rows_as_read(self, node: fx.Node) -> Sequence[Tensor]:
         """`rows`, each computed when it is read, which has to be while the node's values are there."""
-        return _Rows(self, self._values[node])
+        return _Rows(self, node, self._values[node])
 
     def hold(self, value: Any) -> Any:
         """A value that is to be kept for a while: as it is, or in a file where memory is short."""
         return self._spill.hold(value)
 
-    def unpadded(self, value: Tensor, index: int) -> Tensor:
-        """A value [..., K] of a batch as rows [tokens, K], without padding where its sizes are those of a mask."""
-        mask = self.mask(value.shape[:-1], index)
+    def unpadded(self, node: fx.Node, value: Tensor, index: int) -> Tensor:
+        """A value [..., K] of a batch as rows [tokens, K], without the padding among the tokens of `node`."""
+        mask = self.mask(node, index) if value.dim() == 3 else None
         rows = value.reshape(-1, value.shape[-1])
         return rows if mask is None else rows[mask.reshape(-1)]
 
-    def mask(self, sizes: torch.Size, index: int) -> Tensor | None:
-        """A padding mask of a batch that has these sizes, True at real tokens."""
-        return next((masks[index] for masks in self._masks if masks[index].shape == sizes), None)
+    def mask(self, node: fx.Node, index: int, axis: int = 1) -> Tensor | None:
+        """The padding mask of a node's tokens in a batch, [B, N], True at real tokens; `axis` is that of N."""
+        found = self._padding.mask(node, (0, axis)) if self._masks else None
+        return None if found is None else self._masks[self._key_masks.index(found)][index]
+
+    @cached_property
+    def _padding(self) -> Padding:
+        return Padding(self.program)
 
     def _call(self, node: fx.Node, index: int) -> Any:
         assert callable(node.target)
@@ -103,14 +110,14 @@ class Lockstep:
 
 
 class _Rows(Sequence[Tensor]):
-    def __init__(self, lockstep: Lockstep, values: Sequence[Any]) -> None:
-        self._lockstep, self._values = lockstep, values
+    def __init__(self, lockstep: Lockstep, node: fx.Node, values: Sequence[Any]) -> None:
+        self._lockstep, self._node, self._values = lockstep, node, values
 
     def __len__(self) -> int:
         return len(self._values)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._lockstep.unpadded(self._values[index], index)
+        return self._lockstep.unpadded(self._node, self._values[index], index)
 
 
 def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

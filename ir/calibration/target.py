@@ -89,12 +89,13 @@ def run(
     """
     lockstep = Lockstep(program, batches)
     outputs = lockstep.run(_untouched if visit is None else visit(lockstep))
+    nodes: Any = next(node for node in program.graph.nodes if node.op == "output").args[0]
     places = [place for place, value in enumerate(outputs[0]) if _is_vectors(value)]
     if not places:
         raise RewriteError("the program has no output of float vectors, by which its error could be measured")
     found = []
     for place in places:
-        vectors = [lockstep.unpadded(batch[place], index).float() for index, batch in enumerate(outputs)]
+        vectors = [lockstep.unpadded(nodes[place], batch[place], index).float() for index, batch in enumerate(outputs)]
         widest = max(item.shape[-1] for item in vectors)
         found.append(torch.cat([F.pad(item, (0, widest - item.shape[-1])) for item in vectors]))
     return found

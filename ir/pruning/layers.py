@@ -100,7 +100,9 @@ def least(layers: Sequence[Layer], program: Program, batches: Sequence[Sequence[
             entered[starts[node]] = lockstep.rows(_stream(starts[node].branches[0]))
         if node in ends:
             both = zip(*(lockstep.values(item) for item in _operands(node)), strict=True)
-            after = torch.cat([lockstep.unpadded(first + second, index) for index, (first, second) in enumerate(both)])
+            after = torch.cat(
+                [lockstep.unpadded(node, first + second, index) for index, (first, second) in enumerate(both)]
+            )
             before = torch.cat(entered.pop(ends[node]))
             turned[ends[node]] = 1 - float(F.cosine_similarity(before.double(), after.double(), dim=-1).mean())
 

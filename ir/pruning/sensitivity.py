@@ -79,9 +79,8 @@ def reach(
                 total, list(recorder.seen.values()), retain_graph=place < probes - 1, allow_unused=True
             )
             for layer, value, grad in zip(recorder.seen, recorder.seen.values(), grads, strict=True):
-                rows = (
-                    judge.lockstep.unpadded(torch.zeros_like(value) if grad is None else grad, index).detach().float()
-                )
+                found_grad = torch.zeros_like(value) if grad is None else grad
+                rows = judge.lockstep.unpadded(layer, found_grad, index).detach().float()
                 squares = rows.square().sum(1) / probes
                 if place == 0:
                     found[layer].tokens.append(squares)
@@ -118,6 +117,7 @@ class _Judge:
         self.lockstep, self._loss = Lockstep(program, batches), loss
         self._batches = len(batches)
         self._places = [] if loss else _judged(program)
+        self._nodes: Any = next(node for node in program.graph.nodes if node.op == "output").args[0]
         self._generator = torch.Generator().manual_seed(0)
 
     def probes(self, wanted: int) -> int:
@@ -132,12 +132,13 @@ class _Judge:
             if not total.requires_grad:
                 raise RewriteError("the loss does not depend on the weights")
             return total
-        return sum((self._signed(outputs[place], index) for place in self._places), torch.zeros(()))
+        signed = (self._signed(self._nodes[place], outputs[place], index) for place in self._places)
+        return sum(signed, torch.zeros(()))
 
-    def _signed(self, output: Tensor, index: int) -> Tensor:
+    def _signed(self, node: fx.Node, output: Tensor, index: int) -> Tensor:
         """The sum of the vectors' numbers with random signs, without padding, each vector in units of its length."""
         signs = torch.randint(0, 2, output.shape, generator=self._generator).to(output) * 2 - 1
-        real = self.lockstep.mask(output.shape[:-1], index)
+        real = self.lockstep.mask(node, index) if output.dim() == 3 else None
         if real is not None:
             signs = signs * real.unsqueeze(-1)
         length = output.detach().norm(dim=-1, keepdim=True) if output.dim() else output.detach().abs()

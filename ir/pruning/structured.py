@@ -159,7 +159,7 @@ class _Fit:
         if stays and bool(keep.all()) and all(map(self._same, [inputs, *stream])):
             self.found[node] = Layer(weight, bias, keep, math.inf)
             return was + was
-        batches = partial(self._batches, inputs, was, stream)
+        batches = partial(self._batches, node, inputs, was, stream)
         weight, bias = fitted(batches(self.tokens.get(node)), weight, bias, keep)
         if not stays:
             weight = weight * self.rows[node].unsqueeze(1)
@@ -173,6 +173,7 @@ class _Fit:
 
     def _batches(
         self,
+        node: fx.Node,
         inputs: Sequence[Tensor],
         was: Sequence[Tensor],
         stream: Sequence[Sequence[Tensor]],
@@ -184,7 +185,7 @@ class _Fit:
             for values in stream:
                 total = total + values[index]
                 lack = lack + (values[index] - values[index + self.count])
-            rows = [self.lockstep.unpadded(item, index) for item in (inputs[index + self.count], lack, total)]
+            rows = [self.lockstep.unpadded(node, item, index) for item in (inputs[index + self.count], lack, total)]
             yield Batch(rows[0], rows[1], by_length(rows[2]) if tokens is None else tokens[index])
 
 

@@ -64,8 +64,8 @@ def _top(lockstep: Lockstep, node: fx.Node) -> Tensor:
     """The largest magnitude of [B, H, N, D] over all batches."""
     tops = []
     for index, value in enumerate(lockstep.values(node)):
-        tokens = value.float().transpose(1, 2)  # padding is known by [B, N]
-        mask = lockstep.mask(tokens.shape[:2], index)
+        tokens = value.float().transpose(1, 2)
+        mask = lockstep.mask(node, index, axis=2)
         kept = tokens if mask is None else tokens[mask]
         if kept.numel():
             tops.append(kept.abs().amax())

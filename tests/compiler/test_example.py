@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import fxpress
 from fxpress.compiler import trace
-from fxpress.ir.errors import InputError
+from fxpress.ir.errors import InputError, TraceError
 
 X, Y = normal(2, 3, seed=1), normal(2, 3, seed=2)
 
@@ -122,6 +123,17 @@ def test_options_of_transformers_models(make: Callable[[], Any]) -> None:
     assert list(found) == list(expected) and len(found.hidden_states) == 2
     for value, truth in zip(found.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(value, truth)
+
+
+def test_what_torch_prints_of_a_failure_is_kept_off_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            print("seen", file=sys.stderr)
+            return x * 2 if x.max() > 3 else x
+
+    with pytest.raises(TraceError, match="cannot trace Branch at test_example"):
+        fxpress.compile(Branch().eval(), example_inputs=(X,), backend="eager")
+    assert {*capsys.readouterr().err.split()} == {"seen"}
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

@@ -294,6 +294,23 @@ def test_attention_to_others_is_not_among_tokens() -> None:
         rewritten(before, RemovePadding())
 
 
+def test_queries_that_are_as_many_as_the_keys_are_other_tokens() -> None:
+    """Of fixed sizes, by which they cannot be told apart: a decoder's, none of which is padding."""
+
+    class Crossed(Block):
+        def forward(self, x: Tensor, key_mask: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            tokens = super().forward(x, key_mask)
+            heads = [item.unflatten(-1, (2, 4)).transpose(1, 2) for item in (y, tokens, tokens)]
+            return self.norm(y + self.o(attention(*heads, key_mask=key_mask).transpose(1, 2).flatten(2)))
+
+    given = [*inputs(), normal(3, 6, WIDTH, seed=9)]
+    before, _ = rewritten(program(Crossed(), *given), Canonicalize())
+    after, result = rewritten(before, RemovePadding())
+    assert result.rewrites
+    kept = given[1].any(1)  # of a source without tokens nothing is defined
+    torch.testing.assert_close(after.run(given)[0][kept], before.run(given)[0][kept], rtol=1e-5, atol=1e-6)
+
+
 # --- whole models ----------------------------------------------------------------------------------------------
 
 TINY: dict[str, Any] = {

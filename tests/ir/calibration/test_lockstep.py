@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from build import normal, program
 from tiny import encoder, inputs
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from fxpress.compiler.trace import trace
 from fxpress.ir.calibration.lockstep import Lockstep
 from fxpress.ir.graph import Program
 from fxpress.ir.rewrite import Context
@@ -138,15 +139,54 @@ def test_rows_leave_out_what_attention_masks_as_padding() -> None:
 
 
 def test_rows_without_a_mask_are_all() -> None:
-    lockstep = Lockstep(chain(), BATCHES)
-    assert len(lockstep.unpadded(normal(2, 3, 4), 0)) == 6
+    traced = chain()
+    lockstep = Lockstep(traced, BATCHES)
+    assert len(lockstep.unpadded(first_output(traced), normal(2, 3, 4), 0)) == 6
 
 
-def test_a_value_of_other_sizes_than_the_mask_has_no_padding() -> None:
-    lockstep = Lockstep(attended(), [list(inputs(2, 6).values())])
-    assert len(lockstep.unpadded(normal(2, 6, 4), 0)) == 10
-    assert len(lockstep.unpadded(normal(2, 5, 4), 0)) == 10
-    assert len(lockstep.unpadded(normal(6, 2, 4), 0)) == 12
+def first_output(traced: Program) -> fx.Node:
+    return outputs_of(traced)[0]
+
+
+def outputs_of(traced: Program) -> Any:
+    return next(node for node in traced.graph.nodes if node.op == "output").args[0]
+
+
+def test_a_value_that_has_no_tokens_has_no_padding() -> None:
+    traced = attended()
+    lockstep = Lockstep(traced, [list(inputs(2, 6).values())])
+    assert len(lockstep.unpadded(first_output(traced), normal(2, 6, 4), 0)) == 10
+    assert len(lockstep.unpadded(first_output(traced), normal(2, 6), 0)) == 2
+
+
+class Crossed(nn.Module):
+    """A decoder's tokens that attend to those of a source, with its padding mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.memory, self.out = nn.Embedding(50, 16), nn.Embedding(50, 16), nn.Linear(16, 16)
+
+    def forward(self, source: Tensor, mask: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = self.memory(source), self.words(target)
+        query, key = (item.unflatten(-1, (2, 8)).transpose(1, 2) for item in (y, x))
+        found = F.scaled_dot_product_attention(query, key, key, attn_mask=mask[:, None, None, :])
+        return self.out(y + found.transpose(1, 2).flatten(2)), x
+
+
+@pytest.mark.parametrize("shapes", ["auto", None], ids=["dynamic", "fixed"])
+@pytest.mark.parametrize("length", [5, 6])
+def test_a_sources_mask_is_not_one_of_the_decoders_tokens(length: int, shapes: str | None) -> None:
+    """Not even where there are as many of them."""
+    source, mask = inputs(2, 6).values()
+    target = inputs(2, length)["ids"]
+    model, example = Crossed().eval(), inputs(2, length if shapes is None else 5)["ids"]
+    traced = trace(model, ((), {"source": source, "mask": mask, "target": example}), shapes)
+    Canonicalize().apply(traced, Context())
+    lockstep = Lockstep(traced, [[source, mask, target]])
+    (written, read) = lockstep.run(nothing)[0]
+    nodes = outputs_of(traced)
+    assert len(lockstep.unpadded(nodes[0], written, 0)) == 2 * length
+    assert len(lockstep.unpadded(nodes[1], read, 0)) == 12 - 2
 
 
 def test_a_batch_of_nothing_but_padding_has_no_rows() -> None:
