@@ -66,9 +66,16 @@ class Reader:
             if found is None or found.count > _LARGEST:
                 found = self.element(node, indices)
             self._known[key] = found
-            if len(indices) <= 4 and indices == self.aligned(node):
+            if self._broadcasts(node) and indices == self.aligned(node):
                 self.nodes.setdefault(found, node)
         return self._known[key]
+
+    def _broadcasts(self, node: fx.Node) -> bool:
+        """Whether a tensor broadcasts to the four axes; a table whose beginning is read is larger."""
+        sizes = shape(node)
+        return len(sizes) <= 4 and all(
+            is_one(extent) or e.size(extent) == self.extents[4 - len(sizes) + axis] for axis, extent in enumerate(sizes)
+        )
 
     def _read(self, node: fx.Node, indices: Indices) -> Expression | None:
         if node.op == "get_attr":

@@ -140,6 +140,20 @@ def test_attentions_share_their_padding() -> None:
     assert first is second
 
 
+def test_a_bias_of_the_length_at_hand_is_the_slice() -> None:
+    """The table that a bias is sliced from holds the same numbers at the same indices, and is larger."""
+
+    def forward(self: Any, x: Tensor, pad: Tensor) -> Tensor:
+        length = x.shape[2]
+        return attention(x, x, x, torch.where(padded(pad), self.table[:, :, :length, :length], LOWEST))
+
+    before = program(module(forward, table=normal(1, 2, 16, 16)), *tensors(3, 6, [0, 0, 2]))
+    after, result = rewritten(before, Canonicalize())
+    assert arguments(attention_of(after))["key_mask"] is not None, reasons(result, "mask")
+    for given in INPUTS:
+        assert_equal(before, after, given)
+
+
 def halved(x: Tensor) -> Tensor:
     return columns(x) < x.shape[2] // 2
 
