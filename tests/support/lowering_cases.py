@@ -96,6 +96,13 @@ def float_mask(batch: int, length: int, keys: int, none: bool = False) -> Tensor
     return torch.randn(batch, 1, length, keys).masked_fill(shut, -math.inf)
 
 
+def lowest_beside_none(batch: int, length: int) -> Tensor:
+    """Rows whose one key has the lowest number: all others are -inf."""
+    mask = float_mask(batch, length, length, none=True)
+    mask[0, :, length // 2, 0] = torch.finfo(torch.float32).min
+    return mask
+
+
 def case(name: str, inputs: Callable[[int, int], Inputs], **options: Any) -> Case:
     return Case(f"attention, {name}", attention, inputs, options=tuple(options.items()))
 
@@ -132,6 +139,11 @@ ATTENTIONS = [
             "bias": float_mask(b, n, n, none=True).clamp(min=torch.finfo(torch.float32).min),
         },
     ),
+    case(
+        "float mask, the lowest number in else empty rows",
+        lambda b, n: {**heads(b, n), "bias": lowest_beside_none(b, n)},
+    ),
+    case("bias of rank 0", lambda b, n: {**heads(b, n), "bias": torch.tensor(-0.5)}, empty="nan"),
     case("float mask, causal", lambda b, n: {**heads(b, n), "bias": float_mask(b, n, n)}, right=0),
     case(
         "float mask, key mask",

@@ -71,7 +71,7 @@ class Attention:
         """All masks as one finite additive bias (None: there is none); `finish` mends rows without any key.
 
         Not of the lowest number: where a row has no other, the kernel of ai.onnx::Attention gives zeros, a softmax the
-        mean.
+        mean. Keys of -inf get less than those of a bias as low as can be, unless rows give the mean of both.
         """
         allowed, lowest = self.allowed(), torch.finfo(self.query.dtype).min / 2
         added = self.bias if self.bias is not None and self.bias.dtype != torch.bool else None
@@ -80,6 +80,8 @@ class Attention:
             return None if allowed is None else _rank4(torch.where(allowed, zero, lowest))
         if allowed is not None:
             added = torch.where(allowed, added, -math.inf)
+        if self.empty != "mean":
+            return _rank4(torch.where(added > -math.inf, added.clamp(min=lowest / 2), lowest))
         return _rank4(added.clamp(min=lowest))
 
     @property
@@ -104,11 +106,11 @@ class Attention:
         allowed = self.allowed()
         if self.bias.dtype == torch.bool:
             assert allowed is not None
-            return _rank4(allowed.any(-1, keepdim=True))
-        bias = self.bias if allowed is None else torch.where(allowed, self.bias, -math.inf)
+            return _rank4(allowed).any(-1, keepdim=True)
+        bias = _rank4(self.bias if allowed is None else torch.where(allowed, self.bias, -math.inf))
         # Numbers as low as can be are as good as -inf to a softmax over finite numbers, see `ir.ops.attention`.
         lowest = torch.finfo(self.query.dtype).min if self.empty == "mean" else -math.inf
-        return _rank4(self._any_above(bias, lowest))
+        return self._any_above(bias, lowest)
 
     def _any_above(self, bias: Tensor, lowest: float) -> Tensor:
         """Whether a row has a number above the lowest."""

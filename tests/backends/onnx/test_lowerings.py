@@ -62,7 +62,11 @@ ALIKE = {
     "rotary, 8 of 8 columns, interleaved, one row of angles",
     "split_linear, no bias",
 }
-WITH_EMPTY_ROWS = {*FEW, *(name for name in CASES if "without keys" in name or name.endswith(", empty rows"))}
+WITH_EMPTY_ROWS = {
+    *FEW,
+    *(name for name in CASES if "without keys" in name or name.endswith("empty rows")),
+    "attention, bias of rank 0",
+}
 
 
 def test_every_operator_has_a_case() -> None:
