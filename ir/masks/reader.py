@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..graph import Program, shape
+from ..graph import Program, same_sizes, shape
 from . import expression as e
 from .elementwise import ELEMENTWISE, apply
 from .expression import Element, Expression, Sum
@@ -34,6 +34,7 @@ class Reader:
 
     def __init__(self, program: Program, extents: Sequence[int | torch.SymInt]) -> None:
         self.program = program
+        self._sizes = extents
         self.extents: Mapping[int, Sum] = {axis: e.size(extent) for axis, extent in enumerate(extents)}
         self.nodes: dict[Expression, fx.Node] = {}  # nodes that broadcast to the four axes, by what they hold
         self._known: dict[tuple[fx.Node, Indices], Expression] = {}
@@ -73,9 +74,7 @@ class Reader:
     def _broadcasts(self, node: fx.Node) -> bool:
         """Whether a tensor broadcasts to the four axes; a table whose beginning is read is larger."""
         sizes = shape(node)
-        return len(sizes) <= 4 and all(
-            is_one(extent) or e.size(extent) == self.extents[4 - len(sizes) + axis] for axis, extent in enumerate(sizes)
-        )
+        return len(sizes) <= 4 and all(map(_fits, reversed(sizes), reversed(self._sizes)))
 
     def _read(self, node: fx.Node, indices: Indices) -> Expression | None:
         if node.op == "get_attr":
@@ -103,3 +102,16 @@ class Reader:
             node,
             tuple(e.whole(0) if is_one(extent) else found for extent, found in zip(sizes, own, strict=True)),
         )
+
+
+def _fits(size: int | torch.SymInt, extent: int | torch.SymInt) -> bool:
+    """Whether an axis broadcasts to a size.
+
+    Of what is computed from sizes, as the length of a slice is, PyTorch may not know that it equals another one: there
+    the example's sizes tell.
+    """
+    if is_one(size) or same_sizes([size], [extent]):
+        return True
+    if not isinstance(size, torch.SymInt) or size.node.expr.is_Symbol:
+        return False
+    return bool(size.node.hint == (extent.node.hint if isinstance(extent, torch.SymInt) else extent))

@@ -140,14 +140,20 @@ def test_attentions_share_their_padding() -> None:
     assert first is second
 
 
-def test_a_bias_of_the_length_at_hand_is_the_slice() -> None:
+TABLES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "first_keys": lambda table, length: table[..., :length],
+    "last_keys_as_in_mpt": lambda table, length: table[..., max(0, 16 - length) :],
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_bias_of_the_length_at_hand_is_the_slice(name: str) -> None:
     """The table that a bias is sliced from holds the same numbers at the same indices, and is larger."""
 
     def forward(self: Any, x: Tensor, pad: Tensor) -> Tensor:
-        length = x.shape[2]
-        return attention(x, x, x, torch.where(padded(pad), self.table[:, :, :length, :length], LOWEST))
+        return attention(x, x, x, torch.where(padded(pad), TABLES[name](self.table, x.shape[2]), LOWEST))
 
-    before = program(module(forward, table=normal(1, 2, 16, 16)), *tensors(3, 6, [0, 0, 2]))
+    before = program(module(forward, table=normal(1, 2, 1, 16)), *tensors(3, 6, [0, 0, 2]))
     after, result = rewritten(before, Canonicalize())
     assert arguments(attention_of(after))["key_mask"] is not None, reasons(result, "mask")
     for given in INPUTS:
