@@ -12,9 +12,10 @@ import torch
 from torch import fx
 
 from ..graph import Program, arguments, dtype, shape
-from ..ops.attention import ABSORBING, attention
+from ..ops.attention import ABSORBED, ABSORBING, attention
 from ..pattern import Refusal
 from ..rewrite import Applied, Context, PassResult
+from ..spellings.magnitude import magnitude
 from . import expression as e
 from .emit import Emitter, input_of_size, size_node
 from .expression import Constant, Element, Expression, Index, Sum
@@ -262,6 +263,10 @@ def _as_arguments(
         changes["bias"] = reader.nodes.get(found.bias)
         if changes["bias"] is None:
             return Refusal(f"no node holds what is added to visible keys alone: {e.spell(found.bias)}")
+        # Bounded from below, hidden keys all get one number, whatever is added to them.
+        alike = changes.get("empty") is None or given["empty"] == "mean"
+        if not alike and magnitude(changes["bias"]) > ABSORBED:
+            return Refusal(f"{e.spell(found.bias)} may itself be as low as the {found.hidden} that hidden keys get")
     for side, limit in (("left", found.left), ("right", found.right)):
         if limit is not None:
             changes[side] = _limit_node(program, limit, node)

@@ -13,6 +13,7 @@ from .table import operator
 
 EMPTY = ("zeros", "nan", "mean")  # what a row without any allowed key gives
 ABSORBING = -1e30  # in fp32 nothing is left of a score that such a number, or a lower one, is added to
+ABSORBED = 1e22  # the largest number of which such a number leaves nothing
 
 
 def attention_result(

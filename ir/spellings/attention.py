@@ -13,6 +13,7 @@ from .. import pattern as p
 from ..graph import Program, arguments, dtype, same_sizes, shape
 from ..ops.attention import ABSORBING, attention, wide
 from ..pattern import Match, Refusal, Rule
+from .magnitude import magnitude
 from .numbers import number
 from .scores import Reading, Term, find
 
@@ -132,8 +133,12 @@ def _mask_problem(reading: Reading) -> str | None:
     if not added:
         return None
     first = next(index for index, term in enumerate(reading.terms) if term.fill is not None)
-    if added[-1] > first and max(fills) > ABSORBING:
-        return f"a bias is added to scores that are filled with {max(fills):g}"
+    fill = max(fills)
+    if added[-1] > first and fill > ABSORBING:
+        return f"a bias is added to scores that are filled with {fill:g}"
+    biases = [reading.terms[index] for index in added]
+    if fill > ABSORBING and sum(magnitude(term.tensor, True) * abs(term.factor) for term in biases) > -fill / 2:
+        return f"a bias that may itself be as low as {fill:g}, with which scores are filled"
     return "a bias and a finite fill in float16" if dtype(reading.value) is torch.float16 else None
 
 
@@ -282,12 +287,12 @@ class _Emit:
                 bias = mask if bias is None else self.call(aten.bitwise_and.Tensor, bias, mask)
                 filled = term.fill
             elif term.fill is not None:
-                value = term.fill if term.fill == -math.inf else torch.finfo(dtype(bias)).min
-                bias = self.call(aten.where.ScalarOther, mask, bias, value)
+                bias = self.call(aten.where.ScalarOther, mask, bias, _hiding(term.fill, dtype(bias)))
             elif bias is None:
                 bias = mask
             elif dtype(bias) is torch.bool:
-                bias = self.call(aten.where.self, bias, mask, self.call(aten.add.Tensor, mask, filled))
+                hidden = self.call(aten.add.Tensor, mask, _hiding(filled, dtype(mask)))
+                bias = self.call(aten.where.self, bias, mask, hidden)
             else:
                 bias = self.call(aten.add.Tensor, bias, mask)
         return bias
@@ -322,6 +327,14 @@ class _Emit:
         known = mask.target in (aten.bitwise_not.default, aten.logical_not.default)
         source: Any = mask.args[0] if known else None
         return source if known and dtype(source) is torch.bool else self.call(aten.logical_not.default, mask)
+
+
+def _hiding(fill: float, kind: torch.dtype) -> float:
+    """What is added to scores instead of filling them: the fill where it absorbs them, else a number that does."""
+    if fill == -math.inf:
+        return fill
+    lowest = torch.finfo(kind).min
+    return max(fill, lowest) if fill <= ABSORBING else lowest
 
 
 def _owner(size: Any, root: fx.Node, reading: Reading) -> tuple[fx.Node, int] | None:

@@ -39,6 +39,16 @@ def causal(x: Tensor) -> Tensor:
     return columns(x) <= rows(x)
 
 
+def slopes() -> Tensor:
+    """Those of ALiBi."""
+    return torch.pow(0.5, torch.arange(1, 3))[:, None, None]
+
+
+def any_bias(x: Tensor) -> Tensor:
+    """A user's numbers for each key, among which a mask may be."""
+    return x[..., 0][:, :, None]
+
+
 def masked(mask: Callable[[Any, Tensor, Tensor], Tensor], **options: Any) -> Program:
     """Attention of x [B, 2, N, 4] to itself under mask(self, x, pad), pad [B, N]."""
 
@@ -83,6 +93,14 @@ MEANINGS: dict[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], dict[str, Any
     "biased": (
         lambda m, x, pad: torch.where(padded(pad), m.bias, LOWEST),
         {"key_mask": True, "bias": True, "empty": "mean"},
+    ),
+    "biased_by_slopes": (
+        lambda m, x, pad: torch.where(causal(x), slopes() * (columns(x) - rows(x)), LOWEST),
+        {"right": 0, "bias": True, "empty": "mean"},
+    ),
+    "infinite_with_any_bias": (
+        lambda m, x, pad: torch.where(causal(x), any_bias(x), -math.inf),
+        {"right": 0, "bias": True},
     ),
     "added_to_a_bias": (
         lambda m, x, pad: m.bias + torch.where(padded(pad), 0.0, LOWEST),
@@ -189,6 +207,10 @@ REFUSALS: dict[str, tuple[Callable[[], Program], str]] = {
         lambda: masked(lambda m, x, pad: torch.where(padded(pad), 0.0, LOWEST) + torch.where(causal(x), 0.0, LOWEST)),
         f"hidden keys get -inf or {LOWEST}",
     ),
+    "any_bias": (
+        lambda: masked(lambda m, x, pad: torch.where(causal(x), any_bias(x), LOWEST)),
+        f"x[b, h, j, 0] may itself be as low as the {LOWEST} that hidden keys get",
+    ),
     "computed_size": (lambda: masked(lambda m, x, pad: halved(x)), "the size (N//2) is that of no input"),
     "nothing_of_one": (
         lambda: masked(lambda m, x, pad: causal(x) | (torch.zeros_like(columns(x)) < x.shape[2] // 2)),
@@ -208,6 +230,16 @@ def test_refusal(name: str) -> None:
     after, result = rewritten(before, Canonicalize())
     assert [re.sub(r"\bs\d+\b", "N", found) for found in reasons(result, "mask")] == [reason]
     assert isinstance(arguments(attention_of(after))["bias"], fx.Node)
+
+
+def test_scores_with_a_lowest_number_take_any_bias() -> None:
+    """A key that the bias hides then has the same number as one that the mask hides."""
+    before = masked(lambda m, x, pad: torch.where(causal(x), any_bias(x), LOWEST), empty="mean")
+    after, result = rewritten(before, Canonicalize())
+    assert arguments(attention_of(after))["right"] == 0, reasons(result, "mask")
+    x, pad = tensors(2, 6, [0, 0])
+    x[0, :, :2, 0], x[1, :, :2, 0] = LOWEST, -math.inf
+    assert_equal(before, after, [x, pad])
 
 
 def test_budget() -> None:

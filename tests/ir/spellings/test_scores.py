@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from build import assert_equal, check, normal, program, reasons, rewritten
-from heads import additive, causal, examples, keep, merge, qkv, traced
+from heads import LOWEST, additive, causal, examples, keep, merge, qkv, traced
 from sampled import sampled
 from torch import Tensor
 
@@ -85,6 +85,11 @@ def bias_after_a_finite_fill(m, x, pad, y):
     return ((q @ k.mT).masked_fill(~keep(pad), -1e4) + m.sinks[:, None, None]).softmax(-1) @ v
 
 
+def fill_that_a_bias_may_reach(m, x, pad, y):
+    q, k, v = qkv(m, x)
+    return (q @ k.mT + y[:, None, 2:, :1].mT).masked_fill(~causal(x), -1e4).softmax(-1) @ v
+
+
 def bias_that_adds_an_axis(m, x, pad, y):
     q, k, v = F.linear(x, m.q), F.linear(x, m.k), F.linear(x, m.v)
     return (q @ k.mT + m.sinks[:, None, None, None]).softmax(-1) @ v
@@ -152,6 +157,7 @@ NEAR_MISSES: dict[Callable[..., Any], str] = {
     masked_with_a_tensor: "where fills masked scores with sum_1 (aten.sum.dim_IntList), expected a number",
     masks_of_different_values: "masks fill with different values: [-inf, -1000000000.0]",
     bias_after_a_finite_fill: "a bias is added to scores that are filled with -10000",
+    fill_that_a_bias_may_reach: "a bias that may itself be as low as -10000, with which scores are filled",
     bias_that_adds_an_axis: "broadcasts the scores",
     mask_before_the_soft_cap: "stands before the soft cap, expected masks after it",
     scale_of_each_key: "expected one number for each row",
@@ -222,6 +228,42 @@ def test_a_mask_in_fp32_stays_as_it_is_for_halves() -> None:
     assert len(after.calls(attention)) == 1, reasons(result, "attention")
     assert not after.calls(torch.ops.aten._to_copy.default)
     assert_equal(before, after, tensors)
+
+
+def added_to_causal(m, q, k, v, mask):
+    return (q @ k.mT + torch.full((5, 5), LOWEST).triu(1) + mask).softmax(-1) @ v
+
+
+def added_to_causal_for_sdpa(m, q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, torch.full((5, 5), LOWEST).triu(1) + mask)
+
+
+def filled_with_the_lowest_number(m, q, k, v, mask):
+    return (q @ k.mT + mask).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), LOWEST).softmax(-1) @ v
+
+
+def filled_with_minus_1e9(m, q, k, v, mask):
+    return (q @ k.mT + mask).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -1e9).softmax(-1) @ v
+
+
+def filled_before_it_is_added(m, q, k, v, mask):
+    return (q @ k.mT).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), LOWEST).add(mask).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("low", [LOWEST, -math.inf, -1e9, -1e4], ids=["lowest", "infinite", "-1e9", "-1e4"])
+@pytest.mark.parametrize(
+    "spelling",
+    [added_to_causal, added_to_causal_for_sdpa, filled_with_the_lowest_number, filled_with_minus_1e9,
+     filled_before_it_is_added],
+    ids=lambda spelling: spelling.__name__,
+)  # fmt: skip
+def test_a_user_may_hide_all_keys_that_a_causal_mask_leaves(spelling: Callable[..., Any], low: float) -> None:
+    """By an input that is added, as left padding does for the first queries: which of both hides more, then shows."""
+    given = [*three(*[(2, 4, 5, 8)] * 3), torch.zeros(2, 1, 1, 5)]
+    before = program(spelling, *given, dynamic=None)
+    after, _ = rewritten(before, Canonicalize())
+    given[3][0, ..., :2] = low
+    assert_equal(before, after, given)
 
 
 def test_a_matmul_without_a_softmax_is_no_near_miss() -> None:
