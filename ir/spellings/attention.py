@@ -409,6 +409,14 @@ def _replace_repeated(program: Program, found: Match, _: Any) -> None:
 GROUPED = Rule("grouped_heads", _find_repeated, lambda _: True, _replace_repeated)
 
 
+def _is_read_once(node: fx.Node) -> bool:
+    """Whether one argument of one call reads a node: an attention may read it as key and as value."""
+    reads: list[fx.Node] = []
+    for user in node.users:
+        fx.node.map_arg((user.args, user.kwargs), reads.append)
+    return reads.count(node) == 1
+
+
 def _find_scaled(root: fx.Node) -> Match | Refusal | None:
     """A query or key that is multiplied by a number for this attention alone."""
     if root.target is not attention:
@@ -419,13 +427,13 @@ def _find_scaled(root: fx.Node) -> Match | Refusal | None:
         return None
     scale = size**-0.5 if given["scale"] is None else given["scale"]
     for node in (given["query"], given["key"]):
-        while isinstance(node, fx.Node) and node.target in _LAYOUT and len(node.users) == 1:
+        while isinstance(node, fx.Node) and node.target in _LAYOUT and _is_read_once(node):
             node = node.args[0]
         if not isinstance(node, fx.Node) or node.target not in (aten.mul.Tensor, aten.div.Tensor):
             continue
         source, factor = node.args[0], number(node.args[1])
         kept = isinstance(source, fx.Node) and dtype(source) is dtype(node) and same_sizes(shape(source), shape(node))
-        if kept and factor and 0 < factor < math.inf and len(node.users) == 1:
+        if kept and factor and 0 < factor < math.inf and _is_read_once(node):
             scaled = scale * factor if node.target is aten.mul.Tensor else scale / factor
             return Match(root, {"scaled": node, "source": source, "scale": scaled}, frozenset({root}))
     return None

@@ -95,10 +95,10 @@ def _find_shared(root: fx.Node) -> Match | Refusal | None:
             softmax = _softmax_behind(matmul.args[0])
             if softmax is None or total.args[0] is not softmax.args[0] or not is_last(total.args[1], softmax):
                 raise Mismatch(f"{total.name} is not that of the scores of {spell(softmax)}")
+            if arguments(gate[-1])["alpha"] != 1:
+                raise Mismatch(f"{gate[-1].name} takes a multiple of the sinks")
+            reader.reading.sinks = _vector(sinks, shape(softmax)[1:2] if len(shape(softmax)) == 4 else ())
             reading = reader.read()
-            if reading.sinks is not None or arguments(gate[-1])["alpha"] != 1:
-                raise Mismatch(f"{gate[-1].name} takes sinks from scores that have sinks, or a multiple of them")
-            reading.sinks = _vector(sinks, shape(softmax)[1:2] if len(shape(softmax)) == 4 else ())
             reader.nodes |= {root, total, *gate}
             _check_readers(reader.nodes, root)
         except Mismatch as mismatch:
@@ -229,6 +229,8 @@ class _Reader:
         drops_one = given["step"] == 1 and same_sizes(shape(cut)[-1:], [shape(node)[-1] - 1])
         if not (drops_one and (given["start"] or 0) == (0 if first else 1) and same_sizes(shape(sinks)[-1:], [1])):
             raise Mismatch(f"expected the column of the sinks to be dropped from {node.name}")
+        if self.reading.sinks is not None:
+            raise Mismatch(f"{node.name} joins sinks to scores that have sinks")
         self.reading.sinks = _per_head(sinks)
         return scores
 
@@ -330,6 +332,9 @@ class _Reader:
         scores, tensor, alpha = given["self"], given["other"], number(given["alpha"])
         maximum = _row_maximum(tensor, scores)
         if maximum:
+            changed = self._changed_by_a_shift()
+            if changed:
+                raise Mismatch(f"{node.name} takes each row's maximum off the scores, which changes {changed}")
             self.nodes |= maximum
             self.reading.safe = False
             return scores
@@ -337,6 +342,14 @@ class _Reader:
             raise Mismatch(f"expected scores less a mask, found {spell(node)}")
         self._add_term(node, tensor, -self.factor * alpha)
         return self._same_shape(node, scores)
+
+    def _changed_by_a_shift(self) -> str | None:
+        """What between the scores and their probabilities another number in all columns of a row would change."""
+        if self.capped:
+            return "what the soft cap gives"
+        if self.reading.clamped:
+            return "a row of -inf, which the bound then misses"
+        return "the share of the sinks" if self.reading.sinks is not None else None
 
     def _tanh(self, node: fx.Node, given: dict[str, Any]) -> Any:
         """factor * tanh(x): the soft cap is the factor, and the scores before it are factor * x."""

@@ -144,6 +144,42 @@ def shared_with_sinks_of_other_scores(m, x, pad, y):
     return (scores.softmax(-1) @ v) * share.unsqueeze(-1)
 
 
+def row_maximum_before_the_soft_cap(m, x, pad, y):
+    q, k, v = qkv(m, x)
+    scores = q @ k.mT
+    return (torch.tanh((scores - scores.amax(-1, keepdim=True)) / 5.0) * 5.0).softmax(-1) @ v
+
+
+def row_maximum_before_the_sinks(m, x, pad, y):
+    q, k, v = qkv(m, x)
+    scores = q @ k.mT
+    sinks = m.sinks[None, :, None, None].expand(q.shape[0], -1, q.shape[2], 1)
+    return torch.cat([scores - scores.amax(-1, keepdim=True), sinks], -1).softmax(-1)[..., :-1] @ v
+
+
+def row_maximum_before_the_logsumexp_of_sinks(m, x, pad, y):
+    q, k, v = qkv(m, x)
+    scores = q @ k.mT
+    scores = scores - scores.amax(-1, keepdim=True)
+    share = (scores.logsumexp(-1) - m.sinks.view(1, -1, 1)).sigmoid()
+    return (scores.softmax(-1) @ v) * share.unsqueeze(-1)
+
+
+def row_maximum_before_the_bound(m, x, pad, y):
+    q, k, v = qkv(m, x)
+    scores = (q @ k.mT).masked_fill(~keep(pad), -math.inf)
+    scores = scores - scores.amax(-1, keepdim=True)
+    return torch.max(scores, torch.tensor(torch.finfo(scores.dtype).min)).softmax(-1) @ v
+
+
+def sinks_twice(m, x, pad, y):
+    q, k, v = qkv(m, x)
+    sinks = m.sinks[None, :, None, None].expand(q.shape[0], -1, q.shape[2], 1)
+    scores = torch.cat([q @ k.mT, sinks], -1)
+    share = (scores.logsumexp(-1) - m.sinks.view(1, -1, 1)).sigmoid()
+    return (scores.softmax(-1)[..., :-1] @ v) * share.unsqueeze(-1)
+
+
 NEAR_MISSES: dict[Callable[..., Any], str] = {
     weights_returned: "softmax is returned by the model",
     scores_read_too: "matmul is also read by exp",
@@ -167,6 +203,11 @@ NEAR_MISSES: dict[Callable[..., Any], str] = {
     sinks_that_are_not_dropped: "expected the column of the sinks to be dropped from cat",
     multiplied_by_no_mask: "mul_1 scales the scores by mul (aten.mul.Tensor), expected one number",
     shared_with_sinks_of_other_scores: "logsumexp is not that of the scores of softmax",
+    row_maximum_before_the_soft_cap: "takes each row's maximum off the scores, which changes what the soft cap gives",
+    row_maximum_before_the_sinks: "takes each row's maximum off the scores, which changes the share of the sinks",
+    row_maximum_before_the_logsumexp_of_sinks: "maximum off the scores, which changes the share of the sinks",
+    row_maximum_before_the_bound: "maximum off the scores, which changes a row of -inf, which the bound then misses",
+    sinks_twice: "cat joins sinks to scores that have sinks",
     softmax_in_double_precision: "softmax computes in float64",
 }
 
@@ -182,6 +223,32 @@ def test_near_miss(spelling: Callable[..., Any]) -> None:
 
 def three(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [normal(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+def scaled_key_and_value(m, x, pad, y):
+    q, k, _ = qkv(m, x)
+    both = k * 0.5
+    return merge(F.scaled_dot_product_attention(q, both, both))
+
+
+def scaled_query_and_key(m, x, pad, y):
+    q, _, v = qkv(m, x)
+    q = q * 0.7
+    return merge((q @ q.mT).softmax(-1) @ v)
+
+
+def scaled_query_and_value(m, x, pad, y):
+    q, k, _ = qkv(m, x)
+    q = q * 0.7
+    return merge((q @ k.mT).softmax(-1) @ q)
+
+
+@pytest.mark.parametrize("spelling", [scaled_key_and_value, scaled_query_and_key, scaled_query_and_value])
+def test_a_scale_that_two_operands_share_stays(spelling: Callable[..., Any]) -> None:
+    before = traced(spelling)
+    after, _ = rewritten(before, Canonicalize())
+    assert len(after.calls(attention)) == 1
+    assert_equal(before, after, examples(3, 8))
 
 
 def test_every_axis_may_be_dynamic() -> None:
