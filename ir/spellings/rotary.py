@@ -217,8 +217,12 @@ def _parts(program: Program, angles: Any, before: fx.Node) -> tuple[fx.Node, fx.
         length, angle = angles.args
         cos, sin = (program.call(part.default, angle, before=before) for part in (aten.cos, aten.sin))
         return tuple(program.call(aten.mul.Tensor, length, item, before=before) for item in (cos, sin))  # type: ignore[return-value]
+    if _is_call(angles, aten._conj.default):
+        cos, sin = _parts(program, angles.args[0], before)
+        return cos, program.call(aten.neg.default, sin, before=before)
     scaled = _is_call(angles, aten.mul.Tensor) and isinstance(angles.args[1], int | float)
-    if scaled or _is_call(angles, aten.unsqueeze.default):
+    viewed = angles.op == "call_function" and angles.meta["val"].is_conj()  # a view of what torch conjugates later
+    if scaled or viewed or _is_call(angles, aten.unsqueeze.default):
         parts = _parts(program, angles.args[0], before)
         return tuple(program.call(angles.target, item, *angles.args[1:], before=before) for item in parts)  # type: ignore[return-value]
     pairs = program.call(aten.view_as_real.default, angles, before=before)

@@ -115,6 +115,17 @@ def complex_input(m: Any, x: Tensor, angles: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.complex(angles, angles + 1).unsqueeze(1)).flatten(3)
 
 
+def complex_conjugate(m: Any, x: Tensor, angles: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles).conj()[:, None]).flatten(3)
+
+
+def part_of_a_complex_conjugate(m: Any, x: Tensor, angles: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+    turn = torch.complex(angles, angles + 1).conj()[:, : x.shape[2]].unsqueeze(1)
+    return torch.view_as_real(pairs * turn).flatten(3)
+
+
 def length_first(m: Any, x: Tensor, angles: Tensor) -> Tensor:
     """GPT-J turns [batch, length, heads, size] before it is transposed."""
     cos, sin = (item.transpose(1, 2) for item in turns(angles))
@@ -150,6 +161,13 @@ def test_found(case: str, golden: Callable[[str], None]) -> None:
     assert found.kwargs.get("interleaved", False) == (case in INTERLEAVED)
     assert not after.calls(aten.neg.default, aten.view_as_complex.default)
     golden(before_after(before, after, result))
+
+
+@pytest.mark.parametrize("function", [complex_conjugate, part_of_a_complex_conjugate])
+def test_a_conjugate_turns_the_other_way(function: Callable[..., Tensor]) -> None:
+    after, _ = check(made(function), Canonicalize())
+    assert len(after.calls(rotary)) == len(after.calls(aten.neg.default)) == 1
+    assert not after.calls(aten._conj.default)
 
 
 INTERLEAVED = ("every_two", "roformer", "partial_every_two", "pairwise_every_two", "pairwise_unbind", "complex_numbers",
