@@ -77,7 +77,8 @@ def _plan(reading: Reading, root: fx.Node) -> _Plan | Refusal:
     lead = reading.product[:-2]
     if len(lead) > 3:
         return Refusal(f"scores of rank {len(reading.product)}, expected at most 5")
-    grouped = len(lead) == 3 and same_sizes(shape(reading.key)[2:-2], [1]) and not same_sizes(lead[2:], [1])
+    shared = all(same_sizes(shape(item)[2:-2], [1]) for item in (reading.key, reading.value))
+    grouped = len(lead) == 3 and shared and not same_sizes(lead[2:], [1])
     if len(lead) == 3:
         batch, heads = (lead[0], lead[1] * lead[2]) if grouped else (lead[0] * lead[1], lead[2])
     elif len(lead) == 2:

@@ -13,7 +13,7 @@ from torch import fx
 
 from ..graph import arguments, dtype, same_sizes, shape, source_of
 from ..pattern import Match, Refusal, spell
-from .numbers import is_zero_or_one, number, times_complement
+from .numbers import bounds, is_zero_or_one, number, rounded, times_complement
 
 aten = torch.ops.aten
 
@@ -99,12 +99,19 @@ def _find_shared(root: fx.Node) -> Match | Refusal | None:
                 raise Mismatch(f"{gate[-1].name} takes a multiple of the sinks")
             reader.reading.sinks = _vector(sinks, shape(softmax)[1:2] if len(shape(softmax)) == 4 else ())
             reading = reader.read()
+            if not math.isfinite(rounded(sum(map(_lowest, reading.terms)), dtype(matmul))):
+                raise Mismatch(f"{matmul.name} is NaN where a mask of -inf leaves no key, expected a finite one")
             reader.nodes |= {root, total, *gate}
             _check_readers(reader.nodes, root)
         except Mismatch as mismatch:
             return Refusal(f"{mismatch}")
         return Match(root, {"reading": reading}, frozenset(reader.nodes))
     return None
+
+
+def _lowest(term: Term) -> float:
+    """The lowest number that a term adds to scores, or fills them with."""
+    return min(term.factor * end for end in bounds(term.tensor)) if term.fill is None else term.fill
 
 
 def _chain(node: Any, *targets: Any) -> list[fx.Node] | None:
