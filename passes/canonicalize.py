@@ -75,6 +75,27 @@ def _cast(program: Program, node: fx.Node) -> fx.Node | None:
     return program.call(aten._to_copy.default, source, dtype=after.dtype, before=node)
 
 
+def _detach(program: Program, node: fx.Node) -> fx.Node | None:
+    """Nothing where no gradient arrives: behind buffers, integers and another `detach`; programs can be trained."""
+    waiting, seen = [node.args[0]], set[Any]()
+    while waiting:
+        source: Any = waiting.pop()
+        if source in seen or source.target is aten.detach.default or not _may_have_gradient(source.meta.get("val")):
+            continue
+        seen.add(source)
+        if source.op == "placeholder" or (source.op == "get_attr" and program.tensor(source).requires_grad):
+            return None
+        waiting += source.all_input_nodes
+    return _same_type(program, node)
+
+
+def _may_have_gradient(value: Any) -> bool:
+    """Whether a tensor, or one of several, is differentiable at all; sizes are not."""
+    if isinstance(value, list | tuple):
+        return any(map(_may_have_gradient, value))
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def _respelled(target: Any) -> Edit:
     """An edit that calls another operator with the same arguments."""
     return lambda program, node: program.call(target, *node.args, before=node)
@@ -347,7 +368,7 @@ _CASTS = (
     aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default,
 )  # fmt: skip
 _COPIES = (
-    aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default,
+    aten.contiguous.default, aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default,
 )  # fmt: skip
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -358,6 +379,7 @@ _SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
 SIMPLIFICATIONS: dict[Any, Edit] = {
     **dict.fromkeys(_CASTS, _cast),
     **dict.fromkeys(_COPIES, _same_type),
+    aten.detach.default: _detach,
     aten.__and__.Tensor: _respelled(aten.bitwise_and.Tensor),
     aten.__or__.Tensor: _respelled(aten.bitwise_or.Tensor),
     aten.min.other: _respelled(aten.minimum.default),

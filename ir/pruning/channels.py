@@ -33,6 +33,7 @@ VIEWS = (
     aten.reshape.default, aten.view.default, aten.transpose.int, aten.permute.default, aten.slice.Tensor,
     aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default,
     aten.clone.default, aten.contiguous.default, aten.flatten.using_ints, aten.cat.default, aten.alias.default,
+    aten.detach.default,
 )  # fmt: skip
 _NORMS = (aten.layer_norm.default, rms_norm)
 

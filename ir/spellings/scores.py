@@ -441,8 +441,11 @@ def _operands(node: fx.Node) -> Iterator[Any]:
 
 
 def _row_maximum(value: Any, scores: Any) -> set[fx.Node]:
-    """The nodes that compute the maximum of each row of scores, if that is what a value is."""
+    """The nodes that compute the maximum of each row of scores, if that is what a value is; its gradient cancels."""
     nodes, kept = set[fx.Node](), True
+    while isinstance(value, fx.Node) and value.target is aten.detach.default:
+        nodes.add(value)
+        value = value.args[0]
     if isinstance(value, fx.Node) and value.target is aten.unsqueeze.default and is_last(value.args[1], value):
         nodes.add(value)
         value, kept = value.args[0], False

@@ -159,6 +159,43 @@ def test_training_dropout_stays() -> None:
     assert len(after.calls(aten.dropout.default)) == 1
 
 
+@pytest.mark.parametrize("of_input", [True, False], ids=["input", "weight"])
+def test_gradients_end_at_a_detach(of_input: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = x * m.w
+        return y * (2 * y).detach()
+
+    before = program(forward, normal(*X), w=torch.nn.Parameter(normal(8)))
+    after, _ = check(before, Canonicalize())
+    x = normal(*X).requires_grad_(of_input)
+    found = []
+    for each in (before, after):
+        (weight,) = each.module.parameters()
+        found.append(torch.autograd.grad(each.run([x])[0].sum(), x if of_input else weight)[0])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    "detached",
+    [
+        lambda m, x: (m.table[:5, None] * 2).detach() + x,
+        lambda m, x: (x.long().float() * 2).detach() + x,
+        lambda m, x: torch.arange(x.shape[1]).float().detach()[:, None] + x,
+        lambda m, x: (x > 0).float().detach() + x,
+    ],
+    ids=["fixed_table", "integers", "places", "condition"],
+)
+def test_a_detach_goes_where_no_gradient_arrives(detached: Any) -> None:
+    fixed = torch.nn.Parameter(normal(9), requires_grad=False)
+    after, _ = check(program(detached, normal(*X), table=fixed), Canonicalize())
+    assert not after.calls(aten.detach.default)
+
+
+def test_one_detach_of_two_is_enough() -> None:
+    after, _ = check(program(lambda m, x: x.exp().detach().sin().detach() + x, normal(*X)), Canonicalize())
+    assert len(after.calls(aten.detach.default)) == 1
+
+
 def test_random_calls_are_not_shared() -> None:
     before = program(lambda m, x: torch.rand_like(x) - torch.rand_like(x), normal(*X))
     after, _ = rewritten(before, Canonicalize())
