@@ -114,7 +114,8 @@ def source_text(node: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
-_OWN = ("_modules", "_parameters", "_buffers", "L", "G")
+# Through `__dict__` dynamo finds the parts of a module that has set an attribute before it reads them.
+_OWN = ("__dict__", "_modules", "_parameters", "_buffers", "L", "G")
 
 
 def _path(source: str) -> list[str]:
@@ -126,8 +127,8 @@ def _path(source: str) -> list[str]:
 
 def _unique(name: str, node: fx.Node | None, taken: set[str]) -> str:
     name = identifier(name or str(node.target if node is not None else "tensor"))
-    if hasattr(fx.GraphModule, name.partition(".")[0]) or name == "self":
-        name = f"_{name}"
+    parts = [f"_{part}" if hasattr(fx.GraphModule, part) else part for part in name.split(".")]
+    name = "_self" if name == "self" else ".".join(parts)
     unique, count = name, 0
     while unique in taken:
         count += 1

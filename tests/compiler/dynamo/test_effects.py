@@ -66,6 +66,20 @@ class Assigned(nn.Module):
         return v - self.mean
 
 
+class Noted(nn.Module):
+    """It sets an attribute before it reads its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(8, 4)
+        self.seen = 0
+
+    def forward(self, v: Tensor) -> Tensor:
+        self.seen = len(v)
+        return self.up(v).relu()
+
+
 def scaled_in_place(v: Tensor) -> Tensor:
     v.mul_(2)
     return v + 1
@@ -182,6 +196,19 @@ def test_changed_buffer(model: type[nn.Module], calls: list[Any]) -> None:
     torch.manual_seed(0)
     reports = dynamo.assert_equal(model().eval(), *calls)
     assert all(report.runner == "eager" for report in reports)
+
+
+def test_a_part_sets_an_attribute_before_it_reads_its_own_parts() -> None:
+    (report,) = dynamo.assert_equal(nn.Sequential(Noted()).eval(), (x(),))
+    assert report.runner == "eager", report
+
+
+def test_weights_found_by_a_name_that_every_module_has() -> None:
+    parts = {"type": layers()}
+    compiled = torch.compile(lambda v: parts["type"](v), backend="fxpress", options=EAGER)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x()), parts["type"](x()))
+    assert fxpress.reports()[0].runner == "eager", fxpress.reports()
 
 
 def test_cache_in_onnx_runtime() -> None:
