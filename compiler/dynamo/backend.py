@@ -114,6 +114,8 @@ def _taken(work: Work) -> Call:
     if report.training:
         if asked.backend == "onnx":
             raise LoweringError("gradients flow through it, and ONNX Runtime computes none")
+        if asked.backend == "triton":
+            raise LoweringError("gradients flow through it, and generated kernels compute none")
         if asked.backend == "auto" and asked.exact:
             raise Stays("gradients flow through it: on a CPU PyTorch trains it as it is; backend='eager' rewrites it")
     check_graph(work.gm, asked.dtype)

@@ -94,11 +94,13 @@ def _chosen(name: str, value: Any, valid: tuple[str, ...]) -> str:
 def _batches(given: Any) -> tuple[Mapping[str, Any], ...]:
     if given is None:
         return ()
-    batches = []
-    for batch in given:
+    try:
+        batches = list(given)
+    except TypeError:  # no iterable, by any protocol
+        batches = [given]
+    for batch in batches:
         if not isinstance(batch, Mapping):
             raise InputError(
                 f"calibration must give dicts of inputs by the names of the model's arguments, found {describe(batch)}"
             )
-        batches.append(dict(batch))
-    return tuple(batches)
+    return tuple(map(dict, batches))

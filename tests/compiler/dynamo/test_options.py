@@ -60,9 +60,21 @@ print(report.runner, report.reason)
         ({"dtype": "bfloat16", "backend": "onnx"}, "kernels are of float32"),
         ({"passes": "quantize(int8, mode=static)"}, "calibration"),
         ({"calibration": [(x(),)]}, "dicts of inputs by the names"),
+        ({"calibration": 5}, "dicts of inputs by the names"),
         ("fuse", "must be a dict"),
     ],
-    ids=["option", "backend", "fallback", "pass", "dtype", "dtype of onnx", "no data", "data", "no options"],
+    ids=[
+        "option",
+        "backend",
+        "fallback",
+        "pass",
+        "dtype",
+        "dtype of onnx",
+        "no data",
+        "data",
+        "a number",
+        "no options",
+    ],
 )
 def test_wrong_options_are_refused(options: Any, message: str) -> None:
     with pytest.raises(InputError, match=message.replace("?", r"\?").replace("(", r"\(")):
