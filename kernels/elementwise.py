@@ -115,15 +115,39 @@ def floor_divide(x, y):
 
 
 @triton.jit
+def fmod(x, y):
+    """The rest of x / y with the sign of x, as C has it: exact, whatever two numbers of fp32 are given.
+
+    A long division in fp64, 28 bits of the quotient at a time: these times the 24 of y are exact. The largest number of
+    fp32 has its smallest 2^277 times in it.
+    """
+    rest, step = tl.broadcast(tl.abs(x).to(tl.float64), tl.abs(y).to(tl.float64))
+    step = tl.where(step == float("inf"), 1.6069380442589903e60, step)  # 2^200: more than any x, as infinity is
+    step = step * 7.237005577332262e75  # 2^252
+    for _ in range(10):
+        rest = rest - tl.floor(rest / step) * step
+        step = step * 3.725290298461914e-09  # 2^-28
+    signed = tl.where(x < 0, -rest, rest)
+    return tl.where(rest == 0, x * 0.0, signed.to(x.dtype))
+
+
+@triton.jit
+def floor_mod(x, y):
+    """The rest of x / y with the sign of y, of fp32."""
+    rest = fmod(x, y)
+    return tl.where((rest != 0) & ((rest < 0) != (y < 0)), rest + y, rest)
+
+
+@triton.jit
 def floor_quotient(x, y):
-    """floor(x / y) of floats as Python and PyTorch define it: NaN for infinite x, -1 for x / -infinity, x > 0."""
-    quotient = tl.floor(x / y)
-    over = (x - quotient * y < 0) != (y < 0)
-    exact = tl.where((x - quotient * y != 0) & over & (tl.abs(quotient) < 8388608.0), quotient - 1.0, quotient)
-    endless = tl.where((x != 0) & ((x < 0) != (y < 0)), -1.0, 0.0)
-    infinite = tl.abs(y) == float("inf")
-    found = tl.where(infinite, endless, tl.where(y == 0, x / y, exact))
-    return tl.where((tl.abs(x) == float("inf")) | (x != x) | (y != y), float("nan"), found)
+    """floor(x / y) of fp32 as Python and PyTorch define it, by the rest, since x / y may be rounded up to a whole number:
+    NaN for infinite x, -1 for x / -infinity, x > 0."""
+    rest = fmod(x, y)
+    whole = tl.div_rn(x - rest, y)
+    whole = tl.where((rest != 0) & ((rest < 0) != (y < 0)), whole - 1.0, whole)
+    below = tl.floor(whole)
+    found = tl.where(whole - below > 0.5, below + 1.0, below)
+    return tl.where(y == 0, x / y, tl.where(whole == 0, x / y * 0.0, found))
 
 
 @triton.jit

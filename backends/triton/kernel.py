@@ -26,7 +26,8 @@ from .partition import Group, Planner
 from .sizes import Sizes, text
 
 INDENT = "    "
-HEAVY = ("tl.erf", "tl.exp", "tl.log", "tl.sin", "tl.cos", "tanh(", "sigmoid(", "power(", "log1p(", "expm1(")
+HEAVY = ("tl.erf", "tl.exp", "tl.log", "tl.sin", "tl.cos", "tanh(", "sigmoid(", "power(", "log1p(", "expm1(",
+         "fmod(", "floor_mod(", "floor_quotient(")  # fmt: skip
 MATMUL = {
     "combine": matmul_combine_kernel,
     "descriptor": matmul_descriptor_kernel,

@@ -37,7 +37,9 @@ EXTERN.update(
             aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.tile.default,
             aten.group_norm.default, aten.batch_norm.default, aten.meshgrid.default,
             aten.movedim.int, aten.real.default, aten.imag.default, aten.view_as_real.default, aten.complex.default,
-            aten.view_as_complex.default, aten.outer.default,
+            aten.view_as_complex.default, aten.outer.default, aten.remainder.Tensor, aten.remainder.Scalar,
+            aten.remainder.Scalar_Tensor, aten.fmod.Tensor, aten.fmod.Scalar, aten.floor_divide.default,
+            aten.floor_divide.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode,
         ],
         RARE,
     )

@@ -88,28 +88,37 @@ def _div(x: Value, y: Value) -> str:
 
 @pointwise(aten.div.Tensor_mode, aten.div.Scalar_mode, numbers=("rounding_mode",))
 def _div_mode(x: Value, y: Value, rounding_mode: str | None) -> str:
-    if not x.dtype.is_floating_point:
-        return f"{'floor' if rounding_mode == 'floor' else 'truncate'}_divide({x}, {y})"
-    return {None: "{x} / {y}", "floor": "floor_quotient({x}, {y})", "trunc": "truncate({x} / {y})"}[
-        rounding_mode
-    ].format(x=x, y=y)
+    if rounding_mode is None:
+        return f"{x} / {y}"
+    if rounding_mode == "floor":
+        return _floor_divide(x, y)
+    return f"truncate(tl.div_rn({x}, {y}))" if x.dtype.is_floating_point else f"truncate_divide({x}, {y})"
 
 
 @pointwise(aten.floor_divide.default, aten.floor_divide.Scalar)
 def _floor_divide(x: Value, y: Value) -> str:
-    return f"floor_{'quotient' if x.dtype.is_floating_point else 'divide'}({x}, {y})"
+    return f"floor_{'quotient' if _has_rest(x) else 'divide'}({x}, {y})"
 
 
 @pointwise(aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor)
 def _remainder(x: Value, y: Value) -> str:
-    quotient = f"tl.floor({x} / {y})" if x.dtype.is_floating_point else f"floor_divide({x}, {y})"
-    return f"{x} - {quotient} * {y}"
+    return f"floor_mod({x}, {y})" if _has_rest(x) else f"{x} - floor_divide({x}, {y}) * {y}"
 
 
 @pointwise(aten.fmod.Tensor, aten.fmod.Scalar)
 def _fmod(x: Value, y: Value) -> str:
-    quotient = f"truncate({x} / {y})" if x.dtype.is_floating_point else f"truncate_divide({x}, {y})"
-    return f"{x} - {quotient} * {y}"
+    return f"fmod({x}, {y})" if _has_rest(x) else f"{x} - truncate_divide({x}, {y}) * {y}"
+
+
+def _has_rest(x: Value) -> bool:
+    """Whether the rest of a division is that of floats; fp64 has no wider numbers in which it would be exact.
+
+    Raises:
+        CannotFuse: of fp64.
+    """
+    if x.dtype is torch.float64:
+        raise CannotFuse("the rest of a division of float64 is not exact in generated kernels")
+    return x.dtype.is_floating_point
 
 
 @pointwise(aten.addcmul.default, numbers=("value",))

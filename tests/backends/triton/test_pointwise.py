@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from build import normal
-from kernels_agree import agree, calling, ran
+from kernels_agree import agree, calling, made_of, ran
 from torch import Tensor
 
 from fxpress.backends.triton.lowerings.table import POINTWISE
@@ -89,6 +89,39 @@ def test_float8_is_rounded_as_pytorch_rounds_it() -> None:
 def test_division_rounds_as_it_is_told(rounding_mode: str, dtype: torch.dtype) -> None:
     x, y = (torch.tensor(item).to(dtype) for item in ([7, -7, 7, -7, 6, -6, 0], [2, 2, -2, -2, 3, 3, 5]))
     agree(*calling(aten.div.Tensor_mode, x, y, rounding_mode=rounding_mode))
+
+
+def all_kinds(seed: int) -> Tensor:
+    """Numbers of every exponent, NaN and infinities, small whole ones and the ends of what a float can be."""
+    made = torch.Generator().manual_seed(seed)
+    bits = torch.randint(-(2**31), 2**31, (4000,), generator=made).to(torch.int32).view(torch.float32)
+    whole = torch.randint(-50, 50, (4000,), generator=made).float()
+    ends = torch.tensor([math.inf, -math.inf, 0.0, -0.0, 3.4e38, -1e-45, math.nan])
+    return torch.cat([bits, whole, ends.repeat(len(ends)) if seed else ends.repeat_interleave(len(ends))])
+
+
+@pytest.mark.parametrize("target", [aten.remainder.Tensor, aten.fmod.Tensor])
+def test_the_rest_of_a_division_is_exact(target: Any) -> None:
+    """However often y is in x; on a CPU PyTorch's own is NaN where x / y is too large, but not in fp64."""
+    made, tensors = calling(target, all_kinds(0), all_kinds(1))
+    (found,), expected = ran(made_of(made), tensors), target(*(item.double() for item in tensors)).float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.signbit() & (found == 0), expected.signbit() & (found == 0))
+
+
+def test_whole_quotients_are_those_of_pytorch() -> None:
+    made, tensors = calling(aten.floor_divide.default, all_kinds(0), all_kinds(1))
+    (found,), expected = ran(made_of(made), tensors), torch.floor_divide(*tensors)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.signbit() & (found == 0), expected.signbit() & (found == 0))
+
+
+@pytest.mark.parametrize("target", [aten.remainder.Tensor, aten.div.Tensor_mode])
+def test_the_rest_of_float64_is_left_to_pytorch(target: Any) -> None:
+    x, y = torch.tensor([1e6, -5.0]).double(), torch.tensor([0.1, math.inf]).double()
+    options = {"rounding_mode": "floor"} if target is aten.div.Tensor_mode else {}
+    runner = agree(*calling(target, x, y, **options))
+    assert [reason for _, reason, _ in runner.generated.externs]
 
 
 @pytest.mark.parametrize(
