@@ -92,18 +92,16 @@ def truncate(x):
 
 @triton.jit
 def power(x, y):
-    """x ** y in fp64, since an error of log x is multiplied by y; negative x with whole y only, as in PyTorch."""
+    """x ** y as C has it, in fp64, since an error of log x is multiplied by y."""
     base, exponent = x.to(tl.float64), y.to(tl.float64)
     size = tl.abs(base)
-    found = tl.exp(exponent * tl.log(tl.where(size == 0, 1.0, size)))
-    zero = tl.where(exponent < 0, float("inf"), tl.where(exponent == 0, 1.0, 0.0))
-    found = tl.where(size == 0, zero, found)
-    half = exponent * 0.5
-    odd = (tl.floor(exponent) == exponent) & (tl.floor(half) != half)
-    signed = tl.where(odd, -found, found)
-    found = tl.where(base < 0, tl.where(tl.floor(exponent) == exponent, signed, float("nan")), found)
-    found = tl.where((exponent == 0) | (base == 1.0), 1.0, found)
-    return found.to(x.dtype)
+    found = tl.exp(tl.where(size == 1.0, 0.0, exponent * tl.log(size)))  # 1 to the infinite is 1, too
+    whole = tl.floor(exponent) == exponent
+    odd = whole & (tl.floor(exponent * 0.5) * 2.0 != exponent)
+    negative = base.to(tl.int64, bitcast=True) < 0  # -0.0, too
+    found = tl.where(negative & odd, found * -1.0, found)  # Triton's -found is 0 - found, which has no -0.0
+    found = tl.where((base < 0) & (size < float("inf")) & ~whole, float("nan"), found)
+    return tl.where((exponent == 0) | (base == 1.0), 1.0, found).to(x.dtype)
 
 
 @triton.jit
@@ -140,8 +138,8 @@ def floor_mod(x, y):
 
 @triton.jit
 def floor_quotient(x, y):
-    """floor(x / y) of fp32 as Python and PyTorch define it, by the rest, since x / y may be rounded up to a whole number:
-    NaN for infinite x, -1 for x / -infinity, x > 0."""
+    """floor(x / y) of fp32 as Python and PyTorch define it, by the rest, since x / y may be rounded up to a whole
+    number: NaN for infinite x, -1 for x / -infinity, x > 0."""
     rest = fmod(x, y)
     whole = tl.div_rn(x - rest, y)
     whole = tl.where((rest != 0) & ((rest < 0) != (y < 0)), whole - 1.0, whole)

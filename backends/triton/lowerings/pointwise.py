@@ -156,7 +156,7 @@ def _clamp_max(x: Value, high: Value) -> str:
 
 @pointwise(aten.neg.default)
 def _neg(x: Value) -> str:
-    return f"-{x}"
+    return f"{x} * -1.0" if x.dtype.is_floating_point else f"-{x}"  # Triton's -x is 0 - x, which has no -0.0
 
 
 @pointwise(aten.abs.default)

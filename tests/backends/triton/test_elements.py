@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from build import normal, program
-from kernels_agree import agree, calling, ran
+from kernels_agree import agree, calling, made_of, ran
 from torch import Tensor
 
 from fxpress.backends.triton.lowerings.reductions import REDUCED
@@ -90,6 +90,15 @@ ONE_CALL: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
 def test_equals_eager(target: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
     runner = agree(*calling(target, *args, **options))
     assert not runner.generated.externs
+
+
+def test_powers_of_special_numbers() -> None:
+    inf, nan = float("inf"), float("nan")
+    numbers = torch.tensor([inf, -inf, nan, 0.0, -0.0, 1.0, -1.0, 2.5, -2.5, 3.0, -3.0, 1e30, -1e30, 0.5, -2.0])
+    (found,) = ran(made_of(calling(aten.pow.Tensor_Tensor, numbers[:, None], numbers)[0]), [numbers[:, None], numbers])
+    expected = numbers[:, None] ** numbers
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert torch.equal(1 / found < 0, 1 / expected < 0)  # zeros have their signs
 
 
 def made(self: Any, x: Tensor) -> list[Tensor]:

@@ -84,6 +84,11 @@ def test_float8_is_rounded_as_pytorch_rounds_it() -> None:
     assert torch.equal(ran(agree(made, tensors), tensors)[0], x.clamp(-448, 448).to(FLOAT8).float())
 
 
+def test_the_negative_of_zero_has_a_sign() -> None:
+    made, tensors = calling(aten.neg.default, torch.tensor([0.0, -0.0]))
+    assert ran(made_of(made), tensors)[0].signbit().tolist() == [True, False]
+
+
 @pytest.mark.parametrize("rounding_mode", ["trunc", "floor"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
 def test_division_rounds_as_it_is_told(rounding_mode: str, dtype: torch.dtype) -> None:
