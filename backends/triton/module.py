@@ -39,6 +39,7 @@ from ...kernels import (
 )
 from .kernel import Kernel, attention_with_bias, form_of, product_kernel, tile_kernel
 from .lifetimes import PLACED, Buffer, released, take_turns
+from .lowerings.extern import ON_SIZES
 from .lowerings.table import EXTERN, KERNELS
 from .partition import Group, Planner, kind
 from .prepare import prepare
@@ -278,7 +279,8 @@ class _Module:
             given += [f"{name}={self._argument(item)}" for name, item in node.kwargs.items()]
             call = f"{node.target}({', '.join(given)})"
             if what != "view":
-                key = (str(node.target), self.planner.refused.get(node) or EXTERN[node.target])
+                reason = self.planner.refused.get(node) or EXTERN.get(node.target, ON_SIZES)
+                key = (str(node.target), reason)
                 self.externs[key] = self.externs.get(key, 0) + 1
         self.named[node] = self._name(node)
         self.lines.append(f"{self.named[node]} = {call}{self._comment(node)}")
@@ -295,7 +297,7 @@ class _Module:
             value = item.meta.get("val")
             if isinstance(value, Tensor | list | tuple):
                 return self._variable(item)
-            return text(self.sizes.of(value)) if isinstance(value, torch.SymInt | int) else repr(value)
+            return text(self.sizes.of(value)) if not isinstance(value, float | bool) else repr(value)
         if isinstance(item, list | tuple):
             return f"[{', '.join(map(self._argument, item))}]"
         if isinstance(item, float) and item != item:

@@ -48,8 +48,19 @@ def kind(node: fx.Node) -> str:
         (POINTWISE, "fused"), (VALUES, "fused"), (EXTERN, "extern"),
     ):  # fmt: skip
         if target in table:
-            return name
+            return "extern" if name in ("generator", "fused") and _of_host_numbers(node) else name
     return "none"
+
+
+def _of_host_numbers(node: fx.Node) -> bool:
+    """Whether a call is given what only the host computes: kernels are given sizes, and know integers of them."""
+    values = [used.meta.get("val") for used in node.all_input_nodes]
+    if any(isinstance(value, torch.SymFloat | torch.SymBool) for value in values):
+        return True
+    if all(isinstance(value, Tensor | list | tuple) for value in values) or node.target not in POINTWISE:
+        return False
+    given = arguments(node)
+    return any(isinstance(given.get(name), fx.Node) for name in POINTWISE[node.target].numbers)
 
 
 @dataclass(eq=False)

@@ -83,10 +83,10 @@ class Sizes:
         self._renamed: dict[sympy.Expr, sympy.Expr] = {}
 
     def of(self, value: Any) -> sympy.Expr:
-        """A size, or a node whose value is one, as an expression."""
+        """A size, or a node whose value is one, as an expression; also a fraction of sizes or a condition on them."""
         if isinstance(value, fx.Node):
             value = value.meta["val"]
-        if isinstance(value, torch.SymInt):
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             return self._named(value)
         if isinstance(value, Size):
             if isinstance(value.expression, sympy.Symbol):
@@ -131,7 +131,7 @@ class Sizes:
             return None
         return ranges.get(str(size), (0, None))[1]
 
-    def _named(self, value: torch.SymInt) -> sympy.Expr:
+    def _named(self, value: torch.SymInt | torch.SymFloat | torch.SymBool) -> sympy.Expr:
         expression = value.node.expr
         if expression in self._renamed:
             return self._renamed[expression]

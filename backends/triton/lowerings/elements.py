@@ -60,7 +60,8 @@ def _triangle(emitter: Emitter, node: fx.Node, index: Index) -> Value:
     row, column = (emitter.position(place, torch.int64) for place in index[-2:])
     sign = "<=" if node.target is aten.tril.default else ">="
     zero = emitter.number(0, x.dtype)
-    code = f"tl.where({column} - {row} {sign} {int(given['diagonal'])}, {x}, {zero})"
+    diagonal = emitter.text(emitter.sizes.of(given["diagonal"]))
+    code = f"tl.where({column} - {row} {sign} {diagonal}, {x}, {zero})"
     return emitter.let("triangle", code, x.dtype, x, row, column)
 
 

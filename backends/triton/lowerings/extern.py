@@ -11,6 +11,7 @@ from .table import EXTERN
 aten = torch.ops.aten
 
 LIBRARY = "a library kernel (cuDNN, CUB) that generated code would not beat"
+ON_SIZES = "of a fraction of sizes or a condition on them, or of a size where its code has a number"
 RARE = "rare, and no pattern of loads that a tile can have"
 
 EXTERN.update(

@@ -131,9 +131,10 @@ def _var(emitter: Emitter, node: fx.Node, index: Index) -> Value:
         correction = 1 if given["correction"] is None else given["correction"]
     else:
         correction = int(given["unbiased"])
-    mean, square = _moments(emitter, lambda: emitter.value(source, inner), _count(emitter, source, axes))
     count = _count(emitter, source, axes)
-    found = emitter.let("var", f"{square} / ({count} - {correction!r})", mean.dtype, square)
+    mean, square = _moments(emitter, lambda: emitter.value(source, inner), count)
+    less = emitter.text(emitter.sizes.of(correction))
+    found = emitter.let("var", f"{square} / ({count} - {less})", mean.dtype, square)
     return emitter.let("std", f"tl.sqrt({found})", found.dtype, found) if "std" in str(node.target) else found
 
 

@@ -116,6 +116,24 @@ def test_numbers_from_nothing_follow_the_sizes() -> None:
     agree(program(made, normal(2, 6)), [normal(2, 6)], [normal(3, 9)])
 
 
+@pytest.mark.parametrize(
+    ("function", "host"),
+    [
+        (lambda self, x: x.tril(x.shape[1] - 3), False),
+        (lambda self, x: x.var(-1, correction=x.shape[0] - 2), False),
+        (lambda self, x: x * (x.shape[1] > 7), True),
+        (lambda self, x: x / x.shape[1] ** 0.5, True),
+        (lambda self, x: torch.add(x, x, alpha=x.shape[1]), True),
+        (lambda self, x: torch.full((3,), x.shape[1] / x.shape[0]) * x[0, 0], True),
+    ],
+    ids=["diagonal", "correction", "condition", "fraction", "number", "generator"],
+)
+def test_sizes_where_a_number_may_stand(function: Any, host: bool) -> None:
+    """Kernels know whole numbers of sizes; what is given others is left to PyTorch."""
+    runner = agree(program(function, normal(4, 6)), [normal(4, 6)], [normal(5, 9)])
+    assert bool(runner.generated.externs) == host
+
+
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "transpose": lambda x: x.transpose(1, 2),
     "permute": lambda x: x.permute(2, 0, 1),
