@@ -181,15 +181,20 @@ def _softmax(emitter: Emitter, node: fx.Node, index: Index) -> Value:
 @_reduction(aten.logsumexp.default)
 def _logsumexp(emitter: Emitter, node: fx.Node, index: Index) -> Value:
     source, inner = _inner(emitter, node, index)
-    top = emitter.reduce("max", lambda: emitter.value(source, inner))
-    finite = emitter.let("top", f'tl.where(tl.abs({top}) == float("inf"), 0.0, {top})', top.dtype, top)
+    dtype = computed(result_dtype(node))
+
+    def read() -> Value:
+        return emitter.cast(emitter.value(source, inner), dtype)
+
+    top = emitter.reduce("max", read)
+    finite = emitter.let("top", f'tl.where(tl.abs({top}) == float("inf"), 0.0, {top})', dtype, top)
 
     def weight() -> Value:
-        x = emitter.value(source, inner)
-        return emitter.let("weight", f"tl.exp({x} - {finite})", x.dtype, x)
+        x = read()
+        return emitter.let("weight", f"tl.exp({x} - {finite})", dtype, x)
 
     total = emitter.reduce("sum", weight)
-    return emitter.let("logsumexp", f"tl.log({total}) + {finite}", top.dtype, total, finite)
+    return emitter.let("logsumexp", f"tl.log({total}) + {finite}", dtype, total, finite)
 
 
 @_reduction(aten.cumsum.default)

@@ -50,6 +50,22 @@ def test_every_operator_compiles_for_each_architecture(arch: int, tmp_path: Path
     assert compile_operators(tmp_path, lambda number: arch) == []
 
 
+def test_what_numpy_forgives_compiles_too(tmp_path: Path) -> None:
+    """The interpreter takes the exponential of an integer, and loops whose values change their type."""
+    x, y, aten = normal(8, 200), normal(200, seed=1), torch.ops.aten
+    jobs: dict[str, Any] = {}
+    for target, given in {
+        aten.logsumexp.default: (torch.arange(400).view(2, 200), [-1]),
+        aten.remainder.Tensor: (x, y),
+        aten.fmod.Tensor: (y, x),
+        aten.floor_divide.default: (x, y),
+        aten.pow.Tensor_Tensor: (x, y),
+    }.items():
+        traced, tensors = calling(target, *given, dynamic="auto")
+        jobs |= generated.jobs(str(target).replace(".", "_"), traced, tensors, tmp_path, 90)
+    assert generated.check(aot.compiled(jobs)) == []
+
+
 def half_models() -> dict[str, tuple[torch.nn.Module, dict[str, Tensor]]]:
     found = {}
     for family in families():

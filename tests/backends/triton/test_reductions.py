@@ -61,6 +61,7 @@ ONE_CALL: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (aten._log_softmax.default, (x, 1, False), {}),
     (aten.logsumexp.default, (x * 5, [-1]), {}),
     (aten.logsumexp.default, (endless, [-1], True), {}),
+    (aten.logsumexp.default, (whole, [-1]), {}),
     (aten.cumsum.default, (x, -1), {}),
     (aten.cumsum.default, (whole, 1), {}),
     (aten.layer_norm.default, (x, [33], weight, bias), {}),
