@@ -404,11 +404,12 @@ def computed(dtype: torch.dtype) -> torch.dtype:
 
 
 def literal(number: Any, dtype: torch.dtype) -> str:
-    """A number as code."""
+    """A number as code; an integer that a dtype has no room for loses its upper bits, as in PyTorch."""
     if dtype is torch.bool:
         return str(int(bool(number)))
     if not dtype.is_floating_point:
-        return repr(int(number))
+        low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+        return repr((int(number) - low) % (high - low + 1) + low)
     number = float(number)
     if number != number:
         return 'float("nan")'

@@ -302,7 +302,7 @@ def _true(x: Value) -> str:
 
 @pointwise(aten.bitwise_not.default)
 def _bitwise_not(x: Value) -> str:
-    return f"{x} == 0" if x.dtype is torch.bool else f"~{x}"
+    return f"{x} == 0" if x.dtype is torch.bool else f"{x} ^ {_number(-1, x)}"
 
 
 @pointwise(aten.logical_not.default, promotion=BOOL)

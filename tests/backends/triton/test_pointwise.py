@@ -147,6 +147,20 @@ def test_dtypes_promote_and_shapes_broadcast(x: Tensor, y: Tensor) -> None:
     agree(*calling(aten.mul.Tensor, x, y))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+@pytest.mark.parametrize(
+    "target", [aten.add.Tensor, aten.remainder.Scalar, aten.bitwise_xor.Scalar, aten.gt.Scalar, aten.eq.Scalar]
+)
+def test_a_number_that_a_dtype_has_no_room_for_loses_its_upper_bits(target: Any, dtype: torch.dtype) -> None:
+    x = torch.tensor([1, -1, 3, 127, -128]).to(dtype)
+    agree(*calling(target, x, 2**40 + 300))
+    agree(*calling(target, x, -(2**40) - 1))
+
+
+def test_bits_of_unsigned_integers_are_turned_over() -> None:
+    agree(*calling(aten.bitwise_not.default, torch.tensor([0, 1, 200], dtype=torch.uint8)))
+
+
 def test_alpha_and_a_number_count() -> None:
     agree(*calling(aten.add.Tensor, normal(5), normal(5, seed=1), alpha=2.5))
     agree(*calling(aten.sub.Tensor, torch.arange(5), 3, alpha=2))
