@@ -271,15 +271,14 @@ def zeros(program: Program) -> float:
     """The share of zeros among the numbers of linear layers' weights, those that are masked counted as zeros."""
     found: dict[int, tuple[int, int]] = {}
     for value, weight, reader in _weights(program, "weight"):
-        numbers = program.tensor(weight).detach()
-        if numbers.dim() != 2 or reader.target in (aten.embedding.default, int4_embedding):
+        stored = program.tensor(weight).detach()
+        if stored.dim() != 2 or reader.target in (aten.embedding.default, int4_embedding):
             continue
-        if _is_packed(numbers, reader):
+        if _is_packed(stored, reader):
             given = {name: item and program.tensor(item) for name, item in arguments(reader).items() if name in _SCALES}
-            numbers = dequantize(unpack_int4(numbers, _width(reader)), *given.values())
-        for product in _through(value):
-            if is_masked(product):
-                numbers = numbers * program.tensor(product.args[1])  # type: ignore[arg-type]
+            numbers = dequantize(unpack_int4(stored, _width(reader)), *given.values())
+        else:
+            numbers = program.computed(value)
         found[id(program.tensor(weight))] = (int((numbers == 0).sum()), numbers.numel())  # float8 has no count_nonzero
     total = sum(size for _, size in found.values())
     return sum(count for count, _ in found.values()) / total if total else 0.0

@@ -18,6 +18,7 @@ from .integers import dyadic
 aten = torch.ops.aten
 RULE = "requantize"
 _INT32 = 2**31
+_STEPS = 2**20  # of a bias alone: larger integers would show the error of their multiplier
 
 
 def requantize(program: Program) -> tuple[int, list[Refusal]]:
@@ -114,8 +115,11 @@ def _write(program: Program, node: fx.Node, chain: _Chain) -> str | None:
         given_bias = source["bias"]
         if given_bias is not None and given_bias.op != "get_attr":
             return f"its bias {given_bias.name} is no weight"
-        offset = torch.zeros_like(rows) if given_bias is None else program.tensor(given_bias).detach().double() / units
-        bias = offset.round() - shift_of * rows
+        offset = torch.zeros_like(rows) if given_bias is None else program.tensor(given_bias).detach().double()
+        # What a row of zeros gives is its bias alone, in units as small as that wants: its scale says nothing.
+        own = (offset.abs() / _STEPS).clamp(min=torch.finfo(torch.float64).tiny)
+        units = torch.where((weight == 0).all(1), own, units)
+        bias = (offset / units).round() - shift_of * rows
         if not bool((128 * weight.double().abs().sum(1) + bias.abs() < _INT32).all()):
             return "its sums do not fit in 32 bits"
     try:

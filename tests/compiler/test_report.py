@@ -206,6 +206,15 @@ def test_zeros_are_found_in_what_later_passes_make_of_the_weights(later: str) ->
     assert found is not None and 0.5 <= found < 0.65  # rounding to few bits makes more
 
 
+@pytest.mark.parametrize("options", ["", ", group_size=16", ", fold=False", ", weights=int4"])
+def test_zeros_are_found_where_integers_have_a_zero_point(options: str) -> None:
+    later = f"quantize(activations=None, symmetric=False{options})"
+    report = compile(
+        tiny.encoder(), f"mask_weights(0.5, random), {later}", tiny.inputs(), backend="eager", verify=False
+    ).report
+    assert report.zeros is not None and 0.5 <= report.zeros < 0.65
+
+
 def test_zeros_that_stay_beside_what_is_cut() -> None:
     report = pruned(prune(0.5, pattern="neurons"), prune(0.5, layers=["query"])).report
     assert report.zeros == 128 / (4 * 256 + 2 * 256)

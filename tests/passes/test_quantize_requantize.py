@@ -73,6 +73,16 @@ def test_integers_are_those_of_floats_but_for_ties(function: Callable[..., Any],
     assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01
 
 
+def test_a_row_of_zeros_keeps_its_bias() -> None:
+    """It has no scale of its own to round the bias to."""
+    w, b = 1e-3 * normal(16, 8), 1e-3 * normal(16, seed=1)
+    w[::2] = 0
+    made = program(two, BATCHES[0][0], w=w, b=b, v=normal(4, 16, seed=2))
+    after, result = rewritten(made, Quantize(requantize=True, **STATIC), Context(calibration=BATCHES))
+    x = normal(3, 7, 8, seed=9)
+    assert result.rewrites["requantize"] == 1 and sqnr_db(after.run([x])[0], made.run([x])[0]) > 30
+
+
 def test_no_float_is_left_between_two_layers() -> None:
     after, result = rewritten(traced(relu), Quantize(requantize=True, **STATIC), Context(calibration=BATCHES))
     assert result.rewrites["requantize"] == 1
