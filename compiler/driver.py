@@ -40,7 +40,7 @@ from .runners import (
     save_runner,
     without_collector,
 )
-from .settings import Settings, checked
+from .settings import Settings, batches_of, checked
 from .sizes import admit_ones, check_sizes, difference
 from .statistics import statistics_file
 from .trace import Arguments, bind_example, plain_attention, trace
@@ -275,7 +275,7 @@ class Compiled:
         """
         made, old, encoder = self._product, self._settings, self.encoder
         if self._decoder is not None:
-            calibration = list(calibration)
+            calibration = batches_of(calibration)
             if encoder is not None:
                 data = steps.sources(self._decoder, calibration)
                 encoder = encoder.then(passes, backend, data, max_rewrites=max_rewrites, threads=threads)

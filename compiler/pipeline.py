@@ -97,6 +97,8 @@ def _parse_one(item: ast.expr, text: str) -> Pass:
     for keyword in call.keywords:
         if keyword.arg is None or (keyword.arg not in options and not kind.more_options):
             raise InputError(f"unknown option {keyword.arg!r} of pass {name!r}: {nearest(str(keyword.arg), options)}")
+        if keyword.arg in values:
+            raise InputError(f"option {keyword.arg!r} of pass {name!r} is given twice in {text!r}; give it once")
         values[keyword.arg] = _literal(keyword.value, text)
     needed = [entry.name for entry in dataclasses.fields(kind) if _is_needed(entry) and entry.name not in values]
     if needed:

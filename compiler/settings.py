@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from ..ir import checks
 from ..ir.errors import InputError, nearest
 from ..ir.rewrite import Pass
+from ..ir.signature import describe
 from .pipeline import parse_passes
 from .runners import check_installed
 
@@ -32,13 +34,27 @@ class Settings:
     tune: bool = True
 
 
+def batches_of(calibration: Any) -> list[Any]:
+    """Calibration data as a list of batches.
+
+    Raises:
+        InputError: it has none to give.
+    """
+    if not isinstance(calibration, Iterable):
+        raise InputError(
+            f"calibration must be a list of inputs, found {describe(calibration)}; write calibration=[inputs, ...], or "
+            "leave it out"
+        )
+    return list(calibration)
+
+
 def checked(
     passes: Any,
     dynamic_shapes: Any,
     backend: str,
-    calibration: Iterable[Any],
+    calibration: Any,
     verify: bool,
-    max_rewrites: int | None,
+    max_rewrites: Any,
     threads: int | None,
 ) -> Settings:
     """Options as settings.
@@ -49,9 +65,10 @@ def checked(
     if backend not in BACKENDS:
         raise InputError(f"unknown backend {backend!r}: {nearest(backend, BACKENDS)}")
     check_installed(backend)
+    checks.of_kind("max_rewrites", max_rewrites, int, None)
     if max_rewrites is not None and max_rewrites < 0:
         raise InputError(f"max_rewrites must be 0 or more, found {max_rewrites}")
-    chosen, batches = parse_passes(passes), list(calibration)
+    chosen, batches = parse_passes(passes), batches_of(calibration)
     needed = next((item for item in chosen if item.needs_calibration), None)
     if needed is not None and not batches:
         raise InputError(f"pass {needed}: {needed.needs_calibration} needs calibration data; give calibration=batches")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from ..ir import checks
 from ..ir.errors import InputError, RewriteError, nearest
 from ..ir.expand import expand, slices
 from ..ir.graph import Program
@@ -83,18 +84,14 @@ class MaskWeights(Pass):
     fold: bool = True
 
     def __post_init__(self) -> None:
-        for option, valid in (("method", METHODS), ("scope", ("auto", "layer", "global"))):
-            if getattr(self, option) not in valid:
-                raise InputError(
-                    f"unknown {option} {getattr(self, option)!r}: {nearest(str(getattr(self, option)), valid)}"
-                )
-        for option in ("layers", "skip"):
-            names = getattr(self, option)
-            if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-                raise InputError(f"{option} must be a list of names, found {names!r}; write {option}=['name']")
-        for option, kinds in (("seed", (int,)), ("block", (int,)), ("refit", (bool, type(None))), ("fold", (bool,))):
-            if type(getattr(self, option)) not in kinds:
-                raise InputError(f"{option} must be {kinds[0].__name__}, found {getattr(self, option)!r}")
+        checks.one_of("method", self.method, METHODS)
+        checks.one_of("scope", self.scope, ("auto", "layer", "global"))
+        checks.names("layers", self.layers)
+        checks.names("skip", self.skip)
+        checks.seed(self.seed)
+        checks.of_kind("block", self.block, int)
+        checks.of_kind("refit", self.refit, bool, None)
+        checks.of_kind("fold", self.fold, bool)
         if self.block < 1:
             raise InputError(f"block must be 1 or more, found {self.block}")
         self._check_pattern()

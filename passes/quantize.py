@@ -6,14 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
+from ..ir import checks
 from ..ir.calibration.lockstep import Lockstep
 from ..ir.calibration.statistics import Nothing, Statistics, fingerprints
 from ..ir.calibration.target import Metric, Target
-from ..ir.errors import InputError, RewriteError, nearest
+from ..ir.errors import InputError, RewriteError
 from ..ir.expand import expand
 from ..ir.graph import Program, module_path, shape
 from ..ir.layers import name_of
@@ -30,6 +31,7 @@ from ..ir.quantization.attention import attentions, in_integers, ranges
 from ..ir.quantization.choice import UNTOUCHED, Choice
 from ..ir.quantization.fold import fold
 from ..ir.quantization.insert import Insertion
+from ..ir.quantization.method import IMPROVEMENTS, RANGES, check_method, check_use, words_of
 from ..ir.quantization.options import Data, Way, options, plain, refined, rounded
 from ..ir.quantization.precision import Place, applied, closest, search, split
 from ..ir.quantization.record import FORMAT, Record
@@ -43,8 +45,6 @@ BITS = {"int8": 8, "int4": 4, FLOAT8: 8}
 QUANTIZED = (
     quantize, dequantize, dynamic_quantize, int8_linear, int4_linear, int4_embedding, float8_linear, int8_attention,
 )  # fmt: skip
-RANGES = ("minmax", "average", "percentile", "entropy", "mse")
-IMPROVEMENTS = ("smoothquant", "awq", "gptq", "bias")  # these need calibration data
 GROUP = 32  # numbers of 4 bits that share a scale
 _NEAR = 1.1  # times the smallest noise
 COSINE = 0.995  # of the outputs, where no target is given and layers are made finer by their sensitivity
@@ -88,7 +88,7 @@ class Quantize(Pass):
         min_cosine, min_sqnr_db: targets over the calibration data: mean cosine of the output vectors with the model's,
             or signal to noise in dB; the worst output counts; layers of 4 bits become finer by 8. Neither: 0.995, but
             with "int4" none: integers beside it have the fastest ranges within a tenth of each layer's least noise.
-        metric, min_metric: instead, a score of (outputs, the model's outputs) that is to be reached.
+        metric, min_metric: instead, a score of (outputs, the model's outputs), and what it is to reach; None: 0.
         fold: whether integers are stored and multiplied, or quantize and dequantize left for training.
         requantize: with mode="static", integers become the integers of the next layer without floats between them where
             nothing else reads these; for processors without floats: ONNX Runtime does it in int64.
@@ -111,56 +111,44 @@ class Quantize(Pass):
     min_cosine: float | None = None
     min_sqnr_db: float | None = None
     metric: Metric | None = field(default=None, repr=False)
-    min_metric: float = 0.0
+    min_metric: float | None = None
     fold: bool = True
     attention: str | None = None
     requantize: bool = False
     statistics: str | None = None
 
     def __post_init__(self) -> None:
-        _of_kind("method", self.method, str)
-        _of_kind("fold", self.fold, bool)
-        _of_kind("requantize", self.requantize, bool)
-        _of_kind("statistics", self.statistics, str, None)
-        _of_kind("symmetric", self.symmetric, bool, None)
-        _of_kind("group_size", self.group_size, int, None)
-        for name in ("min_cosine", "min_sqnr_db"):
-            _of_kind(name, getattr(self, name), float, int, None)
-        _one_of("weights", self.weights, BITS)
-        _one_of("activations", self.activations, ("auto", "int8", FLOAT8, None))
-        _one_of("mode", self.mode, ("auto", "dynamic", "static"))
-        _one_of("granularity", self.granularity, ("auto", "tensor", "token"))
-        _one_of("embeddings", self.embeddings, ("int8", "int4", None))
-        _one_of("attention", self.attention, ("int8", None))
-        _one_of("sensitive", self.sensitive, ("auto", None))
-        for word in self._words:
-            _one_of("method", word, ("auto", *RANGES, *IMPROVEMENTS))
-        if not isinstance(self.skip, list | tuple) or not all(isinstance(name, str) for name in self.skip):
-            raise InputError(f"skip must be a list of names, found {self.skip!r}; write skip=['name']")
+        for option in ("fold", "requantize"):
+            checks.of_kind(option, getattr(self, option), bool)
+        checks.of_kind("statistics", self.statistics, str, None)
+        checks.of_kind("symmetric", self.symmetric, bool, None)
+        checks.of_kind("group_size", self.group_size, int, None)
+        for option in ("min_cosine", "min_sqnr_db", "min_metric"):
+            checks.of_kind(option, getattr(self, option), float, int, None)
+        checks.one_of("weights", self.weights, BITS)
+        checks.one_of("activations", self.activations, ("auto", "int8", FLOAT8, None))
+        checks.one_of("mode", self.mode, ("auto", "dynamic", "static"))
+        checks.one_of("granularity", self.granularity, ("auto", "tensor", "token"))
+        checks.one_of("embeddings", self.embeddings, ("int8", "int4", None))
+        checks.one_of("attention", self.attention, ("int8", None))
+        checks.one_of("sensitive", self.sensitive, ("auto", None))
+        checks.names("skip", self.skip)
+        check_method(self.method)
         size = self.group_size
         if size is not None and (size < 16 or size & (size - 1)):
             raise InputError(f"group_size must be a power of two of 16 or more, found {size}")
         self._check_kinds()
         if size is not None and self._level != "float" and self.weights != "int4":
             raise InputError("int8 matmuls take one scale a row; give activations=None for a group_size")
-        if self.mode == "static" and self.granularity == "token":
-            raise InputError("static ranges are of the whole tensor; give granularity='tensor' or mode='dynamic'")
-        if self.requantize and (self._level != "static" or not self.fold):
-            raise InputError("requantize is for fixed scales that are folded: give mode='static', and leave fold out")
-        self._check_words()
+        self._check_ranges()
+        check_use(self.method, self._level, self.mode)
         if self.statistics is not None:
             place = Path(self.statistics)
             if place.suffix != ".safetensors" or not place.parent.is_dir():
                 raise InputError(
                     f"statistics must be a .safetensors file in a folder that exists, found {self.statistics!r}"
                 )
-        targets = [self.min_cosine, self.min_sqnr_db, self.metric]
-        if sum(item is not None for item in targets) > 1:
-            raise InputError("give one of min_cosine, min_sqnr_db and metric")
-        if self.min_cosine is not None and not 0 < self.min_cosine < 1:
-            raise InputError(f"min_cosine must lie between 0 and 1, found {self.min_cosine}")
-        if self.sensitive is None and any(item is not None for item in targets):
-            raise InputError("a target needs sensitive='auto': layers are made finer until it is reached")
+        self._check_targets()
 
     def _check_kinds(self) -> None:
         """Refuse activations that no kernel multiplies by the weights, and what float8 has not."""
@@ -177,26 +165,42 @@ class Quantize(Pass):
         if self.activations == FLOAT8 and (self.mode == "static" or self.granularity == "tensor"):
             raise InputError("activations of float8_e4m3 have a scale for each token; leave mode and granularity out")
 
-    def _check_words(self) -> None:
-        """Refuse a method that would do nothing."""
-        ranges = [word for word in self._words if word in RANGES]
-        if len(ranges) > 1:
-            raise InputError(f"method has two kinds of range, {ranges[0]!r} and {ranges[1]!r}; give one")
-        if (self.mode == "dynamic" or self._level in ("float", "float8")) and ranges not in ([], ["minmax"]):
-            raise InputError(f"method {ranges[0]!r} is a static range of activations; give mode='static' too")
-        if self._level == "float" and "smoothquant" in self._words:
-            raise InputError("method 'smoothquant' is for activations of 8 bits; for weights alone give 'awq'")
-        if self._level != "float" and "awq" in self._words:
-            raise InputError("method 'awq' is for weights alone; give activations=None, or 'smoothquant'")
+    def _check_ranges(self) -> None:
+        """Refuse ranges of activations that there cannot be, or that nothing reads."""
+        if self.mode == "static" and self.granularity == "token":
+            raise InputError("static ranges are of the whole tensor; give granularity='tensor' or mode='dynamic'")
+        if self.mode == "static" and self._level == "float" and self.attention is None:
+            raise InputError(
+                "static ranges are of activations, which stay floats; leave mode out, or quantize them too"
+            )
+        if self.symmetric and self._level == "tensor":
+            raise InputError(
+                "dynamic ranges of a whole tensor have a zero point; give granularity='token', or leave symmetric out"
+            )
+        if self.requantize and (self._level != "static" or not self.fold):
+            raise InputError("requantize is for fixed scales that are folded: give mode='static', and leave fold out")
+
+    def _check_targets(self) -> None:
+        """Refuse targets for the outputs that there cannot be, or that nothing aims at."""
+        checks.targets(self.min_cosine, self.min_sqnr_db)
+        if self.metric is not None and not callable(self.metric):
+            raise InputError(f"metric must be a function of (outputs, the model's outputs), found {self.metric!r}")
+        if self.min_metric is not None and self.metric is None:
+            raise InputError("min_metric is what a metric is to reach; give metric too")
+        targets = [self.min_cosine, self.min_sqnr_db, self.metric]
+        if sum(item is not None for item in targets) > 1:
+            raise InputError("give one of min_cosine, min_sqnr_db and metric")
+        if self.sensitive is None and self._has_target:
+            raise InputError("a target needs sensitive='auto': layers are made finer until it is reached")
 
     @property
     def needs_calibration(self) -> str | None:
         """Why calibration data is needed; None: it is not."""
-        if self.mode == "static" and (self._level != "float" or self.attention is not None):
+        if self.mode == "static":
             return "static ranges of activations"
         if self._has_target:
             return "a target for the outputs"
-        used = [word for word in self._words if word in IMPROVEMENTS]
+        used = [word for word in words_of(self.method) if word in IMPROVEMENTS]
         if used:
             return f"method {used[0]!r}"
         return "statistics" if self.statistics is not None else None
@@ -249,10 +253,6 @@ class Quantize(Pass):
     # --- what is chosen ----------------------------------------------------------------------------------------
 
     @property
-    def _words(self) -> list[str]:
-        return [word.strip() for word in self.method.split("+")]
-
-    @property
     def _level(self) -> str:
         """The level of activations that is asked for: "float", "float8", "static", "tensor", "token" or "auto"."""
         activations = self.activations
@@ -264,7 +264,7 @@ class Quantize(Pass):
 
     def _way(self, level: str, calibrated: bool, bits: int | None = None) -> Way:
         """A way to quantize a site; `bits` of its weights, if others than asked for."""
-        words = self._words
+        words = words_of(self.method)
         auto = words == ["auto"]
         bits = bits or BITS[self.weights]
         symmetric = self.symmetric if self.symmetric is not None else bits == 8
@@ -308,8 +308,9 @@ class Quantize(Pass):
     def _recorded(self) -> str:
         """The options that statistics depend on; a metric goes by its name."""
         metric = getattr(self.metric, "__qualname__", type(self.metric).__name__)
-        options = replace(self, fold=True, requantize=False, statistics=None, metric=None)
-        return f"{options}, metric {metric}, record {FORMAT}"
+        wanted = "" if self.min_metric is None else f" of {self.min_metric}"
+        options = replace(self, fold=True, requantize=False, statistics=None, metric=None, min_metric=None)
+        return f"{options}, metric {metric}{wanted}, record {FORMAT}"
 
     def _calibrated(
         self,
@@ -324,7 +325,9 @@ class Quantize(Pass):
         level = self._level
         fitting, judging = split(context.calibration)
         coarse = "tensor" if self.mode == "dynamic" else "static"
-        levels = (coarse, "token") if level == "auto" else (level,)
+        levels: tuple[str, ...] = (coarse, "token") if level == "auto" else (level,)
+        if self.symmetric:
+            levels = tuple(item for item in levels if item != "tensor")  # it has a zero point
         ways = [self._way(item, True) for item in levels]
         if self.weights == "int4" and self._has_target:
             ways += [self._way(item, True, 8) for item in levels]
@@ -335,7 +338,7 @@ class Quantize(Pass):
             most = _NEAR if self.weights == "int4" and level != "float" else 1.0
             return fitter({site: closest(site, choices, most) for site, choices in found.items()} | {**lookups})
         cosine = COSINE if self.min_sqnr_db is None and self.min_cosine is None else self.min_cosine
-        target = Target(cosine, self.min_sqnr_db, self.metric, self.min_metric)
+        target = Target(cosine, self.min_sqnr_db, self.metric, self.min_metric or 0.0)
         finest: dict[Place, list[Choice]] = {site: [*choices, UNTOUCHED] for site, choices in found.items()}
         finest |= {table: [own, UNTOUCHED] for table, own in lookups.items()}
         outcome = search(program, finest, judging, target, fitter, context.track, record.error, original)
@@ -463,19 +466,6 @@ class _Fitter:
             found = refined(choice, way, weights, Data(lockstep.rows_as_read(site.source)))
             self.record.put_fitted(choice, found)
         return found
-
-
-def _one_of(option: str, value: Any, valid: Any) -> None:
-    if not isinstance(value, str | None) or value not in valid:
-        names = [str(item) for item in valid]
-        raise InputError(f"unknown {option} {value!r}: {nearest(str(value), names)}")
-
-
-def _of_kind(option: str, value: Any, *kinds: Any) -> None:
-    plain = tuple(kind for kind in kinds if kind is not None)
-    if not (value is None and None in kinds) and (not isinstance(value, plain) or type(value) not in plain):
-        names = " or ".join("None" if kind is None else kind.__name__ for kind in kinds)
-        raise InputError(f"{option} must be {names}, found {value!r}")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from ..ir import checks
 from ..ir.calibration.lockstep import Lockstep
 from ..ir.calibration.target import Target
 from ..ir.errors import InputError, RewriteError, nearest
@@ -113,8 +114,7 @@ class ReplaceAttention(Pass):
             raise InputError(f"{given[0]} is a budget of layers='auto'; give that, or leave it out")
         if len(given) > 1:
             raise InputError(f"give one budget, found {' and '.join(given)}")
-        if self.min_cosine is not None and not 0 < self.min_cosine < 1:
-            raise InputError(f"min_cosine must lie between 0 and 1, found {self.min_cosine}")
+        checks.targets(self.min_cosine, self.min_sqnr_db)
         if self.speedup is not None and self.speedup <= 1:
             raise InputError(f"speedup must be more than 1, found {self.speedup}")
 

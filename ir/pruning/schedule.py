@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..errors import InputError, nearest
 from ..graph import Program, attribute, module_path
 from ..rewrite import Sparsity
@@ -361,12 +362,12 @@ def _check_choice(option: str, value: Any, valid: Sequence[str]) -> None:
 
 
 def _check_steps(begin: Any, end: Any, every: Any, seed: Any) -> None:
-    for option, value, least in (("begin", begin, 0), ("end", end, 1), ("every", every, 1), ("seed", seed, None)):
+    checks.seed(seed)
+    for option, value, least in (("begin", begin, 0), ("end", end, 1), ("every", every, 1)):
         if option == "every" and value is None:
             continue
-        if type(value) is not int or (least is not None and value < least):
-            wanted = "an int" if least is None else f"a number of steps, {least} or more"
-            raise InputError(f"{option} must be {wanted}, found {value!r}")
+        if type(value) is not int or value < least:
+            raise InputError(f"{option} must be a number of steps, {least} or more, found {value!r}")
     if end <= begin:
         raise InputError(f"the schedule must end after it begins, found begin={begin} and end={end}")
 

@@ -134,10 +134,12 @@ def inserting(program: Program, before: fx.Node) -> Call:
 
 
 def check_integer(option: str, value: Any, least: int) -> None:
-    """Refuse an option that is no integer or too small.
+    """Refuse an option that is no integer of 64 bits or too small.
 
     Raises:
         InputError: names it.
     """
     if type(value) is not int or value < least:
         raise InputError(f"{option} must be an integer, {least} or more, found {value!r}")
+    if value >= 2**63:
+        raise InputError(f"{option} must be an integer of 64 bits, found {value}")

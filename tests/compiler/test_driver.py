@@ -302,6 +302,11 @@ def test_a_part_in_training_mode() -> None:
     [
         ({"backend": "onxx"}, "unknown backend 'onxx': did you mean 'onnx'"),
         ({"max_rewrites": -1}, "max_rewrites must be 0 or more, found -1"),
+        ({"max_rewrites": "a"}, "max_rewrites must be int or None, found 'a'"),
+        ({"max_rewrites": True}, "max_rewrites must be int or None, found True"),
+        ({"max_rewrites": 1.5}, "max_rewrites must be int or None, found 1.5"),
+        ({"calibration": None}, r"calibration must be a list of inputs, found .*None.*write calibration="),
+        ({"calibration": 5}, r"calibration must be a list of inputs, found .*5.*write calibration="),
         ({"dynamic_shapes": "all"}, "dynamic_shapes is 'all'"),
         ({"threads": 0}, "threads must be at least 1, found 0"),
     ],

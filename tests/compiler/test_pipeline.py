@@ -99,6 +99,8 @@ def test_options(text: str, expected: Options) -> None:
         ("options(1, 2, 3, 4)", "takes 3 options, found 4"),
         ("fuse(1)", "takes 0 options, found 1"),
         ("options(rate=open('x'))", "no literal value"),
+        ("options(1, rate=2)", "option 'rate' of pass 'options' is given twice"),
+        ("options(rate=1, rate=1)", "option 'rate' of pass 'options' is given twice"),
         ("fuse, (", "cannot read the passes"),
         ("a.b", "cannot read the passes"),
         ("'fuse'", "cannot read the passes"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -216,6 +217,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"min_cosine": 1.5}, "min_cosine must lie between 0 and 1, found 1.5"),
     ({"min_cosine": 0.0}, "min_cosine must lie between 0 and 1, found 0.0"),
     ({"min_cosine": 0.9, "sensitive": None}, "a target needs sensitive='auto'"),
+    ({"min_sqnr_db": -1e5}, "min_sqnr_db must lie between -1000 and 1000, found -100000"),
+    ({"min_sqnr_db": math.nan}, "min_sqnr_db must lie between -1000 and 1000, found nan"),
+    ({"metric": 0.9}, "metric must be a function of .*, found 0.9"),
+    ({"metric": max, "min_metric": "a"}, "min_metric must be float or int or None, found 'a'"),
+    ({"min_metric": 0.9}, "min_metric is what a metric is to reach; give metric too"),
+    ({"method": "auto+gptq"}, r"method 'auto' chooses all words itself, found 'auto\+gptq'; leave 'auto' out"),
+    ({"mode": "static", "weights": "int4"}, "static ranges are of activations, which stay floats; leave mode out"),
+    ({"mode": "static", "activations": None}, "static ranges are of activations, which stay floats; leave mode out"),
+    ({"granularity": "tensor", "symmetric": True}, "dynamic ranges of a whole tensor have a zero point"),
 ]
 
 
@@ -242,6 +252,11 @@ def test_an_embedding_of_a_weight_at_the_top_of_a_model() -> None:
 def test_an_unknown_option_in_a_text_is_an_error() -> None:
     with pytest.raises(InputError, match="unknown option 'weight' of pass 'quantize': did you mean 'weights'"):
         fxpress.compile(nn.Linear(2, 2).eval(), "quantize(weight=int8)", (normal(1, 2),))
+
+
+def test_symmetric_dynamic_ranges_are_those_of_tokens() -> None:
+    after, _ = rewritten(encoder(), Quantize(mode="dynamic", symmetric=True, sensitive=None), calibrated(TEXTS))
+    assert {node.args[1] for node in after.calls(dynamic_quantize)} == {"token"}
 
 
 @pytest.mark.parametrize(

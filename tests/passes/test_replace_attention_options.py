@@ -57,6 +57,8 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ("nystrom", {"layers": "auto", "min_cosine": True}, "min_cosine must be a number, found True"),
     ("nystrom", {"layers": "auto", "min_cosine": "0.9"}, "min_cosine must be a number, found '0.9'"),
     ("nystrom", {"layers": "auto", "min_sqnr_db": "20"}, "min_sqnr_db must be a number, found '20'"),
+    ("nystrom", {"layers": "auto", "min_sqnr_db": -1e5}, "min_sqnr_db must lie between -1000 and 1000, found -100000"),
+    ("lsh", {"seed": 2**70}, "seed must be an integer of 64 bits, found 1180591620717411303424"),
     ("nystrom", {"layers": "auto", "speedup": [2]}, r"speedup must be a number, found \[2\]"),
     ("nystrom", {"layers": "auto", "speedup": 1}, "speedup must be more than 1, found 1"),
     ("nystrom", {"layers": "auto", "speedup": 2, "min_cosine": 0.9}, "give one budget, found min_cosine and speedup"),

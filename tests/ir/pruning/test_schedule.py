@@ -374,7 +374,7 @@ def test_nothing_and_all(sparsity: float) -> None:
         ({"end": 100.0}, "end must be a number of steps, 1 or more, found 100.0"),
         ({"every": 0}, "every must be a number of steps, 1 or more, found 0"),
         ({"every": True}, "every must be a number of steps, 1 or more, found True"),
-        ({"seed": "1"}, "seed must be an int, found '1'"),
+        ({"seed": "1"}, "seed must be int, found '1'"),
         ({"program": SimpleNamespace()}, "program must be a Program, found a SimpleNamespace; give compiled.program"),
     ],
     ids=lambda value: "-".join(f"{name}={item}" for name, item in value.items()) if isinstance(value, dict) else "",
