@@ -13,7 +13,8 @@ from torch import fx
 
 from ..graph import arguments, dtype, same_sizes, shape, source_of
 from ..pattern import Match, Refusal, spell
-from .numbers import bounds, is_zero_or_one, number, rounded, times_complement
+from .magnitude import magnitude
+from .numbers import held, is_zero_or_one, number, times_complement
 
 aten = torch.ops.aten
 
@@ -99,7 +100,7 @@ def _find_shared(root: fx.Node) -> Match | Refusal | None:
                 raise Mismatch(f"{gate[-1].name} takes a multiple of the sinks")
             reader.reading.sinks = _vector(sinks, shape(softmax)[1:2] if len(shape(softmax)) == 4 else ())
             reading = reader.read()
-            if not math.isfinite(rounded(sum(map(_lowest, reading.terms)), dtype(matmul))):
+            if held(sum(map(_lowest, reading.terms)), dtype(matmul)) == -math.inf:
                 raise Mismatch(f"{matmul.name} is NaN where a mask of -inf leaves no key, expected a finite one")
             reader.nodes |= {root, total, *gate}
             _check_readers(reader.nodes, root)
@@ -111,7 +112,7 @@ def _find_shared(root: fx.Node) -> Match | Refusal | None:
 
 def _lowest(term: Term) -> float:
     """The lowest number that a term adds to scores, or fills them with."""
-    return min(term.factor * end for end in bounds(term.tensor)) if term.fill is None else term.fill
+    return -abs(term.factor) * magnitude(term.tensor) if term.fill is None else term.fill
 
 
 def _chain(node: Any, *targets: Any) -> list[fx.Node] | None:
@@ -309,7 +310,7 @@ class _Reader:
         terms = self.reading.terms
         if not terms or terms[0].fill is not None or not is_zero_or_one(mask):
             return False
-        low = times_complement(terms[0].tensor, mask)
+        low = held(times_complement(terms[0].tensor, mask), dtype(terms[0].tensor))
         if low is None or not low * terms[0].factor <= MASKED:
             return False
         terms[0] = Term(mask, shape(node), fill=low * terms[0].factor)
@@ -376,9 +377,11 @@ class _Reader:
         return self._same_shape(node, scores)
 
     def _fill(self, node: fx.Node, mask: fx.Node, value: Any, keeps: bool) -> None:
-        fill = number(value)
+        fill = held(number(value), dtype(node))
         if fill is None:
             raise Mismatch(f"{node.name} fills masked scores with {spell(value)}, expected a number")
+        if math.isfinite(fill) and held(fill * self.factor, dtype(node)) == -math.inf:
+            raise Mismatch(f"{node.name} fills masked scores with {fill:g}, which overflows when it is scaled")
         if not fill * self.factor <= MASKED:
             raise Mismatch(f"{node.name} fills masked scores with {fill * self.factor:g}, expected at most {MASKED:g}")
         self._add(Term(self._unexpanded(mask), shape(node), fill=fill * self.factor, keeps=keeps), node)

@@ -15,6 +15,7 @@ from sampled import sampled
 from torch import Tensor
 
 from fxpress.compiler.trace import trace
+from fxpress.ir.graph import arguments
 from fxpress.ir.ops.attention import attention
 from fxpress.passes import Canonicalize
 
@@ -83,6 +84,11 @@ def masks_of_different_values(m, x, pad, y):
 def bias_after_a_finite_fill(m, x, pad, y):
     q, k, v = qkv(m, x)
     return ((q @ k.mT).masked_fill(~keep(pad), -1e4) + m.sinks[:, None, None]).softmax(-1) @ v
+
+
+def fill_that_overflows(m, x, pad, y):
+    q, k, v = qkv(m, x)
+    return ((q @ k.mT).masked_fill(~keep(pad), LOWEST) * 2.0).softmax(-1) @ v
 
 
 def fill_that_a_bias_may_reach(m, x, pad, y):
@@ -214,6 +220,7 @@ NEAR_MISSES: dict[Callable[..., Any], str] = {
     masked_with_a_tensor: "where fills masked scores with sum_1 (aten.sum.dim_IntList), expected a number",
     masks_of_different_values: "masks fill with different values: [-inf, -1000000000.0]",
     bias_after_a_finite_fill: "a bias is added to scores that are filled with -10000",
+    fill_that_overflows: "masked_fill fills masked scores with -3.40282e+38, which overflows when it is scaled",
     fill_that_a_bias_may_reach: "a bias that may itself be as low as -10000, with which scores are filled",
     bias_that_adds_an_axis: "broadcasts the scores",
     mask_before_the_soft_cap: "stands before the soft cap, expected masks after it",
@@ -348,6 +355,33 @@ def test_a_mask_in_fp32_stays_as_it_is_for_halves() -> None:
     assert len(after.calls(attention)) == 1, reasons(result, "attention")
     assert not after.calls(torch.ops.aten._to_copy.default)
     assert_equal(before, after, tensors)
+
+
+def filled_by_where(m, q, k, v, keep):
+    return torch.where(keep, q @ k.mT, -1e9).softmax(-1) @ v
+
+
+def filled_with_a_tensor(m, q, k, v, keep):
+    return torch.where(keep, q @ k.mT, torch.full((), -1e9)).softmax(-1) @ v
+
+
+def multiplied_and_added(m, q, k, v, keep):
+    return (q @ k.mT * keep.to(q.dtype) + -1e9 * (1 - keep.to(q.dtype))).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    "spelling", [filled_by_where, filled_with_a_tensor, multiplied_and_added], ids=lambda spelling: spelling.__name__
+)
+def test_a_fill_that_float16_cannot_hold_is_infinite(spelling: Callable[..., Any]) -> None:
+    """So a row without any key gives NaN, not the mean of the values."""
+    keys = torch.tensor([True, True, False]).expand(2, 1, 1, 3).clone()
+    given = [*three(*[(2, 4, 3, 8)] * 3, dtype=torch.float16), keys]
+    before = program(spelling, *given, dynamic=None)
+    after, result = rewritten(before, Canonicalize())
+    (found,) = after.calls(attention)
+    assert arguments(found)["empty"] == "nan", reasons(result, "attention")
+    keys[0] = False
+    assert after.run(given)[0][0].isnan().all() and before.run(given)[0][0].isnan().all()
 
 
 def added_to_causal(m, q, k, v, mask):
