@@ -15,7 +15,7 @@ from ..ir.graph import Program, arguments, describe_value, dtype, same_sizes, sa
 from ..ir.masks.emit import size_node
 from ..ir.masks.meaning import read_masks
 from ..ir.rewrite import Context, Edit, Pass, PassResult, apply_rules, each_call
-from ..ir.spellings import activation, attention, linear, norm, rotary
+from ..ir.spellings import activation, attention, linear, norm, rotary, softmax
 
 aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ class Canonicalize(Pass):
     shape, chains of transpositions and of reshapes, equal computations. Respelled: view, flatten and unflatten as
     reshape, einsum and bmm as matmul, chunk and split as slice, unbind as select, squares as products, a number less a
     tensor as sub, parts of a weight that is read in parts alone as weights, addmm on flattened rows (Hugging Face's
-    Conv1D) as linear; attention, RMSNorm and tanh-GELU written out as one operator.
+    Conv1D) as linear; softmax, attention, RMSNorm and tanh-GELU written out as one operator.
     Masks of attention become its arguments (`masks`), as far as they can be read.
     """
 
@@ -452,4 +452,4 @@ def _freeze(value: Any) -> Any:
 
 
 # Several calls -> one operator.
-RULES = (*linear.RULES, *norm.RULES, *activation.RULES, *rotary.RULES, *attention.RULES)
+RULES = (*linear.RULES, *norm.RULES, *activation.RULES, *rotary.RULES, *softmax.RULES, *attention.RULES)

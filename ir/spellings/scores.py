@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from ..graph import arguments, dtype, same_sizes, shape, source_of
 from ..pattern import Match, Refusal, spell
 from .magnitude import magnitude
 from .numbers import held, is_zero_or_one, number, times_complement
+from .softmax import MAXIMA, reduced
 
 aten = torch.ops.aten
 
@@ -72,7 +72,12 @@ def find(root: fx.Node) -> Match | Refusal | None:
     softmax = _softmax_behind(root.args[0])
     if softmax is None:
         other = _softmax_behind(root.args[1])
-        return Refusal(f"{other.name} is the second operand of {root.name}, expected the first") if other else None
+        if other is not None:
+            return Refusal(f"{other.name} is the second operand of {root.name}, expected the first")
+        powers = _softmax_behind(root.args[0], (aten.exp.default,))
+        if powers is None or not leads_to_product(powers.args[0]):
+            return None
+        return Refusal(f"expected a softmax of the scores, found {spell(powers)}{source_of(powers)}")
     reader = _Reader(root)
     try:
         reading = reader.read()
@@ -100,7 +105,7 @@ def _find_shared(root: fx.Node) -> Match | Refusal | None:
                 raise Mismatch(f"{gate[-1].name} takes a multiple of the sinks")
             reader.reading.sinks = _vector(sinks, shape(softmax)[1:2] if len(shape(softmax)) == 4 else ())
             reading = reader.read()
-            if held(sum(map(_lowest, reading.terms)), dtype(matmul)) == -math.inf:
+            if not reading.safe and held(sum(map(_lowest, reading.terms)), dtype(matmul)) == -math.inf:
                 raise Mismatch(f"{matmul.name} is NaN where a mask of -inf leaves no key, expected a finite one")
             reader.nodes |= {root, total, *gate}
             _check_readers(reader.nodes, root)
@@ -141,11 +146,11 @@ _SOFTMAXES = (aten.softmax.int, aten._safe_softmax.default)
 _AFTER = {
     aten._to_copy.default, aten.reshape.default, aten.slice.Tensor, aten.dropout.default, aten.mul.Tensor,
     aten.div.Tensor, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther,
-    aten.where.ScalarSelf, aten.transpose.int,
+    aten.where.ScalarSelf, aten.transpose.int, aten.nan_to_num.default,
 }  # fmt: skip
 
 
-def _softmax_behind(value: Any) -> fx.Node | None:
+def _softmax_behind(value: Any, targets: tuple[Any, ...] = _SOFTMAXES) -> fx.Node | None:
     """The softmax that a value is made of by steps as they stand between probabilities and values."""
     seen, waiting = set(), [value]
     while waiting:
@@ -153,7 +158,7 @@ def _softmax_behind(value: Any) -> fx.Node | None:
         if not isinstance(node, fx.Node) or node in seen:
             continue
         seen.add(node)
-        if node.target in _SOFTMAXES:
+        if node.target in targets:
             return node
         if node.target in _AFTER:
             waiting += reversed(node.all_input_nodes)
@@ -174,6 +179,7 @@ class _Reader:
         self.nodes = {root}
         self.factor = 1.0
         self.capped = False
+        self.zeroed = False  # what is NaN after the softmax is set to 0, which is a row of -inf
         self.reading = Reading(None, None, root.args[1], ())
 
     def read(self) -> Reading:
@@ -181,6 +187,7 @@ class _Reader:
         while True:
             if scores.target is aten.matmul.default:
                 self._product(scores, *scores.args)
+                self.reading.safe |= self.zeroed
                 return self.reading
             step = _STEPS.get(scores.target)
             if step is None or not leads_to_product(scores):
@@ -205,6 +212,8 @@ class _Reader:
                 cut = node
             elif node.target is aten.reshape.default:
                 self._reshape(node, given)
+            elif node.target is aten.nan_to_num.default and number(given["nan"] or 0) == 0:
+                self.zeroed = True
             elif node.target is aten.dropout.default:
                 raise Mismatch(f"{node.name} drops probabilities with p={given['p']}")
             elif node.target is not aten._to_copy.default:
@@ -338,12 +347,12 @@ class _Reader:
     def _sub(self, node: fx.Node, given: dict[str, Any]) -> Any:
         """A mask that is subtracted, or each row's own maximum, which changes no softmax."""
         scores, tensor, alpha = given["self"], given["other"], number(given["alpha"])
-        maximum = _row_maximum(tensor, scores)
-        if maximum:
+        maximum = reduced(tensor, scores, *MAXIMA)
+        if maximum is not None and is_last(maximum[0], scores):
             changed = self._changed_by_a_shift()
             if changed:
                 raise Mismatch(f"{node.name} takes each row's maximum off the scores, which changes {changed}")
-            self.nodes |= maximum
+            self.nodes |= maximum[1]
             self.reading.safe = False
             return scores
         if alpha is None or not leads_to_product(scores):
@@ -441,25 +450,6 @@ def leads_to_product(value: Any) -> bool:
 def _operands(node: fx.Node) -> Iterator[Any]:
     given = arguments(node)
     return (given[name] for name in ("self", "other") if name in given)
-
-
-def _row_maximum(value: Any, scores: Any) -> set[fx.Node]:
-    """The nodes that compute the maximum of each row of scores, if that is what a value is; its gradient cancels."""
-    nodes, kept = set[fx.Node](), True
-    while isinstance(value, fx.Node) and value.target is aten.detach.default:
-        nodes.add(value)
-        value = value.args[0]
-    if isinstance(value, fx.Node) and value.target is aten.unsqueeze.default and is_last(value.args[1], value):
-        nodes.add(value)
-        value, kept = value.args[0], False
-    if isinstance(value, fx.Node) and value.target is operator.getitem and value.args[1] == 0:
-        nodes.add(value)
-        value = value.args[0]
-    if not isinstance(value, fx.Node) or value.target not in (aten.max.dim, aten.amax.default):
-        return set()
-    given = arguments(value)
-    found = given["self"] is scores and bool(given["keepdim"]) is kept and is_last(given["dim"], scores)
-    return {value, *nodes} if found else set()
 
 
 def _per_head(sinks: Any) -> fx.Node:
