@@ -68,6 +68,10 @@ def check(
                 candidates, reasons = lowerings(node)
                 if not candidates:
                     problems.append(f"{target_name(node)}: {'; '.join(reasons) or 'no lowering'}{source_of(node)}")
+            elif node.target is torch.ops.aten.as_strided.default:
+                problems.append(
+                    f"{target_name(node)}: what it reads depends on layouts, which ONNX does not have{source_of(node)}"
+                )
             elif not known(node.target) and not _decomposable(node.target):
                 problems.append(f"{target_name(node)}: torch.onnx has no translation{source_of(node)}")
         elif isinstance(node.target, torch._ops.HigherOrderOperator) and not known(node.target):

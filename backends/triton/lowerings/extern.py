@@ -32,7 +32,7 @@ EXTERN.update(
             aten.index_add.default, aten.cumsum.default, aten.cumprod.default, aten.prod.dim_int, aten.prod.default,
             aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default, aten.aminmax.default,
             aten.roll.default, aten.repeat_interleave.self_int, aten.repeat_interleave.Tensor, aten.unfold.default,
-            aten.as_strided.default, aten.diagonal.default, aten.one_hot.default, aten.bucketize.Tensor,
+            aten.diagonal.default, aten.one_hot.default, aten.bucketize.Tensor,
             aten.searchsorted.Tensor, aten.slice_scatter.default, aten.select_scatter.default, aten.pow.Tensor_Scalar,
             aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.index.Tensor, aten.pad.default, aten.constant_pad_nd.default,
             aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.tile.default,

@@ -48,6 +48,15 @@ def test_unsupported_nodes_are_one_error_of_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_what_depends_on_layouts_is_refused() -> None:
+    class Strided(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 2).as_strided((2, 3), (1, 2))
+
+    with pytest.raises(LoweringError, match="depends on layouts"):
+        check_supported(traced(Strided(), torch.rand(3, 4)))
+
+
 def test_bfloat16_is_refused_with_what_to_do() -> None:
     with pytest.raises(LoweringError, match=r"no bfloat16 kernels on CPU; use model\.float\(\)"):
         check_supported(traced(nn.Linear(2, 2).bfloat16(), torch.rand(2, 2).bfloat16()))

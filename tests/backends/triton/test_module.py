@@ -104,6 +104,12 @@ def test_what_cannot_be_lowered_is_named_before_any_work() -> None:
         generate(program(function, normal(3, 3)))
 
 
+def test_what_depends_on_layouts_is_refused() -> None:
+    """Kernels write row by row, where PyTorch keeps the order of an input that lies otherwise."""
+    with pytest.raises(LoweringError, match="depends on layouts"):
+        generate(program(lambda self, x: (x * 2).as_strided((2, 3), (1, 2)), normal(3, 4)))
+
+
 def test_sizes_that_depend_on_values_are_refused() -> None:
     with pytest.raises((LoweringError, FxpressError)):
         generate(program(lambda self, x: x[x > 0] * 2, normal(3, 3)))
