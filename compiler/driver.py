@@ -282,6 +282,7 @@ class Compiled:
             calibration = steps.prompts(self._decoder, calibration)
         settings = checked(passes, old.dynamic_shapes, backend, calibration, old.verify, max_rewrites, threads)
         settings.tune, settings.inside = old.tune, old.inside if backend == "openvino" else None
+        settings.elsewhere = old.elsewhere
         signature = made.program.signature
         paths = [tensor.path for tensor in signature.inputs]
         check_batches(
@@ -361,6 +362,7 @@ def compile(
                 backend, steps.sources(decoder, data), verify=verify, max_rewrites=max_rewrites, threads=threads,
                 dtype=dtype, tune=tune,
             )  # fmt: skip
+    settings.elsewhere = steps.elsewhere(model)
     settings.calibration = [narrow_inputs(batch, settings.dtype) for batch in settings.calibration]
     compiled = Compiled(narrowed(model, settings.dtype), settings, model, decoder, encoder)
     if isinstance(model, ExportedProgram):
@@ -408,7 +410,10 @@ def _rewritten(
             expected = (eager, run_float64(program, flat))
     with clock("passes"):
         calibration = [program.signature.bind(*_as_arguments(batch)) for batch in settings.calibration]
-        context = Context(flat, calibration, settings.max_rewrites, track=track, statistics=statistics_file)
+        context = Context(
+            flat, calibration, settings.max_rewrites, track=track, statistics=statistics_file,
+            elsewhere=settings.elsewhere,
+        )  # fmt: skip
         if backend == "onnx":
             from ..backends.onnx.measure import seconds
 

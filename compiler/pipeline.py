@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import passes as pass_folder
+from ..ir.calibration.lockstep import BatchError
 from ..ir.equality import TakenBranch, compare, sqnr_db
 from ..ir.errors import FxpressError, InputError, RewriteError, VerifyError, nearest, one_line
 from ..ir.graph import Program, arguments
@@ -173,7 +174,10 @@ def run_passes(
             result = rewrite.apply(program, context)
             verify(program)
             after, macs_after = counted(program, context.inputs) if expected else (None, None)
-        except (FxpressError, RuntimeError) as error:
+        except BatchError as error:
+            where = f"calibration batch {_number(error, context)} {error}; mend it, or leave it out"
+            raise InputError(f"{_place(passes, index)}: {where}") from error
+        except (FxpressError, RuntimeError, ValueError) as error:
             own = isinstance(error, FxpressError)
             kind, text = (type(error), str(error)) if own else (RewriteError, one_line(error))
             raise kind(f"{_place(passes, index)}: {text}") from error
@@ -211,6 +215,11 @@ def run_passes(
 def _place(passes: Sequence[Pass], index: int) -> str:
     earlier = f" (after {', '.join(map(str, passes[:index]))})" if index else ""
     return f"pass {passes[index]}{earlier}"
+
+
+def _number(error: BatchError, context: Context) -> int:
+    """Passes run on some of the batches only."""
+    return next(place for place, batch in enumerate(context.calibration) if batch is error.batch)
 
 
 def _introduced(after: Sequence[Any] | None, before: Sequence[Any] | None, real: Real) -> float | None:

@@ -32,6 +32,7 @@ class Settings:
     dtype: torch.dtype | None = None
     inside: str | None = None  # the dtype that openvino computes in
     tune: bool = True
+    elsewhere: Sequence[str] = ()  # see Context
 
 
 def batches_of(calibration: Any) -> list[Any]:

@@ -182,6 +182,14 @@ def _mixed(model: Any, kind: type) -> torch.nn.Module:
     return found  # type: ignore[no-any-return]
 
 
+def elsewhere(model: Any) -> list[str]:
+    """The names that passes may be given though the program has no such layer: those of the other program of a model.
+
+    Encoder and decoder are each a program of a model that has the modules of both.
+    """
+    return [name for name, _ in model.named_modules()] if isinstance(model, Encoder | SourceStep) else []
+
+
 def encoder_inputs(model: Any, prompt: Any) -> dict[str, Tensor]:
     """What the encoder takes of a prompt.
 

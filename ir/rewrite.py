@@ -30,6 +30,7 @@ class Context:
     `inputs` are flat example tensors, `calibration` such tensors by batch; `track(items, title)` gives the items and
     shows how far their work is; `statistics` opens what calibration found before; `seconds(program)` is the time that a
     program takes at the example's sizes on the backend that the product is for, None where that cannot be measured;
+    `elsewhere` are names of layers that the model may have beside the program, None where they are not known;
     `max_rewrites` is a budget over the whole pipeline (None: no limit) that is used up one rewrite at a time, so that
     bisecting it finds the rewrite that breaks a model.
     """
@@ -41,6 +42,7 @@ class Context:
     track: Track = untracked
     statistics: Open = refused
     seconds: Callable[[Program], float] | None = None
+    elsewhere: Sequence[str] | None = ()
 
     def take(self) -> bool:
         """Use one rewrite of the budget; False if none is left."""

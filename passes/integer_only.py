@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from ..ir.calibration.lockstep import Lockstep
 from ..ir.errors import InputError
 from ..ir.graph import Program, arguments, shape
+from ..ir.layers import check_finite
 from ..ir.ops.attention import attention
 from ..ir.ops.integer import (
     EPS_FRACTION,
@@ -79,6 +80,8 @@ class IntegerOnly(Pass):
                 "integer_only takes the ranges of activations from data: give calibration=[inputs, ...], "
                 "some dozens of typical inputs, or leave the pass out"
             )
+        inside = [node for region in regions for node in region]
+        check_finite(program, [node for node in inside if node.target is aten.linear.default])
         ranges = _observe(regions, Lockstep(program, batches, context.track, "integer_only: ranges"))
         for region in regions:
             if not context.take():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from ..ir import checks
 from ..ir.errors import InputError, RewriteError, nearest
 from ..ir.expand import expand, slices
 from ..ir.graph import Program
-from ..ir.layers import fits, is_named, name_of
+from ..ir.layers import check_finite, check_patterns, fits, is_named, name_of
 from ..ir.pattern import Refusal
 from ..ir.pruning import head_dims, masks, ranking, structured, weights
 from ..ir.pruning import layers as residual
@@ -23,6 +22,7 @@ from ..ir.pruning.channels import follow
 from ..ir.pruning.select import Pattern
 from ..ir.pruning.sensitivity import Loss, Reach, fisher, slopes
 from ..ir.pruning.units import Family, cut_unread, families
+from ..ir.quantization.sites import quantized_by
 from ..ir.rewrite import Applied, Context, Pass, PassResult, Sparsity
 
 aten = torch.ops.aten
@@ -163,11 +163,15 @@ class MaskWeights(Pass):
         """Rewrite the program in place."""
         if self.needs_calibration is not None and not context.calibration:
             raise InputError(f"{self.needs_calibration} needs calibration data; give compile() calibration=batches")
+        if (made := quantized_by(program)) is not None:
+            raise RewriteError(f"weights are quantized already; put mask_weights before {made}")
         result = PassResult()
         if context.max_rewrites != 0 and (count := expand(program)):
             result.rewrites["expand"] = count
         slices(program)
-        linears = self._linears(program)
+        linears = self._linears(program, context)
+        if self.needs_calibration is not None:
+            check_finite(program, linears)
         if self.kind in ("layers", "branches"):
             self._drop(program, context, result)
         elif self.kind in ("unstructured", "n:m", "blocks"):
@@ -182,14 +186,10 @@ class MaskWeights(Pass):
             program.clean()
         return result
 
-    def _linears(self, program: Program) -> list[fx.Node]:
+    def _linears(self, program: Program, context: Context) -> list[fx.Node]:
         """The linear layers that are meant."""
         every = program.calls(aten.linear.default)
-        for pattern in (*self.layers, *self.skip):
-            if not any(is_named(node, [pattern]) for node in every):
-                names = {name_of(node) for node in every}
-                close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-                raise InputError(f"no layer is named {pattern!r}; the nearest of {len(names)}: {', '.join(close)}")
+        check_patterns([*self.layers, *self.skip], map(name_of, every), context.elsewhere)
         wanted = [node for node in every if not self.layers or is_named(node, self.layers)]
         return [node for node in wanted if not is_named(node, self.skip)]
 
@@ -253,7 +253,7 @@ class MaskWeights(Pass):
         spared = [item for item in every if any(fits(name, self.skip) for name in item.layers)]
         found = [item for item in every if item.kind in kinds and item not in spared]
         found = [item for item in found if any(map(self._means, item.layers))]
-        named = {name_of(node) for node in self._linears(program)} if self.layers else set()
+        named = {name_of(node) for node in self._linears(program, context)} if self.layers else set()
         for name, reason in refused.items():
             result.refusals.append(Refusal(f"its inputs cannot be cut: {reason}", self.pattern, name))
         result.refusals += [Refusal(reason, "dims", name) for name, reason in heads.refused.items()]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -11,23 +11,22 @@ from typing import ClassVar
 import torch
 
 from ..ir import checks
-from ..ir.calibration.lockstep import Lockstep
+from ..ir.calibration.lockstep import Lockstep, blaming
 from ..ir.calibration.statistics import Nothing, Statistics, fingerprints
 from ..ir.calibration.target import Metric, Target
 from ..ir.errors import InputError, RewriteError
 from ..ir.expand import expand
-from ..ir.graph import Program, module_path, shape
-from ..ir.layers import name_of
-from ..ir.ops.float8 import float8_linear
-from ..ir.ops.int8_attention import int8_attention
+from ..ir.graph import Program, shape
+from ..ir.layers import check_finite, check_patterns, name_of
+from ..ir.ops.attention import attention
 from ..ir.ops.padding import packed_attention
-from ..ir.ops.quantize import dequantize, dynamic_quantize, int4_embedding, int4_linear, int8_linear, quantize
 from ..ir.pattern import Refusal
 from ..ir.pruning.masks import masked
 from ..ir.quantization import grid as grids
 from ..ir.quantization import tables
 from ..ir.quantization.absorb import absorb
 from ..ir.quantization.attention import attentions, in_integers, ranges
+from ..ir.quantization.attention import name_of as module_of
 from ..ir.quantization.choice import UNTOUCHED, Choice
 from ..ir.quantization.fold import fold
 from ..ir.quantization.insert import Insertion
@@ -36,15 +35,12 @@ from ..ir.quantization.options import Data, Way, options, plain, refined, rounde
 from ..ir.quantization.precision import Place, applied, closest, search, split
 from ..ir.quantization.record import FORMAT, Record
 from ..ir.quantization.requantize import requantize
-from ..ir.quantization.sites import Site, least, linear_sites
+from ..ir.quantization.sites import Site, least, linear_sites, quantized_by
 from ..ir.rewrite import Applied, Context, Pass, PassResult, Track
 
 aten = torch.ops.aten
 FLOAT8 = "float8_e4m3"
 BITS = {"int8": 8, "int4": 4, FLOAT8: 8}
-QUANTIZED = (
-    quantize, dequantize, dynamic_quantize, int8_linear, int4_linear, int4_embedding, float8_linear, int8_attention,
-)  # fmt: skip
 GROUP = 32  # numbers of 4 bits that share a scale
 _NEAR = 1.1  # times the smallest noise
 COSINE = 0.995  # of the outputs, where no target is given and layers are made finer by their sensitivity
@@ -207,8 +203,11 @@ class Quantize(Pass):
 
     def apply(self, program: Program, context: Context) -> PassResult:
         """Rewrite the program in place."""
-        if program.calls(*QUANTIZED):
+        made = quantized_by(program)
+        if made == "quantize":
             raise RewriteError("the program is quantized already; give one Quantize with all options")
+        if made is not None:
+            raise RewriteError(f"{made} has made integers of the program already; leave one of the two passes out")
         if masked(program):
             raise RewriteError("weights are masked for training; put the pass fold before quantize")
         if not context.calibration and self.needs_calibration is not None:
@@ -216,9 +215,13 @@ class Quantize(Pass):
         original, result = program.copy() if self.attention is not None else program, PassResult()
         if context.max_rewrites != 0 and (count := expand(program)):
             result.rewrites["expand"] = count
+        if context.max_rewrites != 0:  # fused layers have no names of their own
+            names = [*map(name_of, program.calls(aten.linear.default, aten.embedding.default))]
+            check_patterns(self.skip, [*names, *map(module_of, program.calls(attention))], context.elsewhere)
         self._attention(program, context, result)
         sites, refusals = linear_sites(program, self.skip)
         result.refusals += refusals
+        check_finite(program, [node for site in sites for node in site.linears])
         lookups = self._tables(program)
         choices = self._choices(program, original, sites, lookups, context, result)
         insertion = Insertion(program)
@@ -374,7 +377,7 @@ class Quantize(Pass):
                 data = Data(lockstep.rows_as_read(site.source))
                 return [choice for way in ways for choice in options(_for(way, site), weights, low, data)]
 
-            with _blaming(site):
+            with blaming(site.name):
                 found[site] = [
                     *record.options(
                         site,
@@ -406,13 +409,11 @@ class Quantize(Pass):
         result.refusals += refusals
         scales = {}
         if nodes and self.mode == "static":
-            try:
+            with blaming("attention"):
                 scales = ranges(program, nodes, context.calibration, context.track)
-            except ValueError as error:
-                raise RewriteError(f"calibration fails at attention: {error}") from error
         for node in nodes:
             if context.take():
-                name = module_path(node) or node.name
+                name = module_of(node)
                 in_integers(program, node, scales.get(node))
                 result.rewrites["attention"] += 1
                 detail = "a scale for each token" if node not in scales else "fixed scales"
@@ -423,7 +424,9 @@ class Quantize(Pass):
         if self.embeddings is None:
             return {}
         grid = grids.Grid() if self.embeddings == "int8" else grids.Grid(4, bool(self.symmetric), GROUP)
-        return {table: tables.rounded(program, table, grid) for table in tables.tables(program, self.skip)}
+        found = tables.tables(program, self.skip)
+        check_finite(program, [lookup for table in found for lookup in table.lookups])
+        return {table: tables.rounded(program, table, grid) for table in found}
 
 
 @dataclass
@@ -449,7 +452,7 @@ class _Fitter:
                 way = _for(self.rewrite._way(choice.activation.level, True, choice.bits), site)
                 fits = choice is not UNTOUCHED and (way.gptq or way.correct)
                 weights = _weights(self.program, site)
-                with _blaming(site):
+                with blaming(site.name):
                     self.known[id(choice)] = self._fitted(choice, way, weights, lockstep, site) if fits else choice
             return self.known[id(choice)]
 
@@ -466,15 +469,6 @@ class _Fitter:
             found = refined(choice, way, weights, Data(lockstep.rows_as_read(site.source)))
             self.record.put_fitted(choice, found)
         return found
-
-
-@contextmanager
-def _blaming(site: Site) -> Iterator[None]:
-    """Numbers that no statistics can be taken from: say in which layer they were met."""
-    try:
-        yield
-    except ValueError as error:
-        raise RewriteError(f"calibration fails at {site.name}: {error}; look for a batch that causes it") from error
 
 
 def _weights(program: Program, site: Site) -> list[torch.Tensor]:

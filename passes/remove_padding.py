@@ -12,6 +12,7 @@ from ..ir.axes import carried, rank
 from ..ir.errors import RewriteError
 from ..ir.graph import Program, arguments, same_sizes, shape
 from ..ir.ops.attention import attention
+from ..ir.ops.integer import integer_softmax
 from ..ir.ops.padding import pack_tokens, packed_attention, real_tokens, unpack_tokens
 from ..ir.packing import Place, Region, behind, is_fixed, key_masks, region_of, trim
 from ..ir.pattern import Refusal
@@ -59,6 +60,10 @@ class RemovePadding(Pass):
                 result.rewrites[RULE] += 1
                 result.matches.append(Applied(RULE, first, detail))
         if not found and not program.calls(packed_attention, pack_tokens):
+            if program.calls(integer_softmax):
+                raise RewriteError(
+                    "attention of integers keeps its padding; leave out remove_padding, or integer_only before it"
+                )
             raise RewriteError(
                 "no attention among tokens has a key mask that says which are padding; "
                 "give an attention mask among the example inputs"

@@ -70,7 +70,7 @@ def make_product(
             raise Stays(f"it is small: {_work(program, report.multiplications)}")
         expected = (before, run_float64(program, flat)) if measurable else None
         with work.clock("passes"):
-            context = Context(flat, calibration(work.asked, binding, captured), track=track)
+            context = Context(flat, calibration(work.asked, binding, captured), track=track, elsewhere=None)
             if backend == "onnx":
                 from ...backends.onnx.measure import seconds
 

@@ -123,7 +123,9 @@ def _rewritten(work: Work, values: Sequence[Any], captured: Captured, live: bool
         own = dict(program.module.named_parameters())
         random = [str(node.target) for node in random_calls(program.graph)]
         with work.clock("passes"):
-            context = Context(binding.tensors(values), calibration(work.asked, binding, captured), track=track)
+            context = Context(
+                binding.tensors(values), calibration(work.asked, binding, captured), track=track, elsewhere=None
+            )
             work.report.passes = run_passes(program, work.asked.passes, context).reports
         if random != [str(node.target) for node in random_calls(program.graph)]:
             raise TraceError("the passes would change which random numbers it draws")

@@ -8,19 +8,42 @@ files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..graph import Program, attribute
+from ..errors import FxpressError, InputError, RewriteError, one_line
+from ..graph import Program, attribute, module_path, source_of
 from ..packing import Padding, key_masks
 from ..rewrite import Track, untracked
 from .spill import LIMIT, Spill
 
 Visit = Callable[[fx.Node], list[Any] | None]
+
+
+class BatchError(InputError):
+    """A batch that the program fails on: where, and the very batch, whose number is known where all are."""
+
+    def __init__(self, where: str, batch: Sequence[Tensor]) -> None:
+        super().__init__(where)
+        self.batch = batch
+
+
+@contextmanager
+def blaming(name: str) -> Iterator[None]:
+    """Numbers that no statistics can be taken from: say in which layer they were met."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, FxpressError):
+            raise
+        raise RewriteError(
+            f"calibration fails at {name}: {error}; look for a batch that causes it, or a weight"
+        ) from error
 
 
 class Lockstep:
@@ -102,7 +125,11 @@ class Lockstep:
 
     def _call(self, node: fx.Node, index: int) -> Any:
         assert callable(node.target)
-        found = node.target(*self._arguments(node.args, index), **self._arguments(node.kwargs, index))
+        try:
+            found = node.target(*self._arguments(node.args, index), **self._arguments(node.kwargs, index))
+        except (LookupError, RuntimeError, ValueError) as error:
+            where = f"fails at {module_path(node) or node.name}{source_of(node)}: {one_line(error)}"
+            raise BatchError(where, self.batches[index]) from error
         return self._spill.hold(found, *(self._values[used][index] for used in node.all_input_nodes))
 
     def _arguments(self, given: Any, index: int) -> Any:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..errors import RewriteError
+from ..errors import InputError, RewriteError, one_line
 from ..graph import Program
+from ..signature import describe
 from .lockstep import Lockstep, Visit
 
 Outputs = Sequence[Tensor]
@@ -55,8 +56,19 @@ class Target:
     def reached(self, outputs: Outputs, truth: Outputs) -> bool:
         """Whether outputs are close enough."""
         if self.metric is not None:
-            return self.metric(outputs, truth) >= self.min_metric
+            return self._score(self.metric, outputs, truth) >= self.min_metric
         return self.error(outputs, truth) <= self.budget
+
+    @staticmethod
+    def _score(metric: Metric, outputs: Outputs, truth: Outputs) -> float:
+        try:
+            found = metric(outputs, truth)
+        except Exception as error:  # it is the user's function
+            raise InputError(f"metric fails: {type(error).__name__}: {one_line(error)}; mend that function") from error
+        try:
+            return float(found)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"metric must give a number, found {describe(found)}; mend that function") from error
 
     def __str__(self) -> str:
         if self.metric is not None:
@@ -96,6 +108,11 @@ def run(
     found = []
     for place in places:
         vectors = [lockstep.unpadded(nodes[place], batch[place], index).float() for index, batch in enumerate(outputs)]
+        if not any(map(len, vectors)):
+            raise InputError(
+                "all tokens of the calibration data that outputs are judged by are padding; give others, or another "
+                "order: of four or more batches every fourth judges"
+            )
         widest = max(item.shape[-1] for item in vectors)
         found.append(torch.cat([F.pad(item, (0, widest - item.shape[-1])) for item in vectors]))
     return found

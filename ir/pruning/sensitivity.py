@@ -9,6 +9,7 @@ the outputs as they are (Hutchinson, 1989; Martens, 2020).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +40,8 @@ def gradients(
     for index in track(rounds, "measuring sensitivity"):
         live = {name: fixed[name].clone().requires_grad_() for name in names}
         with torch.enable_grad():
-            outputs = functional_call(module, {**fixed, **live}, tuple(batches[index]))
+            with _located(program, batches[index]):
+                outputs = functional_call(module, {**fixed, **live}, tuple(batches[index]))
             total = judge(outputs, index)
             found: Any = [None] * len(live)
             if live and total.requires_grad:
@@ -72,7 +74,8 @@ def reach(
     for index in track(list(range(len(batches))), "measuring sensitivity"):
         recorder = _Recorder(program.module, layers, fixed)
         with torch.enable_grad():
-            outputs = recorder.run(*batches[index])
+            with _located(program, batches[index]):
+                outputs = recorder.run(*batches[index])
             totals = [judge(outputs, index) for _ in range(probes)] if layers else []
         for place, total in enumerate(totals):
             grads = torch.autograd.grad(
@@ -88,6 +91,16 @@ def reach(
                     found[layer].tokens[-1] += squares
                 found[layer].channels = found[layer].channels + rows.T @ rows / probes
     return found
+
+
+@contextmanager
+def _located(program: Program, batch: Sequence[Tensor]) -> Iterator[None]:
+    """Where the program fails on a batch, it fails node by node too, which says at which."""
+    try:
+        yield
+    except (LookupError, RuntimeError, ValueError):
+        Lockstep(program, [batch]).run(lambda node: None)
+        raise
 
 
 class _Recorder(fx.Interpreter):

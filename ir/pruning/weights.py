@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ..calibration.lockstep import Lockstep
+from ..calibration.lockstep import Lockstep, blaming
 from ..equality import sqnr_db
 from ..graph import Program, arguments
 from ..layers import name_of
@@ -191,7 +191,8 @@ def prune(
         weight = value(program, target.weight)
         if target not in result:
             rows = lockstep.rows(given["input"])
-            result[target] = criterion.pruned(target, weight, rows, known.get(target.weight))
+            with blaming(target.name):
+                result[target] = criterion.pruned(target, weight, rows, known.get(target.weight))
         new = result[target].values.to(weight.dtype)
         bias = None if given["bias"] is None else lockstep.values(given["bias"])[0]
         return [torch.nn.functional.linear(item, new, bias) for item in lockstep.values(given["input"])]

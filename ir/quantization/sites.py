@@ -11,6 +11,10 @@ from torch import fx
 
 from ..graph import Program, arguments, dtype, shape
 from ..layers import is_named, name_of
+from ..ops.float8 import float8_linear
+from ..ops.int8_attention import int8_attention
+from ..ops.integer import integer_softmax
+from ..ops.quantize import dequantize, dynamic_quantize, int4_embedding, int4_linear, int8_linear, quantize
 from ..pattern import Refusal
 
 aten = torch.ops.aten
@@ -22,6 +26,9 @@ LEAST: dict[Any, float] = {
     aten.gelu.default: -0.17005,
     aten.silu.default: -0.27847,
 }
+QUANTIZED = (
+    quantize, dequantize, dynamic_quantize, int8_linear, int4_linear, int4_embedding, float8_linear, int8_attention,
+)  # fmt: skip
 _VIEWS = (aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.clone.default)
 
 
@@ -40,6 +47,13 @@ class Site:
     def multiplications(self) -> int:
         """Numbers in the weights: multiplications for each token."""
         return sum(shape(linear.args[1])[0] * shape(linear.args[1])[1] for linear in self.linears)
+
+
+def quantized_by(program: Program) -> str | None:
+    """The pass that has quantized a program; None: none has."""
+    if program.calls(integer_softmax):  # there is an attention in whatever it rewrites
+        return "integer_only"
+    return "quantize" if program.calls(*QUANTIZED) else None
 
 
 def linear_sites(program: Program, skip: Sequence[str]) -> tuple[list[Site], list[Refusal]]:

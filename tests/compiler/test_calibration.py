@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 
 import fxpress
-from fxpress.ir.errors import InputError
+from fxpress.ir.errors import InputError, RewriteError
 from fxpress.ir.ops.quantize import int8_linear, quantize
-from fxpress.passes import Fold, Quantize
+from fxpress.ir.rewrite import Pass
+from fxpress.passes import Fold, IntegerOnly, MaskWeights, Quantize
 
 EXAMPLE = (torch.ones(2, 8),)
 
@@ -50,6 +52,65 @@ def test_named_batches_are_checked_by_name() -> None:
     batches = [{"input": torch.full((2, 8), torch.nan)}]
     with pytest.raises(InputError, match="calibration batch 0, input 'input' has NaN"):
         fxpress.compile(model(), "quantize", {"input": torch.ones(2, 8)}, calibration=batches)
+
+
+def encoder_with(weight: str, value: float) -> nn.Module:
+    """A model with one wrong number in a weight."""
+    made = tiny.encoder()
+    with torch.no_grad():
+        made.get_parameter(weight)[0] = value
+    return made
+
+
+FITTING = [
+    Quantize(),
+    Quantize(attention="int8", mode="static"),
+    IntegerOnly(),
+    MaskWeights(0.5, "wanda"),
+    MaskWeights(0.5, "fisher"),
+    MaskWeights(0.5, "sparsegpt", "neurons"),
+    MaskWeights(0.5, pattern="layers"),
+]
+
+
+@pytest.mark.parametrize("rewrite", FITTING, ids=str)
+def test_a_batch_that_the_model_fails_on_is_named(rewrite: Pass) -> None:
+    """One of four is what quantized outputs are judged by: the number is that of the user's."""
+    bad = {**tiny.inputs(), "ids": torch.full((2, 6), 77)}
+    batches = [*(tiny.inputs(3, length) for length in (4, 6, 7)), bad]
+    problem = r"calibration batch 3 fails at embed \(tiny.py:\d+: .*\): index out of range in self; mend it, or leave"
+    with pytest.raises(InputError, match=problem):
+        fxpress.compile(tiny.encoder(), [rewrite], tiny.inputs(), calibration=batches, backend="eager", verify=False)
+
+
+def test_outputs_that_are_all_padding_judge_nothing() -> None:
+    empty = {**tiny.inputs(), "mask": torch.zeros(2, 6, dtype=torch.bool)}
+    with pytest.raises(InputError, match="all tokens of the calibration data that outputs are judged by are padding"):
+        fxpress.compile(
+            tiny.encoder(), "quantize", tiny.inputs(), calibration=[*[tiny.inputs()] * 3, empty], backend="eager"
+        )
+
+
+@pytest.mark.parametrize("rewrite", FITTING[:-1], ids=str)
+def test_a_weight_that_is_no_number_is_named(rewrite: Pass) -> None:
+    with pytest.raises(RewriteError, match=r"the weight of up is nan at \[0, 0\]; mend it, or leave the layer out"):
+        fxpress.compile(
+            encoder_with("up.weight", torch.nan), [rewrite], tiny.inputs(), calibration=[tiny.inputs()],
+            backend="eager", verify=False,
+        )  # fmt: skip
+
+
+def test_a_table_that_is_not_finite_is_named() -> None:
+    with pytest.raises(RewriteError, match=r"the weight of embed is inf at \[0, 0\]"):
+        fxpress.compile(encoder_with("embed.weight", torch.inf), "quantize", tiny.inputs(), backend="eager")
+
+
+def test_what_a_weight_elsewhere_makes_of_the_data_is_named_by_the_layer() -> None:
+    with pytest.raises(RewriteError, match=r"calibration fails at up: .*; look for a batch .*, or a weight"):
+        fxpress.compile(
+            encoder_with("norm1.weight", torch.nan), [MaskWeights(0.5, "sparsegpt")], tiny.inputs(),
+            calibration=[tiny.inputs()], backend="eager", verify=False,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("passes", ["quantize(mode=static)", "quantize(min_cosine=0.9)", "quantize(method=gptq)"])

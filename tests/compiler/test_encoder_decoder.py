@@ -21,8 +21,10 @@ from fxpress.compiler.generation import Encoding, SourceDecoding
 from fxpress.compiler.steps import CROSS, PAST, step_inputs
 from fxpress.compiler.survey_models import tiny_config
 from fxpress.ir.errors import ArtifactError, InputError
+from fxpress.ir.layers import name_of
 from fxpress.ir.ops.attention import attention
 from fxpress.ir.ops.quantize import int8_linear
+from fxpress.passes import Quantize
 
 VOCABULARY = 60
 _IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 2}
@@ -95,6 +97,15 @@ KINDS = ["t5", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bart",
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_writes_what_its_model_writes(kind: str) -> None:
     assert writes_alike(kind, *in_eager(kind))
+
+
+def test_a_pass_may_name_what_one_of_the_two_programs_has() -> None:
+    _, step = compiled("t5", [Quantize(skip=["lm_head", "encoder"])])
+    assert step.encoder is not None
+    heads = [node for node in step.program.calls(torch.ops.aten.linear.default) if name_of(node) == "lm_head"]
+    assert len(heads) == 1 and step.program.calls(int8_linear)
+    with pytest.raises(InputError, match="no layer is named 'lm_heed'"):
+        compiled("t5", [Quantize(skip=["lm_heed"])])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,8 @@ import fxpress
 from fxpress.compiler.pipeline import parse_passes
 from fxpress.ir.errors import InputError, RewriteError
 from fxpress.ir.graph import Program
-from fxpress.passes import Canonicalize, MaskWeights
+from fxpress.ir.rewrite import Context, Pass
+from fxpress.passes import Canonicalize, IntegerOnly, MaskWeights, Quantize
 
 MLP = {"u": normal(24, 8), "b": normal(24, seed=1), "d": normal(8, 24, seed=2), "c": normal(8, seed=3)}
 X = normal(2, 5, 6)
@@ -90,6 +91,17 @@ def test_a_name_that_no_layer_has(pattern: str, option: str) -> None:
     rewrite = MaskWeights(0.5, "random", pattern, **{option: ["quary"]})
     with pytest.raises(InputError, match=r"no layer is named 'quary'; the nearest of \d+: query, "):
         rewritten(encoder(), rewrite)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "neurons", "layers"])
+@pytest.mark.parametrize("first", [Quantize(), Quantize(fold=False), IntegerOnly()], ids=str)
+def test_weights_that_are_quantized_already(first: Pass, pattern: str) -> None:
+    context = Context(calibration=[list(tiny.inputs().values())])
+    before, _ = rewritten(encoder(), first, context)
+    with pytest.raises(
+        RewriteError, match=f"weights are quantized already; put mask_weights before {first.pass_name()}"
+    ):
+        rewritten(before, MaskWeights(0.5, "random", pattern), context)
 
 
 @pytest.mark.parametrize(("pattern", "reason"), [("3:7", "16 inputs are no multiple of 7"), ("blocks", "not made of")])

@@ -25,7 +25,7 @@ from fxpress.ir.ops.quantize import dequantize, dynamic_quantize, int8_linear, q
 from fxpress.ir.quantization.fold import fold
 from fxpress.ir.rewrite import Context
 from fxpress.ir.verify import verify
-from fxpress.passes import Canonicalize, Fuse, Quantize
+from fxpress.passes import Canonicalize, Fuse, IntegerOnly, Quantize
 
 aten = torch.ops.aten
 X = (2, 5, 8)
@@ -137,6 +137,25 @@ def test_a_skipped_layer_stays_in_floats() -> None:
     after, result = rewritten(encoder(), Quantize(skip=["up"]))
     assert reasons(result) == ["up is to be skipped"]
     assert len(after.calls(aten.linear.default)) == 1 and len(after.calls(int8_linear)) == 5
+
+
+def test_a_name_to_be_skipped_that_no_layer_has() -> None:
+    with pytest.raises(InputError, match="no layer is named 'quary'; the nearest of 8: query, "):
+        rewritten(encoder(), Quantize(skip=["quary"]))
+
+
+@pytest.mark.parametrize("elsewhere", [["decoder.quary"], None])
+def test_a_layer_to_be_skipped_may_be_in_another_program_of_the_model(elsewhere: list[str] | None) -> None:
+    _, result = rewritten(encoder(), Quantize(skip=["quary"]), Context(elsewhere=elsewhere))
+    assert result.rewrites["linear (token)"] == 6
+
+
+def test_layers_that_are_integers_already() -> None:
+    after, _ = rewritten(encoder(), IntegerOnly(), calibrated(TEXTS))
+    with pytest.raises(
+        RewriteError, match="integer_only has made integers of the program already; leave one of the two"
+    ):
+        rewritten(after, Quantize())
 
 
 def test_everything_skipped_leaves_the_graph() -> None:

@@ -430,6 +430,7 @@ def test_it_composes_with_other_passes(passes: str) -> None:
     [
         ("quantize(int8, mode=dynamic), remove_padding", "fxpress.dynamic_quantize reads tokens that are padding"),
         ("remove_padding, replace_attention(linformer, force=True)", "put remove_padding behind replace_attention"),
+        ("integer_only, remove_padding", "leave out remove_padding, or integer_only before it"),
         ("remove_padding, mask_weights(0.5, magnitude, heads)", "there are no heads that can be cut"),
     ],
 )

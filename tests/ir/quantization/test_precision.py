@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxpress.ir.calibration.lockstep import Lockstep
 from fxpress.ir.calibration.target import Target, cosines
-from fxpress.ir.errors import RewriteError
+from fxpress.ir.errors import InputError, RewriteError
 from fxpress.ir.graph import Program
 from fxpress.ir.quantization.choice import UNTOUCHED, Choice
 from fxpress.ir.quantization.grid import Grid
@@ -120,6 +120,19 @@ def test_a_metric_is_reached() -> None:
     assert score(coarse, run(model()[0], BATCHES, {})) < -0.3
     outcome = searched(Target(metric=score, min_metric=-0.1))
     assert outcome.reached and "tensor" in levels(outcome)
+
+
+BAD_METRICS: list[tuple[Any, str]] = [
+    (lambda outputs, truth: 1 / 0, "metric fails: ZeroDivisionError: division by zero; mend that function"),
+    (lambda outputs, truth: None, "metric must give a number, found .*None"),
+    (lambda outputs, truth: outputs[0], "metric must give a number, found"),
+]
+
+
+@pytest.mark.parametrize(("metric", "problem"), BAD_METRICS, ids=["raises", "none", "tensor"])
+def test_a_metric_that_gives_no_number(metric: Any, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        Target(metric=metric).reached([normal(2, 3)], [normal(2, 3)])
 
 
 def test_a_target_that_only_floats_reach_is_reached_by_floats() -> None:
