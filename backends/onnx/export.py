@@ -229,7 +229,7 @@ def _spare_decompositions(exported: ExportedProgram, opset: int) -> None:
     aten = torch.ops.aten
     for node in list(exported.graph.nodes):
         node.target = _ALIASES.get(node.target, node.target)
-        if node.target in (aten.detach.default, aten.detach_.default):  # the latter is of torch.tensor(...)
+        if node.target is aten.detach_.default:  # of torch.tensor(...)
             node.replace_all_uses_with(node.args[0])
             exported.graph.erase_node(node)
         elif node.target is aten.to.dtype:

@@ -179,7 +179,7 @@ class _Reader:
         self.nodes = {root}
         self.factor = 1.0
         self.capped = False
-        self.zeroed = False  # what is NaN after the softmax is set to 0, which is a row of -inf
+        self.zeroed = False  # NaN becomes 0 after the softmax: rows of -inf (where scores are NaN, they are a bug)
         self.reading = Reading(None, None, root.args[1], ())
 
     def read(self) -> Reading:

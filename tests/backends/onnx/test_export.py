@@ -106,6 +106,17 @@ def test_respelled_for_the_exporter(tmp_path: Path) -> None:
         assert compare([torch.from_numpy(found)], program.run([x]), run_float64(program, [x])).equal
 
 
+class Detached(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x) * torch.exp(x).detach()
+
+
+def test_a_detach_is_no_node() -> None:
+    program = traced(Detached(), torch.rand(2, 6))
+    assert program.calls(torch.ops.aten.detach.default)
+    assert sorted(node.op_type for node in to_onnx(program, {}).graph) == ["Exp", "Mul", "Sin"]
+
+
 class Tied(nn.Module):
     """An embedding whose weight is the head's, too."""
 
