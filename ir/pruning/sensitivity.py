@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.func import functional_call
 
-from ..calibration.lockstep import Lockstep
+from ..calibration.lockstep import BatchError, Lockstep
 from ..errors import RewriteError
 from ..graph import Program, describe_value
 from ..ops.attention import attention
@@ -138,6 +138,14 @@ class _Judge:
         return 1 if self._loss else max(1, -(-wanted // self._batches))
 
     def __call__(self, outputs: Sequence[Any], index: int) -> Tensor:
+        total = self._total(outputs, index)
+        if not bool(total.detach().isfinite().all()):
+            raise BatchError(
+                "gives outputs, or a loss, of NaN or infinity, if not a weight does", self.lockstep.batches[index]
+            )
+        return total
+
+    def _total(self, outputs: Sequence[Any], index: int) -> Tensor:
         if self._loss is not None:
             total = self._loss(outputs)
             if not isinstance(total, Tensor) or total.numel() != 1:

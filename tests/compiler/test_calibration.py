@@ -113,6 +113,15 @@ def test_what_a_weight_elsewhere_makes_of_the_data_is_named_by_the_layer() -> No
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [("fisher",), ("fisher", "neurons"), ("sparsegpt", "heads+neurons")], ids=str)
+def test_outputs_that_are_no_numbers_have_no_sensitivity(options: tuple[str, ...]) -> None:
+    with pytest.raises(InputError, match="calibration batch 0 gives outputs, or a loss, of NaN or infinity"):
+        fxpress.compile(
+            encoder_with("norm1.weight", torch.nan), [MaskWeights(0.5, *options)], tiny.inputs(),
+            calibration=[tiny.inputs()], backend="eager", verify=False,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("passes", ["quantize(mode=static)", "quantize(min_cosine=0.9)", "quantize(method=gptq)"])
 def test_missing_calibration_data_is_refused_before_any_work(passes: str) -> None:
     with pytest.raises(InputError, match=r"pass quantize\(.*\): .* needs calibration data; give calibration=batches"):
