@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import arguments, attribute, dtype
-from .numbers import number
+from .numbers import held, is_zero_or_one, number
 
 aten = torch.ops.aten
 
@@ -51,7 +51,7 @@ class _Bounds:
             return 1.0
         found = self._followed(node, hiding) if len(self.known) < STEPS else math.inf
         if kind.is_floating_point:
-            return found if found <= torch.finfo(kind).max else math.inf
+            return held(found, kind)  # rounded: the lowest number less a small one is the lowest
         return min(found, INTEGER)
 
     def _followed(self, node: fx.Node, hiding: bool) -> float:
@@ -143,6 +143,8 @@ def _sum(bounds: _Bounds, given: dict[str, Any], hiding: bool) -> float:
 
 def _difference(bounds: _Bounds, given: dict[str, Any], hiding: bool) -> float:
     times = number(given["alpha"])
+    if times == 1 and number(given["self"]) == 1 and is_zero_or_one(given["other"]):
+        return 1.0  # the complement of a mask
     return math.inf if times is None else bounds.of(given["self"], hiding) + abs(times) * bounds.of(given["other"])
 
 
@@ -169,6 +171,8 @@ _RULES: dict[Any, _Rule] = {
     **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Scalar,
                      aten.masked_fill.Tensor), _choice),
     aten.cat.default: _joined,
+    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default), _at_most(0.0)),
+    **dict.fromkeys((aten.ones.default, aten.ones_like.default), _at_most(1.0)),
     aten.add.Tensor: _sum,
     aten.sub.Tensor: _difference,
     aten.mul.Tensor: _product,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import fx
@@ -39,8 +39,12 @@ def number(value: Any) -> float | None:
     return None
 
 
+@overload
+def held(value: float, kind: torch.dtype) -> float: ...
+@overload
+def held(value: float | None, kind: torch.dtype) -> float | None: ...
 def held(value: float | None, kind: torch.dtype) -> float | None:
-    """A number as a dtype holds it."""
+    """A number as a dtype holds it: infinity beyond the largest, after rounding; None: no number."""
     return None if value is None else float(torch.tensor(value, dtype=torch.float64).to(kind))
 
 
