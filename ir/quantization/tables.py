@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import Program, arguments, dtype
-from ..layers import is_named, name_of
+from ..layers import is_named
 from ..ops.float8 import FLOAT8
 from .choice import Activation, Choice
 from .grid import Grid, Quantized, nearest
@@ -25,13 +25,11 @@ class Table:
 
     Attributes:
         readers: what reads it as something else than a table, as tied linear layers do.
-        name: of its embeddings' modules, joined.
     """
 
     stored: fx.Node
     lookups: tuple[fx.Node, ...]
     readers: tuple[fx.Node, ...]
-    name: str
 
 
 def tables(program: Program, skip: Sequence[str]) -> list[Table]:
@@ -47,7 +45,6 @@ def tables(program: Program, skip: Sequence[str]) -> list[Table]:
             stored,
             tuple(lookups),
             tuple(user for user in stored.users if user.target is not aten.embedding.default),
-            " + ".join(dict.fromkeys(map(name_of, lookups))),
         )
         for stored, lookups in found.items()
     ]
