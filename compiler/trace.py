@@ -368,41 +368,64 @@ _DROPPED = ("_assert_", "_assert", "sym_constrain_range", "_guards_fn")
 
 
 def copy_calls(source: fx.GraphModule, module: torch.nn.Module, graph: fx.Graph, copies: dict[fx.Node, Any]) -> None:
-    """Copy everything but weights: checks are dropped, changes in place become new values, grad modes are inlined."""
-
-    def copied(node: fx.Node) -> Any:
-        return copies[node]
-
+    """Copy everything but weights: checks are dropped, changes in place become new values, contexts are inlined."""
     for node in source.graph.nodes:
-        target: Any = node.target
-        name = getattr(target, "__name__", str(target)).removesuffix(".default")
-        if node.op == "get_attr" or (not node.users and any(part in name for part in _DROPPED)):
-            continue
         if node.op == "output":
-            graph.output(fx.node.map_arg(tuple(node.args[0]), copied))
-        elif isinstance(target, torch._ops.HigherOrderOperator) and "set_grad_enabled" in target.name():
-            copies[node] = _inline(attribute(source, str(node.args[1].target)), node.args[2:], graph, copied)
-        elif target is operator.getitem and isinstance(copies[node.args[0]], tuple | list):
-            copies[node] = copies[node.args[0]][node.args[1]]  # of an inlined body's outputs
-        elif is_change(node):
-            copies[node] = functional(node, graph, copies)
-        else:
-            copies[node] = graph.node_copy(node, copied)
-            if node.op == "placeholder":
-                copies[node].args = ()  # no defaults: a Program is called with every input
+            graph.output(fx.node.map_arg(tuple(node.args[0]), lambda used: copies[used]))
+        elif not _is_dropped(node):
+            copies[node] = _copied(node, source, graph, copies)
 
 
-def _inline(body: fx.GraphModule, args: Sequence[Any], graph: fx.Graph, copied: Any) -> Any:
+def _is_dropped(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
+    return node.op == "get_attr" or (not node.users and any(part in name for part in _DROPPED))
+
+
+def _copied(node: fx.Node, owner: fx.GraphModule, graph: fx.Graph, copies: dict[fx.Node, Any]) -> Any:
+    """A call of an owner's graph, in the new graph; a number where it is a size that torch fixed later in its trace."""
+    value: Any = node.meta.get("val")
+    given: Any = node.args
+    if node.op == "call_function" and isinstance(value, int | torch.SymInt) and str(value).isdigit():
+        return int(value)
+    inlined = _without_effect(node, owner)
+    if inlined is not None:
+        return _inline(*inlined, graph, copies)
+    if node.target is operator.getitem and isinstance(copies[given[0]], tuple | list):
+        return copies[given[0]][given[1]]  # of an inlined body's outputs
+    if is_change(node):
+        return functional(node, graph, copies)
+    found = graph.node_copy(node, lambda used: copies[used])
+    if node.op == "placeholder":
+        found.args = ()  # no defaults: a Program is called with every input
+    return found
+
+
+def _without_effect(node: fx.Node, owner: fx.GraphModule) -> tuple[fx.GraphModule, Sequence[Any]] | None:
+    """The body and the arguments of a context that changes no value: grad modes; autocast off, or of other devices."""
+    given: Any = node.args
+    name = node.target.name() if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
+    if "set_grad_enabled" in name:
+        return attribute(owner, given[1].target), given[2:]
+    if "wrap_with_autocast" not in name:
+        return None
+    device, _, enabled, _, body, *operands = given
+    body = attribute(owner, body.target)
+    values = pytree.tree_leaves([inner.meta.get("val") for inner in body.graph.nodes])
+    if enabled and any(isinstance(value, Tensor) and value.device.type == device for value in values):
+        return None
+    return body, operands
+
+
+def _inline(body: fx.GraphModule, args: Sequence[Any], graph: fx.Graph, copies: dict[fx.Node, Any]) -> Any:
     """Copy a submodule's graph in place of its call; gives its output values."""
-    names: dict[fx.Node, Any] = {}
-    placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
+    placeholders = body.graph.find_nodes(op="placeholder")
     for placeholder, value in zip(placeholders, args, strict=True):
-        names[placeholder] = fx.node.map_arg(value, copied)
+        copies[placeholder] = fx.node.map_arg(value, lambda used: copies[used])
     for node in body.graph.nodes:
         if node.op == "output":
-            return fx.node.map_arg(node.args[0], lambda used: names[used])
-        if node.op != "placeholder":
-            names[node] = graph.node_copy(node, lambda used: names[used])
+            return fx.node.map_arg(node.args[0], lambda used: copies[used])
+        if node.op != "placeholder" and not _is_dropped(node):
+            copies[node] = _copied(node, body, graph, copies)
     raise TraceError("a nested graph has no output")
 
 

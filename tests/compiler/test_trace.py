@@ -408,17 +408,16 @@ def test_weights_that_share_memory_are_not_tied() -> None:
     assert len(list(program.module.buffers())) == 2
 
 
-def test_a_model_under_no_grad_is_traced_whole() -> None:
-    class Partly(nn.Module):
+def test_a_size_that_is_fixed_later_is_a_number_throughout() -> None:
+    class Late(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                y = x * 2
-            with torch.enable_grad():
-                return y + 1
+            y = x.reshape(x.shape[0], x.shape[1] * 3)
+            return y if x.shape[1] == 4 else -y
 
-    model = Partly()
-    program = traced(model, torch.rand(2, 3))
-    assert_equals(program, model, torch.rand(4, 3))
+    program = traced(Late(), torch.rand(2, 4, 3))
+    reads = [node.args for node in program.graph.nodes if node.target is torch.ops.aten.sym_size.int]
+    assert all(axis == 0 for _, axis in reads)
+    assert_equals(program, Late(), torch.rand(5, 4, 3))
 
 
 def test_dropout_in_evaluation_mode_is_nothing() -> None:
