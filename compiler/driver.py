@@ -21,7 +21,7 @@ from ..ir.errors import FxpressError, InputError, VerifyError, one_line
 from ..ir.graph import Program
 from ..ir.padding import Padding, Real
 from ..ir.rewrite import Context
-from ..ir.signature import Signature, describe, leaves
+from ..ir.signature import Signature, describe
 from . import artifact, generation, hf, pretrained, steps
 from .binding import Binder
 from .calibration import check_batches, track
@@ -41,7 +41,7 @@ from .runners import (
     without_collector,
 )
 from .settings import Settings, batches_of, checked
-from .sizes import admit_ones, check_sizes, difference
+from .sizes import admit_ones, at_right_sizes, difference, in_order
 from .statistics import statistics_file
 from .trace import Arguments, bind_example, plain_attention, trace
 from .verdict import judged, record
@@ -292,9 +292,10 @@ class Compiled:
         )
         model = made.program.copy()
         found = Compiled(model, settings, self._origin, self._decoder, encoder)
+        report = Report(made.report.model, fixed=made.report.fixed)
         with torch.no_grad(), without_collector():
             eager = list(model.run(made.flat))
-            found._made = _rewritten(made.report.model, model.copy(), made.flat, eager, settings, Clock())
+            found._made = _rewritten(report, model.copy(), made.flat, eager, settings, Clock())
         return found
 
     def _make(self, example: Arguments) -> None:
@@ -381,25 +382,26 @@ def _compile(model: torch.nn.Module | ExportedProgram, origin: Any, settings: Se
         eager = _run_model(module, example)
     with clock("trace"):
         program = trace(model, example, settings.dynamic_shapes)
-        flat = _flat(program, example)
+    fixed: dict[tuple[str, int], str] = {}
     if isinstance(model, torch.nn.Module):
         if settings.dtype is not None and keep_exact(program, model, origin):
             with clock("eager"):
                 eager = _run_model(module, example)
+        step = isinstance(model, steps.Step)
+        again = functools.partial(trace, model, example) if settings.dynamic_shapes == "auto" and not step else None
         with clock("check sizes"):
-            program = (
-                steps.admit(program, model, flat) if isinstance(model, steps.Step) else admit_ones(program, model, flat)
-            )
-            check_sizes(program, model, flat)
-    return _rewritten(type(module).__name__, program, flat, pytree.tree_leaves(eager), settings, clock)
+            admit = steps.admit if step else admit_ones
+            program, fixed = at_right_sizes(program, model, example, admit, again)
+    report = Report(type(module).__name__, fixed=[f"axis {at} of {path!r}: {why}" for (path, at), why in fixed.items()])
+    return _rewritten(report, program, in_order(program, example), pytree.tree_leaves(eager), settings, clock)
 
 
 def _rewritten(
-    name: str, program: Program, flat: list[Tensor], eager: list[Any], settings: Settings, clock: Clock
+    report: Report, program: Program, flat: list[Tensor], eager: list[Any], settings: Settings, clock: Clock
 ) -> _Product:
     """Passes, backend and check of a program whose weights it may take over; `eager` are its outputs on `flat`."""
     backend = best_backend(flat) if settings.backend == "auto" else settings.backend
-    report = Report(model=name, backend=backend)
+    report.backend = backend
     report.ranges = dict(program.signature.ranges)
     report.bytes_before, report.parameters_before = weight_bytes(program), parameters(program)
     had_masks = has_masks(program)  # those of a program that was trained
@@ -462,13 +464,6 @@ def _run_model(module: Callable[..., Any], example: Arguments) -> Any:
 
 def _cloned(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _flat(program: Program, example: Arguments) -> list[Tensor]:
-    """The example in the order of the program's inputs, whatever its sizes: 1 was doubled for tracing."""
-    given = {**dict(zip(program.signature.positional, example[0], strict=False)), **example[1]}
-    found = {path: leaf for name, value in given.items() for path, leaf in leaves(value, name)}
-    return [found[tensor.path] for tensor in program.signature.inputs]
 
 
 def _as_arguments(batch: Any) -> Arguments:

@@ -34,7 +34,7 @@ class Report:
     """What was compiled and how far it is from the model. Seconds, bytes, dB."""
 
     model: str
-    backend: str
+    backend: str = ""
     passes: list[PassReport] = field(default_factory=list)
     choices: list[dict[str, Any]] = field(default_factory=list)  # lowerings: operator, sizes, chosen, milliseconds
     bytes_before: int = 0  # of the model's weights
@@ -45,6 +45,7 @@ class Report:
     cosine: float | None = None
     max_abs: float | None = None
     ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)  # sizes the program is valid for
+    fixed: list[str] = field(default_factory=list)  # axes that cannot vary, as torch.export's graph is wrong there
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage
     # Numbers of weights, zeros too: tied ones once, without masks and the scales of quantization; None: not counted.
     parameters_before: int | None = None
@@ -129,6 +130,9 @@ class Report:
             lines.append(f"{self.precision['dtype']} against the model in its own precision: {lost}")
         if self.reshaped:
             lines.append(f"outputs {self._reshaped()}")
+        if self.fixed:
+            lines.append("fixed at the example's sizes, where torch.export's graph is not the model's at another:")
+            lines += [f"  {axis}" for axis in self.fixed]
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
         lines.append(f"compile time: {sum(self.seconds.values()):.1f} s ({stages})")
         return "\n".join(lines)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +14,45 @@ from torch.utils import _pytree as pytree
 
 from ..ir.errors import TraceError
 from ..ir.graph import Program
-from .trace import plain_attention
+from ..ir.signature import leaves
+from .trace import Arguments, plain_attention
 
 # Graph and model run the same operators: what rounding alone makes of that stays far below, a wrong constant far above.
 _APART, _HALF_APART = 0.01, 0.1  # of the largest number of an output; in half precision
+
+
+def at_right_sizes(
+    program: Program,
+    model: torch.nn.Module,
+    example: Arguments,
+    admit: Callable[[Program, Any, list[Tensor]], Program],
+    again: Callable[..., Program] | None,
+) -> tuple[Program, dict[tuple[str, int], str]]:
+    """A graph that is the model's at every size it takes, and the axes, with reasons, that were fixed for that.
+
+    Args:
+        program: as traced on the example.
+        admit: extends ranges of sizes down to 1.
+        again: traces anew with some axes `fixed`; None: no axis may be.
+
+    Raises:
+        TraceError: `again` is None, and the graph is wrong at another size: names the input, its axis, and the output.
+    """
+    fixed: dict[tuple[str, int], str] = {}
+    while True:
+        tensors = in_order(program, example)
+        program = admit(program, model, tensors)
+        wrong = _wrong_axes(program, model, tensors)
+        if not wrong:
+            return program, fixed
+        if again is None:
+            (path, axis), why = next(iter(wrong.items()))
+            raise TraceError(
+                f"torch.export's graph is wrong at other sizes: with axis {axis} of {path!r} {why}; "
+                "compile with dynamic_shapes=None, for the example's sizes alone"
+            )
+        fixed |= wrong
+        program = again(fixed=fixed.keys())
 
 
 def admit_ones(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> Program:
@@ -48,24 +83,29 @@ def with_lows(program: Program, lows: Mapping[str, int]) -> Program:
     return replace(program, signature=replace(program.signature, ranges=ranges))
 
 
-def check_sizes(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> None:
-    """Refuse a graph that is not the model's at another size: each group of axes one shorter than in the example.
-
-    Raises:
-        TraceError: names the input, its axis, and the output that differs.
-    """
+def _wrong_axes(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> dict[tuple[str, int], str]:
+    """Axes along which a graph is not the model's: input, axis and why, seen with each group of axes one shorter."""
+    found: dict[tuple[str, int], str] = {}
     ranges = program.signature.ranges
     for (axis, size), names in _groups(program, tensors).items():
         if size - 1 < max(2, *(ranges.get(name, (size, None))[0] for name in names)):
             continue
         pairs = _outputs(program, model, _cut(program, tensors, dict.fromkeys(names, size - 1)))
-        for name, pair in zip(program.signature.outputs, pairs or (), strict=False):
-            if problem := difference(*pair):
-                given = next(item.path for item in program.signature.inputs if names & {*item.shape[axis : axis + 1]})
-                raise TraceError(
-                    f"torch.export's graph is wrong at other sizes: with axis {axis} of {given!r} at {size - 1}, "
-                    f"{name!r} {problem}; compile with dynamic_shapes=None, for the example's sizes alone"
-                )
+        problems = [
+            f"at {size - 1}, {name!r} {problem}"
+            for name, pair in zip(program.signature.outputs, pairs or (), strict=False)
+            if (problem := difference(*pair))
+        ]
+        places = [item.path for item in program.signature.inputs if names & {*item.shape[axis : axis + 1]}]
+        found.update({(path, axis): problems[0] for path in places if problems})
+    return found
+
+
+def in_order(program: Program, example: Arguments) -> list[Tensor]:
+    """The example in the order of the program's inputs, whatever its sizes: 1 was doubled for tracing."""
+    given = {**dict(zip(program.signature.positional, example[0], strict=False)), **example[1]}
+    found = {path: leaf for name, value in given.items() for path, leaf in leaves(value, name)}
+    return [found[tensor.path] for tensor in program.signature.inputs]
 
 
 def _groups(program: Program, tensors: Sequence[Tensor]) -> dict[tuple[int, int], set[str]]:

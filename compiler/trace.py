@@ -12,7 +12,7 @@ import operator
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,12 @@ from .inplace import functional, is_change
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def trace(model: torch.nn.Module | ExportedProgram, args: Arguments, dynamic_shapes: Any = "auto") -> Program:
+def trace(
+    model: torch.nn.Module | ExportedProgram,
+    args: Arguments,
+    dynamic_shapes: Any = "auto",
+    fixed: Collection[tuple[str, int]] = (),
+) -> Program:
     """Trace a model on an example, under no_grad, in evaluation mode.
 
     Args:
@@ -38,6 +43,7 @@ def trace(model: torch.nn.Module | ExportedProgram, args: Arguments, dynamic_sha
         args: positional and named example arguments, as `bind_example` gives them.
         dynamic_shapes: "auto": every axis that can vary stays dynamic, batch and length of size 1 included; None: all
             sizes are fixed; else torch.export's own form, and an axis declared there that cannot vary is an error.
+        fixed: axes that "auto" leaves out, each the path of an input and the number of an axis of it.
 
     Raises:
         TraceError: torch.export cannot trace the model; names the line of the user's code.
@@ -59,7 +65,8 @@ def trace(model: torch.nn.Module | ExportedProgram, args: Arguments, dynamic_sha
     failure: TraceError | None = None
     for example in _widened(args):
         try:
-            return _to_program(_export(model, example, _every_axis(model, example)), positional, example)
+            axes = _every_axis(model, example, _paths(positional, example), fixed)
+            return _to_program(_export(model, example, axes), positional, example)
         except TraceError as error:
             failure = failure or error
     raise failure or TraceError("the model has no inputs")
@@ -162,12 +169,26 @@ def check_names(model: torch.nn.Module, args: Arguments) -> None:
 # --- dynamic axes ----------------------------------------------------------------------------------------------
 
 
-def _every_axis(model: torch.nn.Module, args: Arguments) -> Any:
-    """torch.export's dynamic_shapes with every axis of every tensor left to it."""
-    spec = pytree.tree_map(
-        lambda leaf: dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else None, args
-    )
+def _every_axis(
+    model: torch.nn.Module, args: Arguments, paths: Sequence[str], fixed: Collection[tuple[str, int]]
+) -> Any:
+    """torch.export's dynamic_shapes with every axis of every tensor left to it, but for those that are fixed."""
+    named = dict(zip(map(id, pytree.tree_leaves(args)), paths, strict=True))
+
+    def axes(leaf: Any) -> dict[int, Any] | None:
+        if not isinstance(leaf, Tensor):
+            return None
+        path = named[id(leaf)]
+        return {axis: Dim.STATIC if (path, axis) in fixed else Dim.AUTO for axis in range(leaf.dim())}
+
+    spec = pytree.tree_map(axes, args)
     return dict(inspect.signature(model.forward).bind(*spec[0], **spec[1]).arguments)
+
+
+def _paths(positional: Sequence[str], args: Arguments) -> list[str]:
+    """The dotted path of each leaf of some arguments, in order."""
+    given = [*zip(positional, args[0], strict=False), *args[1].items()]
+    return [path for name, value in given for path, _ in leaves(value, name)]
 
 
 def _widened(args: Arguments) -> Iterator[Arguments]:
@@ -286,11 +307,7 @@ def _to_program(exported: ExportedProgram, positional: Sequence[str], args: Argu
     copies: dict[fx.Node, Any] = {}
     copy_weights(source, module, graph, copies)
     copy_calls(source, module, graph, copies)
-    paths = [
-        path
-        for name, value in [*zip(positional, args[0], strict=False), *args[1].items()]
-        for path, _ in leaves(value, name)
-    ]
+    paths = _paths(positional, args)
     placeholders = [node for node in source.graph.nodes if node.op == "placeholder"]
     symbols = symbols_of(placeholders)
     inputs, constants = [], []
