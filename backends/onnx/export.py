@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
 from ...ir.errors import LoweringError, one_line
-from ...ir.graph import Program, dtype, identifier, source_of
+from ...ir.graph import Program, attribute, dtype, identifier, source_of
 from ...ir.printer import target_name
 from ...ir.quantization.fold import fold
 from .lowerings import functions
@@ -356,7 +356,6 @@ def _lowered(program: Program, choices: Choices) -> tuple[fx.GraphModule, list[s
         elif node.op == "output":
             kept = dict.fromkeys(item for item in node.args[0] if isinstance(item, fx.Node))
             node.args = (tuple(kept),)
-    copy.module.recompile()
     names: list[str] = []
     seen: set[fx.Node] = set()
     for name, item in zip(program.signature.outputs, _outputs(program), strict=True):
@@ -367,7 +366,21 @@ def _lowered(program: Program, choices: Choices) -> tuple[fx.GraphModule, list[s
             while unique in taken:
                 unique += "_out"
             names.append(unique)
+    _rename_weights(copy, names)
+    copy.module.recompile()
     return copy.module, names
+
+
+def _rename_weights(program: Program, taken: Sequence[str]) -> None:
+    """Give weights other names than outputs, as `{"logit_scale": self.logit_scale.exp()}` has: an ONNX graph has one."""
+    for node in program.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name in taken:
+            while name in taken or hasattr(program.module, name):
+                name += "_weight"
+            setattr(program.module, name, attribute(program.module, str(node.target)))
+            delattr(program.module, str(node.target))
+            node.target = name
 
 
 def _less(number: float, tensor: Tensor, alpha: float = 1) -> Tensor:

@@ -1,5 +1,6 @@
 """Exporting: what cannot be exported is listed with its line, and what the exporter has to be given another way."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -141,6 +142,23 @@ def test_a_tied_weight_is_written_once(tmp_path: Path) -> None:
     ids = torch.tensor([[5, 7, 299, 0]])
     (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
     assert compare([torch.from_numpy(found)], program.run([ids]), run_float64(program, [ids])).equal
+
+
+@pytest.mark.parametrize("of", [Tensor.exp, Tensor.clone, lambda scale: scale])
+def test_an_output_may_have_the_name_of_a_weight(of: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    class Clip(nn.Module):  # open_clip's models give their scale so
+        def __init__(self) -> None:
+            super().__init__()
+            self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"features": x * self.logit_scale, "logit_scale": of(self.logit_scale)}
+
+    x = torch.rand(2, 3)
+    save(to_onnx(traced(Clip(), x), {}), tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx", threads=1)
+    assert session.outputs == ["features", "logit_scale"]
+    assert session.run([x.numpy()])[1] == pytest.approx(of(torch.tensor(2.0)))
 
 
 def test_the_exporters_table_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
