@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -84,21 +84,27 @@ def with_lows(program: Program, lows: Mapping[str, int]) -> Program:
 
 
 def _wrong_axes(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> dict[tuple[str, int], str]:
-    """Axes along which a graph is not the model's: input, axis and why, seen with each group of axes one shorter."""
+    """Axes along which a graph is not the model's: input, axis and why, seen with each group of axes cut."""
     found: dict[tuple[str, int], str] = {}
-    ranges = program.signature.ranges
-    for (axis, size), names in _groups(program, tensors).items():
-        if size - 1 < max(2, *(ranges.get(name, (size, None))[0] for name in names)):
-            continue
-        pairs = _outputs(program, model, _cut(program, tensors, dict.fromkeys(names, size - 1)))
-        problems = [
-            f"at {size - 1}, {name!r} {problem}"
-            for name, pair in zip(program.signature.outputs, pairs or (), strict=False)
-            if (problem := difference(*pair))
-        ]
+    ranges, groups = program.signature.ranges, _groups(program, tensors)
+    for (axis, size), names in groups.items():
+        low = max(2, *(ranges.get(name, (size, None))[0] for name in names))
         places = [item.path for item in program.signature.inputs if names & {*item.shape[axis : axis + 1]}]
-        found.update({(path, axis): problems[0] for path in places if problems})
+        for cut in sorted(_cuts(axis, size, groups)):
+            pairs = _outputs(program, model, _cut(program, tensors, dict.fromkeys(names, cut))) if cut >= low else None
+            for name, pair in zip(program.signature.outputs, pairs or (), strict=False):
+                if problem := difference(*pair):
+                    found.update({(path, axis): f"at {cut}, {name!r} {problem}" for path in places})
     return found
+
+
+def _cuts(axis: int, size: int, groups: Collection[tuple[int, int]]) -> set[int]:
+    """Sizes to try for an axis: one less, and where another that is no batch is smaller, that size and one less.
+
+    Which of two lengths is the longer is what `max(keys / queries, 1.0)` asks, and torch.export answers by the example.
+    """
+    others = {other for place, other in groups if 0 < place and other < size} if axis else set()
+    return {size - 1} | others | {other - 1 for other in others}
 
 
 def in_order(program: Program, example: Arguments) -> list[Tensor]:

@@ -372,7 +372,7 @@ def _lowered(program: Program, choices: Choices) -> tuple[fx.GraphModule, list[s
 
 
 def _rename_weights(program: Program, taken: Sequence[str]) -> None:
-    """Give weights other names than outputs, as `{"logit_scale": self.logit_scale.exp()}` has: an ONNX graph has one."""
+    """Give weights other names than outputs, as of `{"scale": self.scale.exp()}`: names in an ONNX graph are unique."""
     for node in program.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         if name in taken:
