@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from ..ir.errors import TraceError
 from ..ir.graph import Program
 from ..ir.signature import leaves
 from .trace import Arguments, plain_attention
+
+_Group = tuple[int, set[str]]  # the place of an axis, and the names of its sizes
 
 # Graph and model run the same operators: what rounding alone makes of that stays far below, a wrong constant far above.
 _APART, _HALF_APART = 0.01, 0.1  # of the largest number of an output; in half precision
@@ -86,25 +88,32 @@ def with_lows(program: Program, lows: Mapping[str, int]) -> Program:
 def _wrong_axes(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> dict[tuple[str, int], str]:
     """Axes along which a graph is not the model's: input, axis and why, seen with each group of axes cut."""
     found: dict[tuple[str, int], str] = {}
-    ranges, groups = program.signature.ranges, _groups(program, tensors)
-    for (axis, size), names in groups.items():
-        low = max(2, *(ranges.get(name, (size, None))[0] for name in names))
-        places = [item.path for item in program.signature.inputs if names & {*item.shape[axis : axis + 1]}]
-        for cut in sorted(_cuts(axis, size, groups)):
-            pairs = _outputs(program, model, _cut(program, tensors, dict.fromkeys(names, cut))) if cut >= low else None
-            for name, pair in zip(program.signature.outputs, pairs or (), strict=False):
-                if problem := difference(*pair):
+    for group, cut, other in _trials(program, tensors):
+        names = group[1]
+        pairs = _outputs(program, model, _cut(program, tensors, dict.fromkeys(names, cut)))
+        for name, pair in zip(program.signature.outputs, pairs or (), strict=False):
+            if problem := difference(*pair):
+                for axis, wrong in (group, other) if other else (group,):
+                    places = [item.path for item in program.signature.inputs if wrong & {*item.shape[axis : axis + 1]}]
                     found.update({(path, axis): f"at {cut}, {name!r} {problem}" for path in places})
     return found
 
 
-def _cuts(axis: int, size: int, groups: Collection[tuple[int, int]]) -> set[int]:
-    """Sizes to try for an axis: one less, and where another that is no batch is smaller, that size and one less.
+def _trials(program: Program, tensors: Sequence[Tensor]) -> Iterator[tuple[_Group, int, _Group | None]]:
+    """A group of axes, a size to cut it to, and the group that it then is no longer than, if it was longer.
 
-    Which of two lengths is the longer is what `max(keys / queries, 1.0)` asks, and torch.export answers by the example.
+    One less; and where another group that is no batch is smaller, to that and to one less: which of two lengths is the
+    longer is what `max(keys / queries, 1.0)` asks, and torch.export answers as for the example.
     """
-    others = {other for place, other in groups if 0 < place and other < size} if axis else set()
-    return {size - 1} | others | {other - 1 for other in others}
+    groups = _groups(program, tensors)
+    ranges = program.signature.ranges
+    for (axis, size), names in groups.items():
+        low = max(2, *(ranges.get(name, (size, None))[0] for name in names))
+        cuts: dict[int, _Group | None] = {size - 1: None}
+        for (place, smaller), others in groups.items():
+            if axis and place and smaller < size:
+                cuts = {smaller: (place, others), smaller - 1: (place, others), **cuts}
+        yield from (((axis, names), cut, other) for cut, other in cuts.items() if cut >= low)
 
 
 def in_order(program: Program, example: Arguments) -> list[Tensor]:
@@ -139,9 +148,12 @@ def _outputs(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]
     with torch.no_grad(), plain_attention():
         try:
             expected = pytree.tree_leaves(model(**arguments))
+        except Exception:  # noqa: BLE001  # what a model says of a size; or an input of another container, which it lacks
+            return None
+        try:
             found = program.run(tensors)
-        except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError):
-            return None  # the last four: an empty list among the inputs is missing, or a container is of another kind
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return None
     return list(zip(found, expected, strict=True))
 
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir
 import onnxscript.optimizer
@@ -353,6 +353,10 @@ def _lowered(program: Program, choices: Choices) -> tuple[fx.GraphModule, list[s
             node.target = _chunk  # its translation is a sequence, on which the folding of constants fails
         elif node.target is torch.ops.aten.scaled_dot_product_attention.default and is_plain(node):
             node.target = torchs_attention
+        elif _scales_integers(node):
+            tensor: Any = node.args[0]
+            floats = copy.call(torch.ops.aten._to_copy.default, tensor, dtype=dtype(node), before=node)
+            node.update_arg(0, floats)
         elif node.op == "output":
             kept = dict.fromkeys(item for item in node.args[0] if isinstance(item, fx.Node))
             node.args = (tuple(kept),)
@@ -381,6 +385,19 @@ def _rename_weights(program: Program, taken: Sequence[str]) -> None:
             setattr(program.module, name, attribute(program.module, str(node.target)))
             delattr(program.module, str(node.target))
             node.target = name
+
+
+def _scales_integers(node: fx.Node) -> bool:
+    """Whether an integer tensor meets a number computed from sizes, which the exporter has no way to promote it to."""
+    if node.target not in _PROMOTING or not all(isinstance(item, fx.Node) for item in node.args[:2]):
+        return False
+    tensor, number = (item.meta["val"] for item in cast(list[fx.Node], node.args[:2]))
+    return isinstance(number, torch.SymFloat) and not tensor.is_floating_point()
+
+
+_PROMOTING = {
+    torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor, torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor,
+}  # fmt: skip
 
 
 def _less(number: float, tensor: Tensor, alpha: float = 1) -> Tensor:

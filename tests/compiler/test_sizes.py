@@ -77,13 +77,31 @@ def test_lengths_that_the_graph_does_not_take_are_not_tried() -> None:
     assert sorted(low for low, _ in report.ranges.values()) == [1, 1, 2]
 
 
-def test_sizes_at_which_the_model_fails_say_nothing() -> None:
+@pytest.mark.parametrize("error", [ValueError, AssertionError, NotImplementedError])
+def test_sizes_at_which_the_model_fails_say_nothing(error: type[Exception]) -> None:
     def even(x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and x.shape[1] % 2:
-            raise ValueError("even lengths alone")
+            raise error("even lengths alone")
         return x * 2
 
     assert compiled(even).report.equal
+
+
+def test_which_of_two_lengths_is_longer_is_tried() -> None:
+    """Both axes are fixed: the graph has the longer one of the example."""
+
+    def longer(x: Tensor) -> Tensor:
+        return x * max(x.shape[1] / x.shape[2], 1.0)
+
+    with_rows = compiled(longer, length=12)
+    assert [item.partition(":")[0] for item in with_rows.report.fixed] == ["axis 1 of 'x'", "axis 2 of 'x'"]
+
+
+def test_lengths_that_do_not_depend_on_each_other_stay_dynamic() -> None:
+    found = compiled(lambda x: x.transpose(1, 2) * (x.shape[1] / x.shape[2]), length=12)
+    assert not found.report.fixed
+    x = torch.randn(2, 3, 5)
+    torch.testing.assert_close(found(x), x.transpose(1, 2) * 0.6)
 
 
 def test_inputs_that_cannot_be_rebuilt_say_nothing() -> None:

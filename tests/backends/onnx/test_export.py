@@ -144,6 +144,18 @@ def test_a_tied_weight_is_written_once(tmp_path: Path) -> None:
     assert compare([torch.from_numpy(found)], program.run([ids]), run_float64(program, [ids])).equal
 
 
+def test_integers_are_scaled_by_a_ratio_of_sizes(tmp_path: Path) -> None:
+    class Coordinates(nn.Module):  # as in the relative positions of Segment Anything
+        def forward(self, x: Tensor) -> Tensor:
+            queries, keys = x.shape[1], x.shape[2]
+            return x + torch.arange(queries)[:, None] * (keys / queries) - torch.arange(keys) / (keys / queries)
+
+    save(to_onnx(traced(Coordinates(), torch.rand(2, 4, 6)), {}), tmp_path / "model.onnx")
+    x = torch.rand(3, 5, 3)
+    (found,) = Session(tmp_path / "model.onnx", threads=1).run([x.numpy()])
+    torch.testing.assert_close(torch.from_numpy(found), Coordinates()(x))
+
+
 @pytest.mark.parametrize("of", [Tensor.exp, Tensor.clone, lambda scale: scale])
 def test_an_output_may_have_the_name_of_a_weight(of: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
     class Clip(nn.Module):  # open_clip's models give their scale so
