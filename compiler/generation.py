@@ -79,7 +79,7 @@ class Decoding(_Writing):
             if position_ids is not None:
                 given[POSITIONS] = position_ids.expand_as(input_ids)
         found = self._run(**given)
-        return CausalLMOutputWithPast(logits=found[LOGITS], past_key_values=_filled(found[PAST]))
+        return CausalLMOutputWithPast(logits=found[LOGITS], past_key_values=_filled(past_key_values, found[PAST]))
 
 
 class SourceDecoding(_Writing):
@@ -130,7 +130,7 @@ class SourceDecoding(_Writing):
         found = self._run(**given)
         return Seq2SeqLMOutput(
             logits=found[LOGITS],
-            past_key_values=_filled(found[PAST]),
+            past_key_values=_filled(past_key_values, found[PAST]),
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
         )
 
@@ -184,18 +184,20 @@ def _empty(item: TensorInput, batch: int) -> Tensor:
     return torch.empty(batch, int(item.shape[1]), 0, int(item.shape[3]), dtype=getattr(torch, item.dtype))
 
 
-def _filled(past: Iterable[tuple[Tensor, Tensor]]) -> Any:
-    """A cache of transformers with these keys and values."""
+def _filled(cache: Any, past: Iterable[tuple[Tensor, Tensor]]) -> Any:
+    """The cache that was given, or a new one, with these keys and values: models too fill that of their caller."""
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
-    cache = DynamicCache()
+    filled = DynamicCache() if cache is None else cache
+    layers = (filled.self_attention_cache if type(filled) is EncoderDecoderCache else filled).layers
+    layers.clear()
     for keys, values in past:
         layer = DynamicLayer()
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
-    return cache
+        layers.append(layer)
+    return filled
 
 
 def generate(model: Any, step: Any, encoder: Any = None) -> Callable[..., Any]:

@@ -149,6 +149,13 @@ def test_the_decoder_may_be_given_a_beginning(t5: tuple[Any, Compiled]) -> None:
     assert torch.equal(*texts)
 
 
+def test_a_cache_of_the_caller_is_filled(t5: tuple[Any, Compiled]) -> None:
+    for writer in t5:
+        cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
+        writer.generate(**source("t5"), max_new_tokens=3, do_sample=False, past_key_values=cache)
+        assert cache.get_seq_length() == 3
+
+
 def test_each_program_has_its_own_half_of_the_weights(t5: tuple[Any, Compiled]) -> None:
     step = t5[1]
     assert step.encoder is not None

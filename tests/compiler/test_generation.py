@@ -169,6 +169,15 @@ def test_the_cache_is_given_and_taken_as_tensors(gpt2: tuple[Any, Compiled]) -> 
         torch.testing.assert_close(values[:, :, 3:], layer.values[:, :, 3:])
 
 
+def test_a_cache_of_the_caller_is_filled(gpt2: tuple[Any, Compiled]) -> None:
+    caches = [transformers.DynamicCache() for _ in gpt2]
+    for writer, cache in zip(gpt2, caches, strict=True):
+        writer.generate(**prompt(), max_new_tokens=3, do_sample=False, past_key_values=cache)
+    want, found = (torch.stack([layer.keys for layer in cache.layers]) for cache in caches)
+    assert found.shape == want.shape == (2, 2, 4, 10, 8)
+    torch.testing.assert_close(found[..., 3:, :], want[..., 3:, :])
+
+
 def test_the_report_says_from_where_sizes_hold(gpt2: tuple[Any, Compiled]) -> None:
     signature = gpt2[1].program.signature
     lows = {item.path: [signature.ranges[size][0] for size in item.shape if isinstance(size, str)]
@@ -211,6 +220,12 @@ def test_half_precision() -> None:
     assert {item.dtype for item in step.program.signature.inputs if item.path.startswith("past")} == {"bfloat16"}
     assert step.generate(**prompt(), max_new_tokens=3, do_sample=False).shape == (2, 11)
     assert model.dtype == torch.float32
+
+
+def test_more_passes_in_half_precision() -> None:
+    _, step = compiled("gpt2", dtype="bfloat16")
+    coarse = step.then("quantize(int8, mode=static)", backend="eager", calibration=[prompt()])
+    assert coarse.verify(prompt()).errors and coarse.generate(**prompt(), max_new_tokens=2).shape == (2, 10)
 
 
 def test_padding_is_not_removed_from_a_cache() -> None:
