@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -282,7 +282,8 @@ class Compiled:
             calibration = steps.prompts(self._decoder, calibration)
         settings = checked(passes, old.dynamic_shapes, backend, calibration, old.verify, max_rewrites, threads)
         settings.tune, settings.inside = old.tune, old.inside if backend == "openvino" else None
-        settings.elsewhere = old.elsewhere
+        settings.dtype, settings.elsewhere = old.dtype, old.elsewhere
+        settings.calibration = [narrow_inputs(batch, old.dtype) for batch in settings.calibration]
         signature = made.program.signature
         paths = [tensor.path for tensor in signature.inputs]
         check_batches(
@@ -467,7 +468,7 @@ def _cloned(leaf: Any) -> Any:
 
 
 def _as_arguments(batch: Any) -> Arguments:
-    return ((), dict(batch)) if isinstance(batch, dict) else (tuple(batch), {})
+    return ((), dict(batch)) if isinstance(batch, Mapping) else (tuple(batch), {})
 
 
 def weight_bytes(program: Program) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,8 @@ def batches_of(calibration: Any) -> list[Any]:
             f"calibration must be a list of inputs, found {describe(calibration)}; write calibration=[inputs, ...], or "
             "leave it out"
         )
-    return list(calibration)
+    # A tokenizer's output is a mapping but no dict, and torch's pytrees do not look into it.
+    return [dict(batch) if isinstance(batch, Mapping) else batch for batch in calibration]
 
 
 def checked(

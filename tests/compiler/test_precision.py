@@ -36,6 +36,14 @@ def test_float_inputs_are_cast() -> None:
     assert torch.equal(later(x), compiled(x))
 
 
+def test_more_passes_keep_the_precision() -> None:
+    x = torch.randn(3, 8)
+    half = fxpress.compile(torch.nn.Linear(8, 4).eval(), [], (x,), backend="eager", dtype="bfloat16")
+    coarse = half.then("quantize(int8, mode=static)", backend="eager", calibration=[(x,)])
+    assert coarse.report.passes[-1].changes and coarse(x).dtype is torch.bfloat16
+    assert coarse.verify((x,)).errors
+
+
 def llama() -> Any:
     import transformers
 
