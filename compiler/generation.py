@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,23 @@ from ..ir.errors import ArtifactError, InputError, one_line
 from ..ir.signature import Signature, TensorInput, describe
 from . import hf
 from .artifact import CONFIG, GENERATION
-from .steps import CROSS, DECODER_IDS, IDS, LAST_ONLY, LOGITS, MASK, PAST, POSITIONS, SOURCES, STATES, positions
+from .steps import (
+    CROSS,
+    DECODER_IDS,
+    IDS,
+    LAST_ONLY,
+    LOGITS,
+    MASK,
+    PAST,
+    POSITIONS,
+    SOURCES,
+    STATES,
+    Pairs,
+    positions,
+)
 
 Run = Callable[..., Any]  # a compiled program
+DECODER_POSITIONS = "decoder_position_ids"
 _IGNORED = ("use_cache", "return_dict", "cache_position")  # what a step does anyway, or computes itself
 
 
@@ -110,6 +124,9 @@ class SourceDecoding(_Writing):
         from transformers.modeling_outputs import Seq2SeqLMOutput
 
         source = {name: options.pop(name) for name in SOURCES if name in options}
+        past = self._tensors(past_key_values, decoder_input_ids.shape[0])
+        if _follow(options.get(DECODER_POSITIONS), past[0][0].shape[2], decoder_input_ids.shape[1]):
+            del options[DECODER_POSITIONS]
         _check(options)
         if decoder_attention_mask is not None and not bool(decoder_attention_mask.all()):
             raise InputError(
@@ -120,17 +137,14 @@ class SourceDecoding(_Writing):
         if any(name not in encoder_outputs for name in self._cross):
             raise InputError("encoder_outputs must be those of the compiled encoder; leave them out")
         flat = [encoder_outputs[name] for name in self._cross]
-        given = {
-            DECODER_IDS: decoder_input_ids,
-            PAST: self._tensors(past_key_values, decoder_input_ids.shape[0]),
-            CROSS: list(zip(flat[::2], flat[1::2], strict=True)),
-        }
+        cross = list(zip(flat[::2], flat[1::2], strict=True))
+        given = {DECODER_IDS: decoder_input_ids, PAST: past, CROSS: cross}
         if MASK in self._paths:
             given[MASK] = (encoder_outputs[MASK] if attention_mask is None else attention_mask).to(torch.int64)
         found = self._run(**given)
         return Seq2SeqLMOutput(
             logits=found[LOGITS],
-            past_key_values=_filled(past_key_values, found[PAST]),
+            past_key_values=_filled(past_key_values, found[PAST], cross),
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
         )
 
@@ -164,6 +178,11 @@ class Encoding:
         return states
 
 
+def _follow(places: Any, past: int, new: int) -> bool:
+    """Whether positions are those of new tokens behind a cache, which a step counts itself."""
+    return isinstance(places, Tensor) and bool((places == torch.arange(past, past + new, device=places.device)).all())
+
+
 def _check(options: Mapping[str, Any]) -> None:
     """Refuse arguments of a model's forward that mean more than a step computes."""
     for name, value in options.items():
@@ -184,20 +203,36 @@ def _empty(item: TensorInput, batch: int) -> Tensor:
     return torch.empty(batch, int(item.shape[1]), 0, int(item.shape[3]), dtype=getattr(torch, item.dtype))
 
 
-def _filled(cache: Any, past: Iterable[tuple[Tensor, Tensor]]) -> Any:
+def _filled(cache: Any, past: Pairs, cross: Pairs | None = None) -> Any:
     """The cache that was given, or a new one, with these keys and values: models too fill that of their caller."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-    filled = DynamicCache() if cache is None else cache
-    layers = (filled.self_attention_cache if type(filled) is EncoderDecoderCache else filled).layers
-    layers.clear()
-    for keys, values in past:
+    cache = DynamicCache() if cache is None else cache
+    if cross is None:
+        _fill(cache, past)
+        return cache
+    both = cache if type(cache) is EncoderDecoderCache else EncoderDecoderCache(cache, DynamicCache())
+    _fill(both.self_attention_cache, past)
+    _fill(both.cross_attention_cache, cross)
+    both.is_updated = dict.fromkeys(range(len(cross)), True)
+    for layer in both.cross_attention_cache.layers:
+        layer.reorder_cache = _stays
+    return both
+
+
+def _fill(cache: Any, pairs: Pairs) -> None:
+    from transformers.cache_utils import DynamicLayer
+
+    cache.layers.clear()
+    for keys, values in pairs:
         layer = DynamicLayer()
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
-        layers.append(layer)
-    return filled
+        cache.layers.append(layer)
+
+
+def _stays(beams: Tensor) -> None:
+    """The source is the same for all beams of a sample: copies in another order would be the same."""
 
 
 def generate(model: Any, step: Any, encoder: Any = None) -> Callable[..., Any]:

@@ -143,17 +143,40 @@ def test_a_mask_that_is_left_out_is_one_of_no_padding(kind: str) -> None:
     torch.testing.assert_close(decode(ids, **given).logits, want)
 
 
+def test_positions_that_are_given_follow_the_cache(t5: tuple[Any, Compiled]) -> None:
+    model, step = t5
+    assert step.encoder is not None
+    decode = SourceDecoding(step, step.signature, Encoding(step.encoder, step.encoder.signature, model.get_encoder()))
+    given = {**source("t5"), "decoder_input_ids": torch.full((2, 3), 2)}
+    found = decode(**given, decoder_position_ids=torch.arange(3)[None].expand(2, 3))
+    assert torch.equal(found.logits, decode(**given).logits)
+    with pytest.raises(InputError, match="does not take 'decoder_position_ids'"):
+        decode(**given, past_key_values=found.past_key_values, decoder_position_ids=torch.arange(3)[None])
+
+
 def test_the_decoder_may_be_given_a_beginning(t5: tuple[Any, Compiled]) -> None:
     given = {**source("t5"), "decoder_input_ids": torch.tensor([[2, 7, 9], [2, 8, 8]])}
     texts = [writer.generate(**given, max_new_tokens=4, do_sample=False) for writer in t5]
     assert torch.equal(*texts)
 
 
-def test_a_cache_of_the_caller_is_filled(t5: tuple[Any, Compiled]) -> None:
-    for writer in t5:
-        cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
-        writer.generate(**source("t5"), max_new_tokens=3, do_sample=False, past_key_values=cache)
-        assert cache.get_seq_length() == 3
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_cache_of_the_caller_is_filled(t5: tuple[Any, Compiled], beams: int) -> None:
+    caches = [transformers.EncoderDecoderCache(*(transformers.DynamicCache() for _ in range(2))) for _ in t5]
+    for writer, cache in zip(t5, caches, strict=True):
+        writer.generate(**source("t5"), max_new_tokens=3, do_sample=False, past_key_values=cache, num_beams=beams)
+    for kind in ("self_attention_cache", "cross_attention_cache"):
+        want, found = ([layer.keys for layer in getattr(cache, kind).layers] for cache in caches)
+        torch.testing.assert_close(found, want)
+
+
+@pytest.mark.slow
+def test_whisper_gives_scores_beside_the_text() -> None:
+    """It takes the cache that comes with them apart, sample by sample."""
+    model, step = in_eager("whisper")
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    want, found = (writer.generate(**source("whisper"), **options) for writer in (model, step))
+    torch.testing.assert_close(found.scores, want.scores)
 
 
 def test_each_program_has_its_own_half_of_the_weights(t5: tuple[Any, Compiled]) -> None:
