@@ -25,7 +25,7 @@ from ..runners import OnnxRunner, Runner, best_backend, make_runner
 from .binding import Binding
 from .cache import Cache, known_sizes
 from .check import agree, sharing
-from .graph import Captured, has_branches, random_calls
+from .graph import WEIGHT, Captured, has_branches, random_calls
 from .options import Options
 from .program import cast_weights, make_program, owner
 from .run import Made, Product, on_session
@@ -70,7 +70,7 @@ def make_product(
             raise Stays(f"it is small: {_work(program, report.multiplications)}")
         expected = (before, run_float64(program, flat)) if measurable else None
         with work.clock("passes"):
-            context = Context(flat, calibration(work.asked, binding, captured), track=track, elsewhere=None)
+            context = Context(flat, calibration(work.asked, binding, captured, values), track=track, elsewhere=None)
             if backend == "onnx":
                 from ...backends.onnx.measure import seconds
 
@@ -146,21 +146,24 @@ def _store(work: Work, runner: OnnxRunner, program: Program, binding: Binding) -
             report.cache = "stored"
 
 
-def calibration(asked: Options, binding: Binding, captured: Captured) -> list[list[Tensor]]:
-    """Batches in the order of the program's inputs.
+def calibration(asked: Options, binding: Binding, captured: Captured, values: Sequence[Any]) -> list[list[Tensor]]:
+    """Batches in the order of the program's inputs; those that are weights are as in `values`.
 
     Raises:
         TraceError: a batch does not name an input.
     """
-    names = [captured.arguments[place].name for place in binding.inputs]
     batches = []
     for batch in asked.calibration:
         found = []
-        for name in names:
+        for place in binding.inputs:
+            name = captured.arguments[place].name
             key = next((key for key in batch if name == key or name.endswith(f"_{key}")), None)
-            if key is None:
+            if key is not None:
+                found.append(batch[key])
+            elif captured.arguments[place].kind == WEIGHT:
+                found.append(values[place])
+            else:
                 raise TraceError(f"the calibration data has no {name!r}, which is an input of this graph")
-            found.append(batch[key])
         batches.append(found)
     return batches
 

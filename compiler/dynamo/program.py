@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,12 @@ from .graph import INPUT, SIZE, WEIGHT, Captured
 aten = torch.ops.aten
 
 
-def make_program(captured: Captured, values: Sequence[Any], *, live: bool = False) -> tuple[Program, Binding]:
+def make_program(captured: Captured, values: Sequence[Any], *, live: Container[int] = ()) -> tuple[Program, Binding]:
     """The Program of a captured graph, with copies of the weights as they are now, and its binding.
 
     Args:
         values: the arguments of a call; its weights are read.
-        live: weights are inputs of the program too, so that no pass can compute anything of them beforehand.
+        live: weights that are inputs of the program too, so that no pass can compute anything of them beforehand.
 
     Raises:
         TraceError: it has no Program, with the reason.
@@ -39,7 +39,7 @@ def make_program(captured: Captured, values: Sequence[Any], *, live: bool = Fals
         raise TraceError("it computes nothing: its outputs are views of its inputs, sizes and constants")
     names: dict[str, int] = {}
     for place, (argument, node) in enumerate(zip(captured.arguments, placeholders, strict=True)):
-        if argument.kind == WEIGHT and place not in changed and not live:
+        if argument.kind == WEIGHT and place not in changed and place not in live:
             _assign(source, argument.name, values[place])
             with source.graph.inserting_before(node):
                 weight = source.graph.get_attr(argument.name)
@@ -126,12 +126,12 @@ def _inputs(
     placeholders: Sequence[fx.Node],
     changed: Sequence[int],
     values: Sequence[Any],
-    live: bool,
+    live: Container[int],
 ) -> tuple[tuple[int, ...], int]:
     """Name the inputs; write sizes as those of tensors, of empty ones where no input has them."""
     inputs = []
     for place, (argument, node) in enumerate(zip(captured.arguments, placeholders, strict=True)):
-        if argument.kind == INPUT or place in changed or (live and argument.kind == WEIGHT):
+        if argument.kind == INPUT or place in changed or (argument.kind == WEIGHT and place in live):
             node.target = argument.name.replace(".", "_")
             inputs.append(place)
     tensors = [placeholders[place] for place in inputs]

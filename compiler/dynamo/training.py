@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ...ir.rewrite import Context
 from ..calibration import track
 from ..pipeline import run_passes
 from .binding import Binding
-from .graph import Captured, random_calls
+from .graph import WEIGHT, Captured, random_calls
 from .make import calibration
 from .program import make_program
 from .work import Work
@@ -64,12 +64,15 @@ def compiled(work: Work, values: Sequence[Any], captured: Captured) -> Callable[
     """
     report = work.report
     _check_gradients(captured)
+    weights = {place for place, argument in enumerate(captured.arguments) if argument.kind == WEIGHT}
+    # A mask or a temperature may be another at the next step, so nothing is computed of buffers.
+    buffers = {place for place in weights if not isinstance(values[place], nn.Parameter)}
     try:
-        program, binding = _rewritten(work, values, captured, live=False)
+        program, binding = _rewritten(work, values, captured, buffers)
     except _NewWeight:
         if not work.asked.exact:
             raise
-        program, binding = _rewritten(work, values, captured, live=True)
+        program, binding = _rewritten(work, values, captured, weights)
     module: Any = _Live(program, binding, captured.kept)
     sizes: dict[str, int] = {}
 
@@ -112,11 +115,11 @@ class _NewWeight(TraceError):
     """A pass made a weight of the model's weights."""
 
 
-def _rewritten(work: Work, values: Sequence[Any], captured: Captured, live: bool) -> tuple[Program, Binding]:
+def _rewritten(work: Work, values: Sequence[Any], captured: Captured, live: Container[int]) -> tuple[Program, Binding]:
     """The graph's program after the passes, every weight that is trained being the model's own.
 
     Args:
-        live: the weights are inputs of the program, so that passes make no others of them.
+        live: weights that are inputs of the program, so that passes make no others of them.
     """
     with torch._guards.tracing(None), torch._guards.compile_context(None), torch.no_grad():
         program, binding = make_program(captured, values, live=live)
@@ -124,7 +127,10 @@ def _rewritten(work: Work, values: Sequence[Any], captured: Captured, live: bool
         random = [str(node.target) for node in random_calls(program.graph)]
         with work.clock("passes"):
             context = Context(
-                binding.tensors(values), calibration(work.asked, binding, captured), track=track, elsewhere=None
+                binding.tensors(values),
+                calibration(work.asked, binding, captured, values),
+                track=track,
+                elsewhere=None,
             )
             work.report.passes = run_passes(program, work.asked.passes, context).reports
         if random != [str(node.target) for node in random_calls(program.graph)]:

@@ -173,6 +173,28 @@ def test_calibration_by_the_names_of_arguments() -> None:
     assert "the calibration data has no 'v'" in fxpress.reports()[-1].reason
 
 
+class Counted(nn.Module):
+    """A linear layer beside a buffer that each call changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, v: Tensor) -> Tensor:
+        self.calls += 1
+        return self.up(v) + self.calls
+
+
+def test_calibration_data_need_not_have_what_the_model_keeps() -> None:
+    options = {"backend": "eager", "passes": "quantize(int8, mode=static)", "calibration": [{"v": x()}]}
+    compiled = torch.compile(Counted().eval(), backend="fxpress", options=options)
+    with torch.no_grad():
+        compiled(x())
+    (report,) = fxpress.reports()
+    assert report.runner == "eager", report.reason
+
+
 @pytest.mark.parametrize("passes", ["quantize(int8), fuse", "mask_weights(0.5), fuse"])
 def test_lossy_passes_lose_what_they_lose_through_compile(passes: str) -> None:
     model = layers(32)

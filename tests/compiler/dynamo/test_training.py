@@ -326,3 +326,37 @@ def test_a_few_steps_of_training_follow_eager() -> None:
             optimizer.zero_grad()
             losses[-1].append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+class Annealed(nn.Module):
+    """Attention whose scores are divided by a temperature and masked; both are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.projections = nn.Linear(8, 24)
+        self.register_buffer("mask", torch.ones(3, 3).tril() > 0)
+        self.register_buffer("temperature", torch.tensor(2.0))
+
+    def forward(self, v: Tensor) -> Tensor:
+        query, key, value = self.projections(v).chunk(3, -1)
+        scores = query @ key.transpose(-1, -2) / self.temperature
+        return scores.masked_fill(~self.mask, -1e9).softmax(-1) @ value
+
+
+@pytest.mark.parametrize(("name", "later"), [("mask", torch.ones(3, 3).triu() > 0), ("temperature", torch.tensor(0.5))])
+def test_buffers_may_change_between_steps(name: str, later: Tensor) -> None:
+    """In inference a change has the graph compiled again; a graph that trains reads them anew."""
+    model = Annealed()
+    usual = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="fxpress", options=EAGER)
+    for _ in range(2):
+        losses = [call(x(2, 3, 8)).square().mean() for call in (compiled, usual)]
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(*losses)
+        for each in (model, usual):
+            getattr(each, name).copy_(later)
+    torch.testing.assert_close(model.projections.weight.grad, usual.projections.weight.grad)
+    (report,) = fxpress.reports()
+    assert report.runner == "eager"
