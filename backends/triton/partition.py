@@ -117,8 +117,10 @@ class Planner:
         return [item for item in self.order() if isinstance(item, Group)]
 
     def _computes(self, reader: fx.Node) -> bool:
-        """Whether a reader is part of a generated kernel, in which what it reads can be computed."""
-        return reader in self._group or any(reader in chain or reader is node for node, chain in self.inlined.items())
+        """Whether a reader is part of a generated kernel, in which what it reads can be computed; a product multiplies
+        what is in memory."""
+        grouped = reader in self._group and kind(reader) != "product"
+        return grouped or any(reader in chain or reader is node for node, chain in self.inlined.items())
 
     def _inline(self, node: fx.Node, bias: fx.Node) -> None:
         """Compute an attention's bias where it is added, if little is read for it: no N x M numbers in memory.

@@ -45,7 +45,7 @@ def prepare(program: Program) -> Program:
         name = str(node.args[0].target).replace("packed", "integers")  # type: ignore[union-attr]
         found.replace(node, found.add_weight(name, found.computed(node), trainable=False))
     for _ in range(DEPTH):
-        foreign = [node for node in found.graph.nodes if node.target in OPERATORS and not _known(node.target)]
+        foreign = [node for node in found.graph.nodes if node.target in OPERATORS and not _known(node)]
         for node in foreign:
             inline(found, node, WRITTEN.get(node.target))
     for node in found.calls(aten.einsum.default):
@@ -68,9 +68,12 @@ def prepare(program: Program) -> Program:
     return found
 
 
-def _known(target: Any) -> bool:
+def _known(node: fx.Node) -> bool:
     """Whether there is a lowering of an operator of ours; others are what their references call."""
-    return target in HERE or any(target in table for table in (POINTWISE, VALUES, PRODUCTS, KERNELS))
+    target: Any = node.target
+    if target in KERNELS:
+        return dtype(node.args[0]) != torch.float64  # no kernel of ours multiplies doubles
+    return target in HERE or any(target in table for table in (POINTWISE, VALUES, PRODUCTS))
 
 
 def _norm(program: Program, node: fx.Node) -> None:

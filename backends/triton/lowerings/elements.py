@@ -11,7 +11,7 @@ from torch import fx
 from ....ir.graph import arguments
 from ....ir.ops.quantize import dequantize, quantize
 from ....ir.ops.rotary import rotary
-from ..emitter import CannotFuse, Emitter, Index, Value, computed, literal
+from ..emitter import NARROW, CannotFuse, Emitter, Index, Value, computed, literal
 from ..sizes import divided, remainder
 from .table import value
 
@@ -48,8 +48,10 @@ def _arange(emitter: Emitter, node: fx.Node, index: Index) -> Value:
     aten.ones.default, aten.ones_like.default, aten.new_ones.default, generator=True,
 )  # fmt: skip
 def _full(emitter: Emitter, node: fx.Node, index: Index) -> Value:
-    given, name = arguments(node), str(node.target)
+    given, name, dtype = arguments(node), str(node.target), result_dtype(node)
     number = given.get("fill_value", given.get("s", 1 if "ones" in name else 0))
+    if dtype in NARROW and isinstance(number, float):
+        number = torch.tensor(number, dtype=dtype).item()
     return emitter.operand(number, (), _wide(node))
 
 

@@ -49,6 +49,13 @@ def test_they_are_made_of_kernels(name: str) -> None:
     assert own_kernels(runner) == kernels
 
 
+def test_doubles_are_attended_to_by_the_reference() -> None:
+    """For no kernel here multiplies them."""
+    doubles = [item.double() for item in (query, key, value)]
+    runner = agree(*calling(BY_NAME["attention"], *doubles, None, mask))
+    assert not own_kernels(runner)
+
+
 def test_more_landmarks_than_one_program_inverts_are_products() -> None:
     runner = TritonRunner(calling(BY_NAME["nystrom_attention"], query, key, value, None, 65)[0])
     assert own_kernels(runner) == {"attention": 2}

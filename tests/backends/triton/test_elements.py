@@ -116,6 +116,23 @@ def test_numbers_from_nothing_follow_the_sizes() -> None:
     agree(program(made, normal(2, 6)), [normal(2, 6)], [normal(3, 9)])
 
 
+def test_numbers_from_nothing_are_in_memory_where_they_are_multiplied() -> None:
+    def function(self: Any, x: Tensor) -> Tensor:
+        return x.softmax(-1) @ torch.arange(8.0).view(4, 2)
+
+    agree(program(function, normal(2, 4)), [normal(2, 4)], [normal(3, 4)])
+
+
+def test_a_half_from_nothing_is_rounded() -> None:
+    """Else it would not equal itself."""
+
+    def function(self: Any, x: Tensor) -> Tensor:
+        return x == torch.full_like(x, 0.1)
+
+    x = torch.full((2, 3), 0.1, dtype=torch.float16)
+    agree(program(function, x), [x])
+
+
 @pytest.mark.parametrize(
     ("function", "host"),
     [
