@@ -72,7 +72,7 @@ def _known(node: fx.Node) -> bool:
     """Whether there is a lowering of an operator of ours; others are what their references call."""
     target: Any = node.target
     if target in KERNELS:
-        return dtype(node.args[0]) != torch.float64  # no kernel of ours multiplies doubles
+        return dtype(next(iter(arguments(node).values()))) != torch.float64  # no kernel of ours multiplies doubles
     return target in HERE or any(target in table for table in (POINTWISE, VALUES, PRODUCTS))
 
 

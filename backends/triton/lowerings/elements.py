@@ -55,6 +55,12 @@ def _full(emitter: Emitter, node: fx.Node, index: Index) -> Value:
     return emitter.operand(number, (), _wide(node))
 
 
+@value(aten.fill.Scalar, aten.fill.Tensor)
+def _fill(emitter: Emitter, node: fx.Node, index: Index) -> Value:
+    number = emitter.operand(arguments(node)["value"], index, _wide(node))
+    return emitter.rounded(number, result_dtype(node))
+
+
 @value(aten.tril.default, aten.triu.default)
 def _triangle(emitter: Emitter, node: fx.Node, index: Index) -> Value:
     given = arguments(node)

@@ -18,8 +18,11 @@ EXTERN.update(
     dict.fromkeys(
         [
             aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
+            aten.conv1d.padding, aten.conv2d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
             aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable, aten.topk.default,
             aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.avg_pool1d.default,
+            aten.max_pool1d.default, aten.adaptive_avg_pool1d.default, aten.upsample_nearest2d.vec,
+            aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec,
             aten._fft_c2c.default, aten._fft_r2c.default, aten.linalg_vector_norm.default,
         ],
         LIBRARY,
@@ -36,7 +39,8 @@ EXTERN.update(
             aten.searchsorted.Tensor, aten.slice_scatter.default, aten.select_scatter.default, aten.pow.Tensor_Scalar,
             aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.index.Tensor, aten.pad.default, aten.constant_pad_nd.default,
             aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.tile.default,
-            aten.group_norm.default, aten.batch_norm.default, aten.meshgrid.default,
+            aten.group_norm.default, aten.batch_norm.default, aten.meshgrid.default, aten.meshgrid.indexing,
+            aten._weight_norm.default,
             aten.movedim.int, aten.real.default, aten.imag.default, aten.view_as_real.default, aten.complex.default,
             aten.view_as_complex.default, aten.outer.default, aten.remainder.Tensor, aten.remainder.Scalar,
             aten.remainder.Scalar_Tensor, aten.fmod.Tensor, aten.fmod.Scalar, aten.floor_divide.default,

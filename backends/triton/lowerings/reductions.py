@@ -122,7 +122,7 @@ def _any(emitter: Emitter, node: fx.Node, index: Index) -> Value:
     return emitter.let("any", f"{found} > 0", torch.bool, found)
 
 
-@_reduction(aten.var.correction, aten.var.dim, aten.std.correction)
+@_reduction(aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim)
 def _var(emitter: Emitter, node: fx.Node, index: Index) -> Value:
     given = arguments(node)
     source, axes = reduced_axes(node)

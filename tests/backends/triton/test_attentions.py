@@ -51,9 +51,14 @@ def test_they_are_made_of_kernels(name: str) -> None:
 
 def test_doubles_are_attended_to_by_the_reference() -> None:
     """For no kernel here multiplies them."""
-    doubles = [item.double() for item in (query, key, value)]
-    runner = agree(*calling(BY_NAME["attention"], *doubles, None, mask))
-    assert not own_kernels(runner)
+
+    def function(self: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return BY_NAME["attention"](query=query, key=key, value=value, right=0)  # type: ignore[operator]
+
+    floats = [query, key, value]
+    doubles = [item.double() for item in floats]
+    assert own_kernels(agree(program(function, *floats), floats)) == {"attention": 1}
+    assert not own_kernels(agree(program(function, *doubles), doubles))
 
 
 def test_more_landmarks_than_one_program_inverts_are_products() -> None:

@@ -23,6 +23,8 @@ flag = normal(5, 7, seed=3) > 0
 ONE_CALL: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (aten.tril.default, (normal(5, 7), 1), {}),
     (aten.triu.default, (normal(2, 5, 7), -2), {}),
+    (aten.fill.Scalar, (normal(5, 7, dtype=torch.float16), 0.1), {}),
+    (aten.fill.Tensor, (normal(5, 7), torch.tensor(3.0)), {}),
     (aten.where.self, (flag, normal(5, 7), normal(7)), {}),
     (aten.where.ScalarOther, (flag, normal(5, 7), float("-inf")), {}),
     (aten.where.ScalarSelf, (flag, 0.5, normal(5, 7)), {}),

@@ -125,6 +125,20 @@ def test_what_pytorch_runs_is_said() -> None:
     assert "aten.sort" in str(compiled.report)
 
 
+def test_a_positional_convolution_is_left_to_pytorch() -> None:
+    """That of Wav2Vec2, with its normed weight."""
+    convolution = torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3, padding="same"), dim=2)
+    runner = agree(program(convolution, normal(2, 4, 9)), [normal(2, 4, 9)], [normal(3, 4, 5)])
+    assert {name for name, *_ in runner.generated.externs} == {"aten._weight_norm.default", "aten.conv1d.padding"}
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+def test_resized_pictures_are_left_to_pytorch(mode: str) -> None:
+    x = normal(2, 3, 4, 4)
+    runner = agree(program(lambda self, x: nn.functional.interpolate(x * 2, scale_factor=2.0, mode=mode), x), [x], [x[:1]])
+    assert len(runner.generated.externs) == 1
+
+
 def _module(function: Any) -> nn.Module:
     made = type("Tiny", (nn.Module,), {"forward": function})()
     return made.eval()  # type: ignore[no-any-return]

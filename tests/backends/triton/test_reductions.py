@@ -51,6 +51,7 @@ ONE_CALL: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (aten.var.correction, (x, [-1]), {}),
     (aten.var.dim, (x + 100.0, [-1], False), {}),
     (aten.std.correction, (x, [-1]), {}),
+    (aten.std.dim, (x, [-1], True, True), {}),
     (aten.softmax.int, (x, -1), {}),
     (aten.softmax.int, (x, 1), {}),
     (aten.softmax.int, (half * 20, -1), {}),
