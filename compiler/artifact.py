@@ -28,6 +28,7 @@ import numpy
 
 from ..backends.onnx.files import check_weight_files
 from ..backends.onnx.session import Session
+from ..ir import checks
 from ..ir.errors import ArtifactError, InputError
 from ..ir.signature import Signature
 from .report import Report
@@ -196,6 +197,7 @@ def load(
         return decoder
     manifest = _read_manifest(folder)
     backend = manifest.get("backend", "onnx")
+    checks.threads(threads)
     if sizes is not None and CONFIG in manifest["files"]:
         raise InputError(_GROWS.format(str(folder)))
     if sizes is not None and backend != "openvino":
@@ -278,7 +280,11 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
         raise ArtifactError(f"{str(folder)!r} is damaged: {name} is missing")
     if file.stat().st_size != entry["bytes"]:
         raise ArtifactError(f"{name} is truncated or altered: {file.stat().st_size} bytes, expected {entry['bytes']}")
-    if _sha256(file) != entry["sha256"]:
+    try:
+        found = _sha256(file)
+    except OSError as error:
+        raise ArtifactError(f"cannot read {str(file)!r}: {error.strerror}") from error
+    if found != entry["sha256"]:
         raise ArtifactError(f"{name} is altered: its SHA-256 does not fit the manifest; compile and save again")
 
 

@@ -468,6 +468,13 @@ def _cloned(leaf: Any) -> Any:
 
 
 def _as_arguments(batch: Any) -> Arguments:
+    """Inputs as arguments; a mapping may be no dict, as what a tokenizer gives.
+
+    Raises:
+        InputError: neither named nor positional inputs.
+    """
+    if not isinstance(batch, Mapping | tuple | list):
+        raise InputError(f"inputs must be a dict of named or a tuple of positional ones, found {describe(batch)}")
     return ((), dict(batch)) if isinstance(batch, Mapping) else (tuple(batch), {})
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from ..ir.errors import InputError
 from . import artifact
 from .driver import compile
 from .onnx_files import check_form, onnx_files
@@ -33,6 +34,10 @@ def export_onnx(
         InputError: the file exists or cannot be written, before any work is done; and what `compile` raises.
     """
     check_form(form)
+    if "backend" in options:
+        raise InputError(
+            "export_onnx chooses the backend by its form; leave out backend, or use compile() and to_onnx()"
+        )
     for file in onnx_files(Path(path)):
         artifact.check_new(file)
     backend = "onnx" if form == "runtime" else "eager"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -443,7 +444,7 @@ def _fill(new: Any, model: Any, weights: _Weights) -> None:
 def _save(new: Any, folder: Path) -> None:
     try:
         new.save_pretrained(folder, max_shard_size="1TB")
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise InputError(f"transformers cannot write this {type(new).__name__}: {one_line(error)}") from error
 
 

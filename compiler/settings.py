@@ -70,6 +70,7 @@ def checked(
     checks.of_kind("max_rewrites", max_rewrites, int, None)
     if max_rewrites is not None and max_rewrites < 0:
         raise InputError(f"max_rewrites must be 0 or more, found {max_rewrites}")
+    checks.threads(threads)
     chosen, batches = parse_passes(passes), batches_of(calibration)
     needed = next((item for item in chosen if item.needs_calibration), None)
     if needed is not None and not batches:

@@ -85,7 +85,12 @@ def write(
     tensors, places = _packed(runner.weights())
     with tempfile.TemporaryDirectory(prefix="fxpress-") as name:
         files = Path(name)
-        save_file(tensors, files / artifact.WEIGHTS)
+        try:
+            save_file(tensors, files / artifact.WEIGHTS)
+        except SafetensorError as error:
+            raise InputError(
+                f"cannot write to {name!r}: {one_line(error)}; set TMPDIR if there is more room elsewhere"
+            ) from error
         for arch, found in (runner.machine_code(batches, archs, tune) if archs else {}).items():
             for key, code in found.items():
                 (files / f"{key}.sm_{arch}.cubin").write_bytes(code.binary)

@@ -39,6 +39,13 @@ def seed(value: Any) -> None:
         raise InputError(f"seed must be an integer of 64 bits, found {value}")
 
 
+def threads(value: Any) -> None:
+    """Refuse a number of threads that there cannot be; None: as many as the backend takes by itself."""
+    of_kind("threads", value, int, None)
+    if value is not None and value < 1:
+        raise InputError(f"threads must be at least 1, found {value}")
+
+
 def targets(min_cosine: float | None, min_sqnr_db: float | None) -> None:
     """Refuse targets for outputs that there cannot be."""
     if min_cosine is not None and not 0 < min_cosine < 1:

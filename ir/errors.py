@@ -37,10 +37,10 @@ class ArtifactError(FxpressError):
     """A saved artefact is missing, truncated, altered or of another kind."""
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
+def nearest(name: object, valid: Iterable[str]) -> str:
     """Say what `name` could have meant: `did you mean 'fuse'? (valid: canonicalize, fuse)`."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(str(name), names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}(valid: {', '.join(names)})"
 

@@ -15,10 +15,11 @@ from typing import Any, cast
 import onnx_ir
 import onnxscript.optimizer
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
-from ...ir.errors import LoweringError, one_line
+from ...ir.errors import InputError, LoweringError, one_line
 from ...ir.graph import Program, attribute, dtype, identifier, source_of
 from ...ir.printer import target_name
 from ...ir.quantization.fold import fold
@@ -332,9 +333,18 @@ def leaves_of(program: Program) -> list[Leaf]:
 
 
 def save(model: onnx_ir.Model, path: Path) -> None:
-    """Write a model as `path` with its weights beside it in safetensors (of any size: no limit of 2 GB)."""
-    with quietly():
-        onnx_ir.save_safetensors(model, path, size_threshold_bytes=1024)
+    """Write a model as `path` with its weights beside it in safetensors (of any size: no limit of 2 GB).
+
+    Raises:
+        InputError: it cannot be written, as where the disk is full.
+    """
+    try:
+        with quietly():
+            onnx_ir.save_safetensors(model, path, size_threshold_bytes=1024)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"cannot write {str(path)!r}: {one_line(error)}; set TMPDIR if there is more room elsewhere"
+        ) from error
 
 
 def _outputs(program: Program) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import onnxruntime
 
+from ...ir import checks
 from ...ir.errors import ArtifactError, InputError, one_line
 
 
@@ -33,8 +34,7 @@ class Session:
     """
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise InputError(f"threads must be at least 1, found {threads}")
+        checks.threads(threads)
         try:
             self._session = plain_session(path, threads)
         except Exception as error:  # ONNX Runtime raises classes of its own without a common base

@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import openvino
 
+from ...ir import checks
 from ...ir.errors import ArtifactError, InputError, one_line
 
 VERSION = openvino.__version__.partition("-")[0]
@@ -53,8 +54,7 @@ class OpenVinoSession:
         dtype: str | None = None,
         shapes: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise InputError(f"threads must be at least 1, found {threads}")
+        checks.threads(threads)
         check_dtype(dtype)
         options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",

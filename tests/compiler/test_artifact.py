@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +145,10 @@ def test_a_report_of_before_there_was_pruning_is_read(folder: Path) -> None:
     assert found.equal and found.macs_after is None and found.passes[0].sparsity == []
 
 
-def test_threads(saved: Path) -> None:
-    with pytest.raises(InputError, match="threads must be at least 1"):
-        load(saved, threads=0)
+@pytest.mark.parametrize(("threads", "reason"), [(0, "must be at least 1"), ("2", "must be int or None, found '2'")])
+def test_threads(threads: Any, reason: str, saved: Path) -> None:
+    with pytest.raises(InputError, match=f"threads {reason}"):
+        load(saved, threads=threads)
 
 
 # --- damage ----------------------------------------------------------------------------------------------------
@@ -326,6 +330,38 @@ def test_a_save_that_fails_leaves_nothing(compiled: Compiled, tmp_path: Path, mo
     with pytest.raises(InputError, match=r"cannot write .*No space left on device"):
         compiled.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """Within it, no file can have more than 4000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("form", ["runtime", "qdq"])
+def test_a_full_disk_leaves_no_onnx_file(form: str, compiled: Compiled, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot write .*File too large"), small_files():
+        compiled.to_onnx(tmp_path / "x.onnx", form=form)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_a_full_disk_for_temporary_files_is_named(backend: str) -> None:
+    with pytest.raises(InputError, match=r"cannot write .*File too large.*set TMPDIR"), small_files():
+        compile(tiny.bert(), [], tiny.text(), backend=backend, tune=False, verify=False)
+
+
+def test_a_file_that_cannot_be_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(file: Any, digest: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(hashlib, "file_digest", closed)  # root, as whom tests may run, reads every file
+    assert re.fullmatch(r"cannot read '.*model\.onnx': Permission denied", refusal(saved))
 
 
 def test_an_interrupted_save_leaves_nothing(

@@ -144,6 +144,23 @@ def test_calibration_data_may_be_a_generator() -> None:
     assert compiled.program.calls(int8_linear)
 
 
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_batches_may_be_what_a_tokenizer_gives(dtype: str | None) -> None:
+    batch: UserDict[str, Tensor] = UserDict(input=torch.randn(2, 8))  # BatchEncoding is one
+    compiled = fxpress.compile(
+        model(), "quantize(mode=static)", batch, calibration=[batch], backend="eager", dtype=dtype
+    )
+    assert compiled.program.calls(int8_linear)
+    assert compiled.verify(batch).errors == compiled.verify(dict(batch)).errors
+    assert compiled.then("fuse", backend="eager", calibration=[batch]).report.equal
+
+
+def test_inputs_to_verify_are_named_or_positional() -> None:
+    compiled = fxpress.compile(model(), [], EXAMPLE, backend="eager")
+    with pytest.raises(InputError, match=r"must be a dict of named or a tuple of positional ones, found a tensor"):
+        compiled.verify(*EXAMPLE)
+
+
 def test_a_trained_program_is_folded_with_its_trained_weights() -> None:
     compiled = fxpress.compile(model(), [Quantize(fold=False)], EXAMPLE, backend="eager")
     x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))

@@ -309,6 +309,9 @@ def test_a_part_in_training_mode() -> None:
         ({"calibration": 5}, r"calibration must be a list of inputs, found .*5.*write calibration="),
         ({"dynamic_shapes": "all"}, "dynamic_shapes is 'all'"),
         ({"threads": 0}, "threads must be at least 1, found 0"),
+        ({"threads": "2"}, "threads must be int or None, found '2'"),
+        ({"backend": None}, "unknown backend None"),
+        ({"dtype": torch.bfloat16, "backend": "eager"}, r"unknown dtype torch.bfloat16: did you mean 'bfloat16'"),
     ],
 )
 def test_a_wrong_option(options: dict[str, Any], message: str) -> None:
@@ -386,6 +389,11 @@ def test_to_onnx_does_not_overwrite(case: Case, tmp_path: Path) -> None:
 def test_to_onnx_wants_the_suffix(case: Case, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"must end in \.onnx"):
         case.compiled.to_onnx(tmp_path / "model.pt")
+
+
+def test_export_onnx_takes_no_backend(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="leave out backend"):
+        export_onnx(tiny.encoder(), tmp_path / "x.onnx", example_inputs=tiny.inputs(), backend="eager")
 
 
 def test_export_onnx_refuses_a_bad_path_before_any_work(tmp_path: Path) -> None:
