@@ -115,7 +115,7 @@ def read(path: Path) -> CalibrationFile:
         raise InputError(f"there is no file {name}")
     if path.suffix == ".txt":
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # other separators are part of a text
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {name}: {one_line(error)}") from error
         texts = [line.strip() for line in lines if line.strip()]

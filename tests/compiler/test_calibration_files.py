@@ -55,6 +55,11 @@ def test_texts_are_padded_to_the_longest_of_their_batch(folder: Path, tmp_path: 
     assert found.summary == "3 texts; 6 tokens in batches of 3"
 
 
+def test_a_line_is_a_text(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes("\ufeffa b\u2028c\r\nb\x0cc\r\n".encode())
+    assert read(tmp_path / "x.txt").texts == ["a b\u2028c", "b\x0cc"]
+
+
 def test_texts_are_cut_to_what_the_model_takes(folder: Path, tmp_path: Path) -> None:
     found = read(text_file(tmp_path / "x.txt", "a " * 9, "b " * 6)).batches(folder, model(), example_inputs(model()))
     assert found.batches[0]["input_ids"].shape == (2, 6)
