@@ -74,6 +74,11 @@ def _nothing() -> Iterator[None]:
     yield
 
 
+def _say(text: str) -> None:
+    """A line as it is: names of files are neither markup nor broken."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command("compile")
 def compile_command(
     model_dir: ModelDir,
@@ -115,10 +120,10 @@ def compile_command(
         out.print(compiled.encoder.report)
         out.print("The decoder, a step:")
     out.print(compiled.report)
-    out.print(f"saved to {output}")
+    _say(f"saved to {output}")
     if heatmap is not None:
         compiled.report.save_heatmap(heatmap)
-        out.print(f"heatmap in {heatmap}")
+        _say(f"heatmap in {heatmap}")
 
 
 @app.command()
@@ -145,6 +150,8 @@ def inspect(
     chosen = _passes(passes)
     if explain is not None:
         check_name(explain)
+        if not any(item.pass_name() == explain for item in chosen):
+            raise InputError(f"--explain {explain}: that pass does not run; name it in --passes, too")
     data = _calibration(calibration, chosen)
     model = hf.load_model(model_dir)
     inputs = hf.example_inputs(model, batch, length)
@@ -217,8 +224,12 @@ def families(
 ) -> None:
     """Compile a tiny model of each family and compare it with eager PyTorch at several sizes."""
     if everything:
+        if write_readme:
+            raise InputError("--write-readme is for the table of a few families; give --write FILE with --all")
         _survey(names or [], write, record, resume, workers)
         return
+    if write is not None or resume:
+        raise InputError(f"{'--resume' if write is None else '--write'} is for every family; give it with --all")
     from . import families as table
 
     table.check_names(names or [])

@@ -108,7 +108,7 @@ def load_model(folder: Path) -> torch.nn.Module:
 
     Raises:
         InputError: transformers is missing, or the folder holds no such model.
-        ArtifactError: the weights are damaged.
+        ArtifactError: it cannot be loaded, or not all of its weights are there: transformers would make random ones.
     """
     if not folder.is_dir():
         raise InputError(f"{str(folder)!r} is no directory; give a folder with config.json and model.safetensors")
@@ -122,13 +122,19 @@ def load_model(folder: Path) -> torch.nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         kind = _model_class(transformers, config)
-        model = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ArtifactError(f"cannot load the model in {str(folder)!r}: {one_line(error)}") from error
-    except Exception as error:
+        model, found = kind.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # what transformers raises for a config that is none of its own is of many classes
         if type(error).__name__ == "SafetensorError":
             raise ArtifactError(f"the weights in {str(folder)!r} are truncated or altered: {error}") from error
-        raise
+        raise ArtifactError(f"cannot load the model in {str(folder)!r}: {one_line(error)}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ArtifactError(
+            f"the weights in {str(folder)!r} lack {len(missing)} of {type(model).__name__}, {missing[0]} first; "
+            "give a folder that has them, or load the model yourself and use fxpress.compile()"
+        )
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -185,17 +191,18 @@ def example_inputs(model: torch.nn.Module, batch: int = 2, length: int = 16) -> 
     main = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
     if main == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        sides = getattr(config, "image_size", 224)  # convolutions take any; pictures mostly come in this size
+        size = sides if isinstance(sides, int) else sides[0]
         shape = (batch, getattr(config, "num_channels", 3), size, size)
         return {main: torch.randn(shape, generator=generator)}
     inputs: dict[str, torch.Tensor] = {}
-    if main == "input_features":
+    if main == "input_features" and hasattr(config, "num_mel_bins"):
         inputs[main] = torch.randn((batch, config.num_mel_bins, config.max_source_positions * 2), generator=generator)
     elif main == "input_ids":
         vocabulary = config.get_text_config().vocab_size
         inputs[main] = torch.randint(vocabulary // 4, vocabulary, (batch, length), generator=generator)
         mask = torch.ones(batch, length, dtype=torch.long)
-        mask[-1, -(length // 3) :] = 0
+        mask[-1, length - length // 3 :] = 0  # a row of one or two tokens has none to spare
         inputs["attention_mask"] = mask
     else:
         raise InputError(f"the model's main input is {main!r}; give example inputs through the Python API")

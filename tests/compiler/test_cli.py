@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+
+from fxpress.compiler.hf import example_inputs, load_model
+from fxpress.ir.errors import ArtifactError, InputError
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -93,7 +97,14 @@ BAD = {
         "--dtype is for --backend openvino",
     ),
     "an unknown pass to explain": (["inspect", "empty", "--explain", "fuze"], "did you mean 'fuse'?"),
+    "a pass to explain that does not run": (
+        ["inspect", "empty", "--explain", "quantize"],
+        "--explain quantize: that pass does not run; name it in --passes, too",
+    ),
     "an unknown family": (["families", "brt"], "did you mean 'bert'?"),
+    "a survey's file without a survey": (["families", "bert", "--write", "x.md"], "--write is for every family"),
+    "a survey gone on with without one": (["families", "bert", "--resume"], "--resume is for every family"),
+    "a survey for the short table": (["families", "--all", "--write-readme"], "--write-readme is for the table of a"),
     "an unknown family of the survey": (["families", "--all", "llamma"], "did you mean 'llama'?"),
 }
 
@@ -125,6 +136,37 @@ def test_damaged_weights_are_one_line_and_status_2(model_dir: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_are_not_in_the_file_are_not_made_up(model_dir: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(ArtifactError, match=r"lack 16 of BertModel, encoder\.layer\.1\.attention"):
+        load_model(copy)
+
+
+def test_a_config_that_is_none_is_one_line(model_dir: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "hidden_size": "32"}))
+    with pytest.raises(ArtifactError, match=r"cannot load the model in '.*': .*hidden_size"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize(("length", "padding"), [(1, 0), (2, 0), (3, 1), (16, 5)])
+def test_the_example_has_tokens_in_every_row(length: int, padding: int, model_dir: Path) -> None:
+    mask = example_inputs(load_model(model_dir), 2, length)["attention_mask"]
+    assert (mask == 0).sum(1).tolist() == [0, padding]
+
+
+def test_an_example_of_unknown_sizes_is_refused() -> None:
+    import transformers
+
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 60}
+    model = transformers.Speech2TextForConditionalGeneration(transformers.Speech2TextConfig(**sizes))
+    with pytest.raises(InputError, match="main input is 'input_features'; give example inputs through the Python API"):
+        example_inputs(model)
+
+
 def test_every_command_has_help(tmp_path: Path) -> None:
     commands = ("compile", "inspect", "bench", "demo", "families")
     for command, done in zip(commands, run_one_by_one([(name, "--help") for name in commands], tmp_path), strict=True):
@@ -137,7 +179,7 @@ OUTPUTS = {
     "openvino": ("bert", "--backend", "openvino", "--threads", 1),
     "a cache": ("gpt2", "--cache", "--threads", 1),
     "a cache and an encoder": ("t5", "--cache", "--threads", 1),
-    "a heatmap": ("bert", "--passes", "mask_weights(pattern='2:4')", "--heatmap", "map.svg"),
+    "a[bold] heatmap": ("bert", "--passes", "mask_weights(pattern='2:4')", "--heatmap", "map.svg"),
     "calibration": (
         "bert", "--threads", 1, "--calibration", "x.safetensors",
         "--passes", "quantize(mode=static, method=minmax, sensitive=None)",
@@ -203,9 +245,9 @@ def test_compile_with_a_cache(name: str, length: int, outputs: Outputs) -> None:
 
 @pytest.mark.slow
 def test_compile_draws_what_pruning_left(outputs: Outputs) -> None:
-    printed = outputs[1]["a heatmap"]
+    printed = outputs[1]["a[bold] heatmap"]
     assert "what pruning left" in printed and "no speed-up here, masks kept: 50% of the weights" in printed
-    assert printed.endswith("saved to a heatmap\nheatmap in map.svg\n")
+    assert printed.endswith("saved to a[bold] heatmap\nheatmap in map.svg\n")
     assert "<svg" in (outputs[0] / "map.svg").read_text()
 
 
