@@ -55,15 +55,6 @@ def test_named_batches_are_checked_by_name() -> None:
         fxpress.compile(model(), "quantize", {"input": torch.ones(2, 8)}, calibration=batches)
 
 
-def test_batches_may_be_mappings_of_any_kind() -> None:
-    """As tokenizers and image processors of transformers give them."""
-    batch = UserDict(input=torch.ones(2, 8))
-    compiled = fxpress.compile(
-        model(), "quantize(mode=static)", batch, backend="eager", dtype="bfloat16", calibration=[batch]
-    )
-    assert compiled.program.calls(int8_linear) and compiled.verify(batch).errors
-
-
 def encoder_with(weight: str, value: float) -> nn.Module:
     """A model with one wrong number in a weight."""
     made = tiny.encoder()
