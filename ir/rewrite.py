@@ -44,9 +44,14 @@ class Context:
     seconds: Callable[[Program], float] | None = None
     elsewhere: Sequence[str] | None = ()
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether nothing is left of the budget."""
+        return self.max_rewrites is not None and self.rewrites >= self.max_rewrites
+
     def take(self) -> bool:
         """Use one rewrite of the budget; False if none is left."""
-        if self.max_rewrites is not None and self.rewrites >= self.max_rewrites:
+        if self.is_spent:
             return False
         self.rewrites += 1
         return True

@@ -266,6 +266,13 @@ def test_as_many_rewrites_as_allowed(budget: int) -> None:
     assert sum(item.changes for item in compiled.report.passes) == budget and compiled.report.equal
 
 
+@pytest.mark.parametrize("budget", [0, 1, 5])
+@pytest.mark.parametrize("passes", ["replace_attention(sliding_window, force=True)", "remove_padding"])
+def test_a_pass_does_not_miss_what_there_were_no_rewrites_left_for(passes: str, budget: int) -> None:
+    compiled = compile(tiny.encoder(), passes, tiny.inputs(), backend="eager", max_rewrites=budget)
+    assert [item.changes for item in compiled.report.passes] == [budget, 0] and compiled.report.equal
+
+
 def test_without_verification() -> None:
     compiled = compile(tiny.encoder(), example_inputs=tiny.inputs(), backend="eager", verify=False)
     assert compiled.report.equal is None and "not measured" in str(compiled.report)
