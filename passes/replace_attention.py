@@ -17,6 +17,7 @@ from ..ir.calibration.target import Target
 from ..ir.errors import InputError, RewriteError, nearest
 from ..ir.graph import Program, dtype, module_path
 from ..ir.layers import fits
+from ..ir.ops.int8_attention import int8_attention
 from ..ir.ops.padding import packed_attention
 from ..ir.ops.table import taking
 from ..ir.pattern import Refusal
@@ -192,6 +193,8 @@ class ReplaceAttention(Pass):
         every = sites(program)
         if not every and program.calls(packed_attention):
             raise RewriteError("attention is of packed tokens already; put remove_padding behind replace_attention")
+        if not every and program.calls(int8_attention):
+            raise RewriteError("attention multiplies integers already; put replace_attention before quantize")
         if not every and program.calls(*taking("value", "key_mask")):
             return []  # all are replaced
         if not every:
@@ -280,7 +283,7 @@ def _calibrated(
         for item in by_node[node]:
             weights = item.kind.calibrate(item.site, dict(item.weights), samples, context.track)
             found.append(dataclasses.replace(item, weights=weights))
-        return replacing(lockstep, found[-1:])(node) if in_turn else [sample.output for sample in samples]
+        return replacing(lockstep, found[-1:])(node) if in_turn else [item.output.to(dtype(node)) for item in samples]
 
     lockstep.run(visit)
     return found

@@ -38,8 +38,10 @@ class Candidate:
         return 0.0 if self.seconds is None or self.exact_seconds is None else self.exact_seconds - self.seconds
 
     def output(self, inputs: Sequence[Any]) -> Tensor:
-        """The attention's result for query, key, value and key mask."""
-        found: Tensor = self.kind.attend(compute, self.site, inputs, self.weights)
+        """The attention's result for query, key, value and key mask, with the weights in their dtype, as stored."""
+        wanted = inputs[0].dtype
+        weights = {name: item.to(wanted) if item.is_floating_point() else item for name, item in self.weights.items()}
+        found: Tensor = self.kind.attend(compute, self.site, inputs, weights)
         return found
 
 
@@ -53,11 +55,12 @@ class Chosen:
 
 
 def samples_of(site: Site, lockstep: Lockstep) -> list[Sample]:
-    """What each batch brings to a site whose inputs are computed."""
+    """What each batch brings to a site whose inputs are computed, in fp32, in which weights are fitted."""
     values = [None if node is None else lockstep.values(node) for node in site.inputs]
     found = []
     for index in range(len(lockstep.batches)):
         inputs: list[Any] = [None if item is None else item[index] for item in values]
+        inputs = [item.float() if item is not None and item.is_floating_point() else item for item in inputs]
         args = {name: item for name, item in site.given.items() if not isinstance(item, fx.Node)}
         tensors: dict[str, Any] = dict(zip(("query", "key", "value", "key_mask"), inputs, strict=True))
         found.append(Sample(**tensors, output=attention(**{**args, **tensors})))

@@ -70,6 +70,12 @@ class Site:
         return scale
 
     @property
+    def empty(self) -> dict[str, str]:
+        """What a row without any key gives, as an option of `fxpress.attention` unless it is the default."""
+        empty = self.given["empty"]
+        return {} if empty == "zeros" else {"empty": empty}
+
+    @property
     def is_square(self) -> bool:
         """Whether there are as many keys as queries."""
         return same_sizes([shape(self.given["query"])[2]], [shape(self.given["key"])[2]])

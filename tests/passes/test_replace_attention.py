@@ -10,9 +10,10 @@ from typing import Any
 import integers
 import pytest
 import torch
-from build import before_after, normal, program, reasons, rewritten
+from build import assert_equal, before_after, normal, program, reasons, rewritten
 from sites import BITING
 from torch import Tensor, nn
+from torch.export import Dim
 
 from fxpress.ir.errors import RewriteError
 from fxpress.ir.graph import Program
@@ -25,6 +26,7 @@ from fxpress.ir.replacement.kinds.graph import Graph
 from fxpress.ir.rewrite import Context, PassResult
 from fxpress.passes import Canonicalize, ReplaceAttention
 
+X = normal(2, 4, 9, 4)
 TEXTS = [integers.batch(3, length, seed=length) for length in (12, 16, 20)]
 QUICK = {"linear": {"steps": 2}, "linformer": {"steps": 2}, "depthwise_conv": {"steps": 2}}
 EVERY = [
@@ -101,6 +103,26 @@ def test_a_second_time_nothing_changes(kind: Kind) -> None:
     before, _ = once(str(kind))
     after, result = rewritten(before, replace(kind), Context(calibration=TEXTS))
     assert result.changes == 0 and print_program(before) == print_program(after)
+
+
+@pytest.mark.parametrize("empty", ["zeros", "mean"])
+@pytest.mark.parametrize("options", [("exact", {}), ("sliding_window", {"window": 8})], ids=str)
+def test_a_token_that_sees_nothing_gives_what_it_did(options: tuple[str, Any], empty: str) -> None:
+    """The first, where a token does not see itself."""
+    before = program(lambda m, x: attention(x, x, x, right=-1, empty=empty), normal(2, 2, 5, 4), dynamic=None)
+    after, result = rewritten(before, ReplaceAttention(options[0], **options[1]))
+    assert result.changes == 1
+    assert_equal(before, after, [normal(2, 2, 5, 4)])
+
+
+@pytest.mark.parametrize("layers", ["all", "auto"])
+@pytest.mark.parametrize("kind", [kind for kind in EVERY if kind.needs_calibration], ids=str)
+def test_weights_are_fitted_for_half_precision_too(kind: Kind, layers: str) -> None:
+    budget = {"min_cosine": 0.01} if layers == "auto" else {}
+    before = program(lambda m, x: attention(x, x, x), X.bfloat16(), dynamic={"x": {0: Dim("batch"), 2: Dim("n")}})
+    after, result = rewritten(before, replace(kind, layers=layers, **budget), Context(calibration=[[X.bfloat16()]]))
+    assert result.changes == 1
+    assert after.run([X.bfloat16()])[0].dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("size", [(2, 7), (1, 1), (3, 40)])

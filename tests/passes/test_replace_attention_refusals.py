@@ -17,7 +17,7 @@ from fxpress.ir.errors import RewriteError
 from fxpress.ir.graph import Program
 from fxpress.ir.ops.attention import attention
 from fxpress.ir.rewrite import Context, PassResult
-from fxpress.passes import ReplaceAttention
+from fxpress.passes import Quantize, ReplaceAttention
 
 X = normal(2, 5, 12)
 CAPPED = ("sliding_window", "exact")  # kinds that keep a soft cap, and a window of the model's own
@@ -205,6 +205,12 @@ def test_a_program_without_attention() -> None:
     traced = program(lambda m, x: x * 2, X)
     with pytest.raises(RewriteError, match="the program has no attention; fxpress inspect --explain canonicalize says"):
         replaced(traced, ReplaceAttention("nystrom"))
+
+
+def test_attention_of_integers() -> None:
+    before, _ = rewritten(plain(), Quantize(attention="int8"))
+    with pytest.raises(RewriteError, match="multiplies integers already; put replace_attention before quantize"):
+        replaced(before, ReplaceAttention("nystrom"))
 
 
 def test_of_several_kinds_those_that_fit_are_tried() -> None:

@@ -23,4 +23,4 @@ class Exact(Kind):
         """The same attention once more."""
         query, key, value, key_mask = inputs
         return call(attention, query, key, value, None, key_mask, site.left, site.right, site.scale,
-                    site.given["softcap"])  # fmt: skip
+                    site.given["softcap"], **site.empty)  # fmt: skip

@@ -54,6 +54,8 @@ class SlidingWindow(Kind):
         )
         softcap = site.given["softcap"]
         if not self.global_tokens and self.dilation == 1:
-            return call(attention, query, key, value, None, key_mask, left, right, site.scale, softcap)
+            # Where tokens see themselves, padding alone has rows without keys.
+            empty = site.empty if min(left, right) < 0 else {}
+            return call(attention, query, key, value, None, key_mask, left, right, site.scale, softcap, **empty)
         return call(window_attention, query, key, value, key_mask, left, right, self.global_tokens, self.dilation,
                     site.causal, site.scale, softcap)  # fmt: skip
