@@ -14,8 +14,10 @@ from ..ir.graph import Program, arguments, same_sizes, shape
 from ..ir.ops.attention import attention
 from ..ir.ops.integer import integer_softmax
 from ..ir.ops.padding import pack_tokens, packed_attention, real_tokens, unpack_tokens
+from ..ir.ops.table import taking
 from ..ir.packing import Place, Region, behind, is_fixed, key_masks, region_of, trim
 from ..ir.pattern import Refusal
+from ..ir.printer import target_name
 from ..ir.rewrite import Applied, Context, Pass, PassResult
 
 aten = torch.ops.aten
@@ -63,6 +65,12 @@ class RemovePadding(Pass):
             if program.calls(integer_softmax):
                 raise RewriteError(
                     "attention of integers keeps its padding; leave out remove_padding, or integer_only before it"
+                )
+            attentions = taking("query", "key", "value", "key_mask")
+            if others := [node for node in program.calls(*taking("key_mask")) if node.target not in attentions]:
+                raise RewriteError(
+                    f"padding cannot be removed: {target_name(others[0])} takes tokens by their places in the batch; "
+                    "leave out remove_padding, or replace attention by another kind"
                 )
             raise RewriteError(
                 "no attention among tokens has a key mask that says which are padding; "

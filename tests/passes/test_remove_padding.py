@@ -37,7 +37,7 @@ from fxpress.ir.ops.attention import attention
 from fxpress.ir.ops.padding import pack_tokens, packed_attention, unpack_tokens
 from fxpress.ir.printer import print_program
 from fxpress.ir.rewrite import Context
-from fxpress.passes import Canonicalize, RemovePadding
+from fxpress.passes import Canonicalize, RemovePadding, ReplaceAttention
 
 WIDTH = 8
 After = Callable[[Any, Tensor, Tensor], Any]
@@ -282,6 +282,13 @@ def test_what_padding_counts_for_ahead_of_attention_stays() -> None:
 def test_refused_without_a_key_mask() -> None:
     before = program(lambda m, x: attention(x, x, x), normal(2, 2, 5, 4))
     with pytest.raises(RewriteError, match=r"no attention among tokens has a key mask .*; give an attention mask"):
+        rewritten(before, RemovePadding())
+
+
+@pytest.mark.parametrize(("kind", "name"), [("random_sparse", "align_tokens"), ("depthwise_conv", "conv_attention")])
+def test_refused_behind_attention_that_needs_places(kind: str, name: str) -> None:
+    before, _ = rewritten(traced(), ReplaceAttention(kind), Context(calibration=[inputs()]))
+    with pytest.raises(RewriteError, match=rf"fxpress\.{name} takes tokens by their places .*; leave out remove_pad"):
         rewritten(before, RemovePadding())
 
 
