@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 from ...ir.errors import TraceError
 from ...ir.graph import Program, arguments, attribute, copy_graph, size_text, source_of
 from ...ir.signature import Signature, TensorInput
+from ..copying import copy_calls, copy_weights
 from ..inplace import alias_of, is_change
-from ..trace import copy_calls, copy_weights, fill_fake_values, stated, symbols_of
+from ..trace import fill_fake_values, stated, symbols_of
 from .binding import Binding, Finish
 from .graph import INPUT, SIZE, WEIGHT, Captured
 

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from build import module
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from fxpress.compiler.sizes import admit_ones
 from fxpress.compiler.trace import bind_example, trace
@@ -51,6 +53,12 @@ def test_a_branch_on_data_names_the_line_of_the_user() -> None:
     ) as caught:
         traced(Branches(), torch.rand(2, 3))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", [torch.vmap(torch.sin), lambda x: flex_attention(x, x, x)], ids=["vmap", "flex"])
+def test_vmap_is_refused_with_what_to_write(call: Any) -> None:
+    with pytest.raises(TraceError, match=r"vmap.* cannot be replayed.*; write it by broadcasting"):
+        traced(module(lambda m, x: call(x)), torch.rand(2, 2, 5, 4))
 
 
 def test_a_value_read_from_data_names_the_line_of_the_user() -> None:
