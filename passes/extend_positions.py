@@ -59,6 +59,7 @@ class ExtendPositions(Pass):
             result.rewrites["positions"] += 1
             detail = f"{item.learned} positions repeated to {self.length}"
             result.matches.append(Applied("positions", str(item.weight.target), detail))
+        for item in longer:  # once all of them hold so many: the shortest is what limits the length
             symbol = size_text(shape(item.lookup)[-2], program.symbols)
             if symbol in program.signature.ranges:
                 program.set_longest(symbol, self.length)

@@ -83,6 +83,17 @@ def test_max_rewrites() -> None:
     assert result.changes == 0 and after.signature.ranges["d1"][1] == OLD
 
 
+def test_the_length_grows_once_all_tables_are_longer() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        places = torch.arange(OLD)[: x.shape[1]]
+        return x + F.embedding(places, m.one) + F.embedding(places, m.other)
+
+    x = normal(2, 6, 4)
+    before = program(forward, x, one=normal(OLD, 4), other=normal(OLD, 4, seed=1))
+    after, result = rewritten(before, ExtendPositions(NEW), Context([x], max_rewrites=1))
+    assert result.changes == 1 and after.signature.ranges["d1"][1] == OLD
+
+
 def test_numbers_that_do_not_go_on_are_refused() -> None:
     numbers = torch.arange(OLD)[None].clone()
     numbers[0, 9] = 3
