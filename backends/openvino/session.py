@@ -66,6 +66,7 @@ class OpenVinoSession:
         try:
             core = openvino.Core()
             model = core.read_model(path)
+            self._rows = _rows(model)
             if shapes is not None:
                 model.reshape({place: openvino.PartialShape(list(shape)) for place, shape in enumerate(shapes)})
             self._model = core.compile_model(model, "CPU", options)
@@ -80,8 +81,13 @@ class OpenVinoSession:
         """Run on arrays in the order of the signature; gives arrays in the order of the outputs.
 
         Raises:
-            InputError: OpenVINO fails on this input.
+            InputError: OpenVINO fails on this input, or would give zeros for rows that a table does not have.
         """
+        for place, rows in self._rows.items():
+            low, high = int(arrays[place].min(initial=0)), int(arrays[place].max(initial=0))
+            if low < -rows or high >= rows:
+                wrong = high if high >= rows else low
+                raise InputError(f"input {self.inputs[place]!r} holds {wrong}, the table that it reads has {rows} rows")
         if not hasattr(self._local, "request"):
             self._local.request = self._model.create_infer_request()
         try:
@@ -90,3 +96,21 @@ class OpenVinoSession:
         except Exception as error:  # as above
             raise InputError(f"OpenVINO failed on inputs of {[a.shape for a in arrays]}: {one_line(error)}") from error
         return [found[item] for item in self._model.outputs]
+
+
+def _rows(model: Any) -> dict[int, int]:
+    """By the place of each input that a table is looked up by: how many rows that has; the smallest table counts."""
+    places = {item.get_node().get_friendly_name(): place for place, item in enumerate(model.inputs)}
+    found: dict[int, int] = {}
+    for node in model.get_ops():
+        if node.get_type_name() != "Gather":
+            continue
+        index, axis = (node.input_value(port).get_node() for port in (1, 2))
+        while index.get_type_name() in ("Convert", "Reshape", "Squeeze", "Unsqueeze"):
+            index = index.input_value(0).get_node()
+        place, shape = places.get(index.get_friendly_name()), node.input_value(0).get_partial_shape()
+        if place is not None and axis.get_type_name() == "Constant" and shape.rank.is_static:
+            size = shape[axis.get_data().item()]
+            if size.is_static:
+                found[place] = min(size.get_length(), found.get(place, size.get_length()))
+    return found

@@ -215,6 +215,17 @@ def test_weights_of_matmuls_and_tables_take_half_the_room() -> None:
     assert compiled.report.precision["sqnr_db"] > 40
 
 
+@pytest.mark.parametrize("passes", ["fuse", "quantize(int4, group_size=16)"])
+def test_rows_that_a_table_does_not_have(passes: str) -> None:
+    """OpenVINO gives zeros for them."""
+    model = torch.nn.Sequential(torch.nn.Embedding(10, 32), torch.nn.Linear(32, 4)).eval()
+    compiled = fxpress.compile(model, passes, (torch.arange(6).reshape(2, 3),), backend="openvino", tune=False)
+    assert compiled(torch.tensor([[9, 0]])).shape == (1, 2, 4)
+    for wrong in (10, -11):
+        with pytest.raises(InputError, match=rf"input '.*' holds {wrong}, the table that it reads has 10 rows"):
+            compiled(torch.tensor([[wrong, 0]]))
+
+
 @needs_bfloat16
 def test_a_model_in_bfloat16_is_refused_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = fxpress.compile(tiny.bert(), example_inputs=tiny.text(), backend="openvino", dtype="bfloat16")
