@@ -253,13 +253,14 @@ class MaskWeights(Pass):
         spared = [item for item in every if any(fits(name, self.skip) for name in item.layers)]
         found = [item for item in every if item.kind in kinds and item not in spared]
         found = [item for item in found if any(map(self._means, item.layers))]
-        named = {name_of(node) for node in self._linears(program, context)} if self.layers else set()
+        named = {name_of(node) for node in self._linears(program, context)}
         for name, reason in refused.items():
             result.refusals.append(Refusal(f"its inputs cannot be cut: {reason}", self.pattern, name))
         result.refusals += [Refusal(reason, "dims", name) for name, reason in heads.refused.items()]
         if not found:
             reasons = [f"{name}: {refused[name]}" for name in sorted(named) if name in refused]
-            reasons += [f"{name}: {reason}" for name, reason in heads.refused.items()]
+            inside = [f"{name}: {reason}" for name, reason in heads.refused.items()]
+            reasons = [*reasons, *inside] if self.layers else [*inside, *reasons]
             raise RewriteError(f"there are no {self.pattern} that can be cut" + (f"; {reasons[0]}" if reasons else ""))
         found = [item for item in found if context.take()]
         if not found:

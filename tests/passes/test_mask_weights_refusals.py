@@ -111,13 +111,14 @@ def test_a_layer_that_cannot_have_a_pattern_is_named(pattern: str, reason: str) 
         rewritten(encoder(), rewrite)
 
 
-def test_what_needs_all_of_a_layer_is_named() -> None:
+@pytest.mark.parametrize("layers", [[], ["d"]])
+def test_what_needs_all_of_a_layer_is_named(layers: list[str]) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return F.linear(F.layer_norm(F.linear(x, m.u), (24,)), m.d)
 
     before = program(forward, normal(2, 8), u=MLP["u"], d=MLP["d"])
     with pytest.raises(RewriteError, match=r"no neurons that can be cut; d: layer_norm .* needs all of linear"):
-        rewritten(before, MaskWeights(0.5, pattern="neurons", layers=["d"]))
+        rewritten(before, MaskWeights(0.5, pattern="neurons", layers=layers))
 
 
 @pytest.mark.parametrize("pattern", ["heads", "neurons", "layers", "branches"])
