@@ -6,17 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..ir.errors import TraceError
-from ..ir.graph import Program
+from ..ir.graph import Program, arguments, shape, size_text
 from ..ir.signature import leaves
 from .trace import Arguments, plain_attention
 
+aten = torch.ops.aten
 _Group = tuple[int, set[str]]  # the place of an axis, and the names of its sizes
 
 # Graph and model run the same operators: what rounding alone makes of that stays far below, a wrong constant far above.
@@ -77,6 +78,35 @@ def right_at(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]
     """Whether graph and model agree to rounding where some of the example's sizes are cut."""
     pairs = _outputs(program, model, _cut(program, tensors, sizes))
     return pairs is not None and all(_agree(*pair) for pair in pairs)
+
+
+def bound_by_tables(program: Program) -> None:
+    """Let no size be larger than a table has rows for, where `embedding(table, arange(size))` looks up positions.
+
+    PyTorch fails beyond, ONNX Runtime with an error that names no input, and OpenVINO gives zeros.
+    """
+    for node in program.calls(aten.embedding.default):
+        rows, index, offset = shape(node.args[0])[0], cast(fx.Node, arguments(node)["indices"]), 0
+        while index.target in _PASSED_ON or index.target is aten.add.Tensor:
+            given = arguments(index)
+            if index.target is aten.add.Tensor:
+                if not isinstance(given["other"], int) or given["alpha"] != 1:
+                    break
+                offset += given["other"]
+            index = cast(fx.Node, index.args[0])
+        if index.target not in _COUNTS or arguments(index).get("start", 0) != 0:
+            continue
+        size = size_text(shape(index)[0], program.symbols)
+        low, high = program.signature.ranges.get(size, (0, 0))
+        if size in program.signature.ranges and (high is None or high > rows - offset >= low):
+            program.set_longest(size, rows - offset)
+
+
+_COUNTS = {aten.arange.default, aten.arange.start}
+_PASSED_ON = {
+    aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.view.default, aten.to.dtype,
+    aten._to_copy.default, aten.alias.default, aten.clone.default, aten.repeat.default, aten.detach.default,
+}  # fmt: skip
 
 
 def with_lows(program: Program, lows: Mapping[str, int]) -> Program:

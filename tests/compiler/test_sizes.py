@@ -126,3 +126,24 @@ def test_inputs_in_a_list_keep_their_places() -> None:
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     found = fxpress.compile(Nested().eval(), [], {"parts": [x, 2.0, x + 1]}, backend="eager")
     assert all(low == 1 for low, _ in found.report.ranges.values())
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+def test_a_table_of_positions_bounds_the_length(offset: int) -> None:
+    """A model fails beyond it, where a backend may give zeros."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(20, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            positions = torch.arange(x.shape[1], dtype=torch.int64)[None] + offset
+            return x + self.table(positions.expand(x.shape[0], -1))
+
+    model = Positions().eval()
+    found = fxpress.compile(model, [], (torch.randn(2, 6, 8),), backend="eager")
+    longest = torch.randn(1, 20 - offset, 8)
+    torch.testing.assert_close(found(longest), model(longest))
+    with pytest.raises(InputError, match=f"is 21, the traced program is valid for at most {20 - offset}"):
+        found(torch.randn(1, 21, 8))
