@@ -41,7 +41,7 @@ from .runners import (
     without_collector,
 )
 from .settings import Settings, batches_of, checked
-from .sizes import admit_ones, at_right_sizes, bound_by_tables, difference, in_order
+from .sizes import admit_ones, at_right_sizes, bound_by_tables, check_example, difference, in_order
 from .statistics import statistics_file
 from .trace import Arguments, bind_example, plain_attention, trace
 from .verdict import judged, record
@@ -393,6 +393,8 @@ def _compile(model: torch.nn.Module | ExportedProgram, origin: Any, settings: Se
         with clock("check sizes"):
             admit = steps.admit if step else admit_ones
             program, fixed = at_right_sizes(program, model, example, admit, again)
+            if settings.verify:
+                check_example(program, in_order(program, example), pytree.tree_leaves(eager))
     bound_by_tables(program)
     report = Report(type(module).__name__, fixed=[f"axis {at} of {path!r}: {why}" for (path, at), why in fixed.items()])
     return _rewritten(report, program, in_order(program, example), pytree.tree_leaves(eager), settings, clock)

@@ -28,7 +28,7 @@ def functional(node: fx.Node, graph: fx.Graph, copies: dict[fx.Node, Any]) -> fx
         kept: fx.Node = copies[changed]
         return kept
     packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
-    overload = getattr(packet, target._overloadname, None)
+    overload = getattr(packet, target._overloadname, None) or getattr(packet, "default", None)  # floor_divide has one
     views = list(_views(changed))  # of the memory that changes, the changed one first, its owner last
     owned = views[-1].op == "call_function" or views[-1].meta.get("may_change")  # an input that is written back
     if not owned or overload is None or overload._schema.is_mutable:

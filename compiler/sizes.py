@@ -58,6 +58,22 @@ def at_right_sizes(
         program = again(fixed=fixed.keys())
 
 
+def check_example(program: Program, tensors: Sequence[Tensor], eager: Sequence[Any]) -> None:
+    """Refuse a graph that is not the model's on the example itself, of which its own fp64 run would be no judge.
+
+    Raises:
+        TraceError: the model computes something else while it is traced; names the output.
+    """
+    with torch.no_grad(), plain_attention():
+        found = program.run(tensors)
+    for name, value, truth in zip(program.signature.outputs, found, eager, strict=True):
+        if problem := difference(value, truth):
+            raise TraceError(
+                f"torch.export's graph is not the model: on the example {name!r} {problem}; it computes something "
+                "else while it is traced, or draws random numbers: give masks and random numbers as inputs"
+            )
+
+
 def admit_ones(program: Program, model: torch.nn.Module, tensors: Sequence[Tensor]) -> Program:
     """Extend ranges that start at 2 down to 1 where the graph is seen to be right there.
 

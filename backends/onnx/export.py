@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import onnx_ir
 import onnxscript.optimizer
@@ -26,8 +26,8 @@ from ...ir.quantization.fold import fold
 from .lowerings import functions
 from .lowerings.lowering import STANDARD_OPSET, Lowering
 from .lowerings.table import FUNCTIONS, LOWERINGS, standard, supported
-from .lowerings.torch_attention import is_plain, torchs_attention
 from .nibbles import store_nibbles
+from .respell import respelled
 from .views import join_views
 
 OPSET = 23
@@ -73,7 +73,7 @@ def check(
                 problems.append(
                     f"{target_name(node)}: what it reads depends on layouts, which ONNX does not have{source_of(node)}"
                 )
-            elif not known(node.target) and not _decomposable(node.target):
+            elif not (known(node.target) or respelled(node) is not node.target or _decomposable(node.target)):
                 problems.append(f"{target_name(node)}: torch.onnx has no translation{source_of(node)}")
         elif isinstance(node.target, torch._ops.HigherOrderOperator) and not known(node.target):
             problems.append(f"{target_name(node)}: torch.onnx has no translation{source_of(node)}")
@@ -357,16 +357,8 @@ def _lowered(program: Program, choices: Choices) -> tuple[fx.GraphModule, list[s
     for node, original in zip(copy.graph.nodes, program.graph.nodes, strict=True):
         if node.op == "call_function" and node.target in LOWERINGS:
             node.target = choices[original].function
-        elif node.target is torch.ops.aten.sub.Tensor and not isinstance(node.args[0], fx.Node):
-            node.target = _less  # the exporter's decompositions know no number less a tensor
-        elif node.target is torch.ops.aten.chunk.default and len(node.meta["val"]) == node.args[1]:
-            node.target = _chunk  # its translation is a sequence, on which the folding of constants fails
-        elif node.target is torch.ops.aten.scaled_dot_product_attention.default and is_plain(node):
-            node.target = torchs_attention
-        elif _scales_integers(node):
-            tensor: Any = node.args[0]
-            floats = copy.call(torch.ops.aten._to_copy.default, tensor, dtype=dtype(node), before=node)
-            node.update_arg(0, floats)
+        elif node.op == "call_function":
+            node.target = respelled(node)
         elif node.op == "output":
             kept = dict.fromkeys(item for item in node.args[0] if isinstance(item, fx.Node))
             node.args = (tuple(kept),)
@@ -395,30 +387,6 @@ def _rename_weights(program: Program, taken: Sequence[str]) -> None:
             setattr(program.module, name, attribute(program.module, str(node.target)))
             delattr(program.module, str(node.target))
             node.target = name
-
-
-def _scales_integers(node: fx.Node) -> bool:
-    """Whether an integer tensor meets a number computed from sizes, which the exporter has no way to promote it to."""
-    if node.target not in _PROMOTING or not all(isinstance(item, fx.Node) for item in node.args[:2]):
-        return False
-    tensor, number = (item.meta["val"] for item in cast(list[fx.Node], node.args[:2]))
-    return isinstance(number, torch.SymFloat) and not tensor.is_floating_point()
-
-
-_PROMOTING = {
-    torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor, torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor,
-}  # fmt: skip
-
-
-def _less(number: float, tensor: Tensor, alpha: float = 1) -> Tensor:
-    return -tensor * alpha + number if alpha != 1 else -tensor + number
-
-
-def _chunk(tensor: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
-    size = (tensor.shape[dim] + chunks - 1) // chunks
-    return [tensor.narrow(dim, index * size, size) for index in range(chunks - 1)] + [
-        tensor.narrow(dim, (chunks - 1) * size, tensor.shape[dim] - (chunks - 1) * size)
-    ]
 
 
 def _export(program: Program, lowered: fx.GraphModule) -> ExportedProgram:

@@ -69,6 +69,17 @@ def test_a_graph_that_is_not_the_model_is_not_said_to_equal_it() -> None:
     assert verdict.reasons == ("the traced graph is not the model: output has other values than the model's",)
 
 
+def test_a_model_that_computes_something_else_while_traced_is_refused() -> None:
+    """As where a mask of all tokens is left out, and attention then causal, unless it is traced."""
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.cumsum(1) if torch.compiler.is_compiling() else x
+
+    with pytest.raises(TraceError, match="not the model: on the example 'output' has other values than the model's"):
+        fxpress.compile(Two().eval(), example_inputs=(X,), dynamic_shapes=None, backend="eager")
+
+
 # --- parameters of forward -------------------------------------------------------------------------------------------
 
 

@@ -107,6 +107,33 @@ def test_respelled_for_the_exporter(tmp_path: Path) -> None:
         assert compare([torch.from_numpy(found)], program.run([x]), run_float64(program, [x])).equal
 
 
+BOUNDARIES = torch.tensor([-1.0, 0.0, 0.0, 0.5])
+EDGES = torch.tensor([[0.0, 0.5, float("nan"), float("inf"), -2.0], [-1.0, 1.0, -0.0, 0.25, float("-inf")]])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.bucketize(x, BOUNDARIES),
+        lambda x: torch.bucketize(x, BOUNDARIES, right=True, out_int32=True),
+        lambda x: torch.bucketize((x > 0).long(), torch.tensor([0, 1, 1])),
+        lambda x: torch.searchsorted(BOUNDARIES, x, side="right"),
+        lambda x: torch.searchsorted(x.nan_to_num().sort(-1).values, x.flip(-1).contiguous()),
+        lambda x: torch.cdist(x.clamp(-1, 1), 2 * x.clamp(-1, 1)),
+        lambda x: torch.cdist(x.clamp(-1, 1)[None], x.clamp(0, 1)[None], p=1.0),
+    ],
+)
+def test_what_the_exporter_has_no_translation_of(function: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    class Of(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    save(to_onnx(traced(Of(), EDGES), {}), tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx", threads=1)
+    for x in (EDGES, torch.randn(3, 5)):
+        torch.testing.assert_close(torch.from_numpy(session.run([x.numpy()])[0]), function(x), equal_nan=True)
+
+
 class Detached(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.sin(x) * torch.exp(x).detach()
