@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ...ir.graph import arguments
 from .lowerings.torch_attention import is_plain, torchs_attention
 
 aten = torch.ops.aten
@@ -68,8 +69,10 @@ def _of_floats(operator: Any) -> Callable[..., Tensor]:
 
 
 def _is_promoted(node: fx.Node) -> bool:
-    tensor, number = (item.meta.get("val") if isinstance(item, fx.Node) else item for item in node.args[:2])
-    return isinstance(tensor, Tensor) and not tensor.is_floating_point() and isinstance(number, torch.SymFloat)
+    given = (arguments(node)[name] for name in ("self", "other"))
+    tensor, number = (item.meta.get("val") if isinstance(item, fx.Node) else item for item in given)
+    integers = isinstance(tensor, Tensor) and not tensor.is_floating_point() and not tensor.is_complex()
+    return integers and isinstance(number, torch.SymFloat)
 
 
 _PROMOTING = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
