@@ -51,7 +51,7 @@ def _store(module: torch.nn.Module, path: str, weight: Any) -> None:
 _DROPPED = ("_assert_", "_assert", "sym_constrain_range", "_guards_fn")
 
 
-def copy_calls(source: fx.GraphModule, module: torch.nn.Module, graph: fx.Graph, copies: dict[fx.Node, Any]) -> None:
+def copy_calls(source: fx.GraphModule, graph: fx.Graph, copies: dict[fx.Node, Any]) -> None:
     """Copy everything but weights: checks are dropped, changes in place become new values, contexts are inlined."""
     for node in source.graph.nodes:
         if node.op == "output":

@@ -113,9 +113,9 @@ def bound_by_tables(program: Program) -> None:
         if index.target not in _COUNTS or arguments(index).get("start", 0) != 0:
             continue
         size = size_text(shape(index)[0], program.symbols)
-        low, high = program.signature.ranges.get(size, (0, 0))
-        if size in program.signature.ranges and (high is None or high > rows - offset >= low):
-            program.set_longest(size, rows - offset)
+        if size in program.signature.ranges:
+            _, high = program.signature.ranges[size]
+            program.set_longest(size, rows - offset if high is None else min(high, rows - offset))
 
 
 _COUNTS = {aten.arange.default, aten.arange.start}

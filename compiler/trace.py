@@ -305,7 +305,7 @@ def _to_program(exported: ExportedProgram, positional: Sequence[str], args: Argu
     module, graph = torch.nn.Module(), fx.Graph()
     copies: dict[fx.Node, Any] = {}
     copy_weights(source, module, graph, copies)
-    copy_calls(source, module, graph, copies)
+    copy_calls(source, graph, copies)
     paths = _paths(positional, args)
     placeholders = [node for node in source.graph.nodes if node.op == "placeholder"]
     symbols = symbols_of(placeholders)

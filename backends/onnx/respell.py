@@ -39,13 +39,13 @@ def _chunk(tensor: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
 def _searchsorted(
     sorted_sequence: Tensor, self: Tensor, *, out_int32: bool = False, right: bool = False, side: str | None = None
 ) -> Tensor:
-    """How many numbers of a sorted row are smaller, or, on the right, not larger; NaN comes last."""
+    """How many numbers of a sorted row are smaller, or, on the right, not larger; NaN comes last. Compares all pairs."""
     rows = sorted_sequence if sorted_sequence.dim() == 1 else sorted_sequence.unsqueeze(-2)
     values = self.unsqueeze(-1)
     behind = rows <= values if right or side == "right" else rows < values
     if self.is_floating_point():
         behind = behind | values.isnan()
-    return behind.to(torch.int32 if out_int32 else torch.int64).sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
+    return behind.sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
 
 
 def _bucketize(self: Tensor, boundaries: Tensor, *, out_int32: bool = False, right: bool = False) -> Tensor:

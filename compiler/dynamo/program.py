@@ -55,7 +55,7 @@ def make_program(captured: Captured, values: Sequence[Any], *, live: Container[i
     module, graph = torch.nn.Module(), fx.Graph()
     copies: dict[fx.Node, Any] = {}
     copy_weights(source, module, graph, copies)
-    copy_calls(source, module, graph, copies)
+    copy_calls(source, graph, copies)
     tensors = [node for node in graph.nodes if node.op == "placeholder"]
     symbols = symbols_of(tensors)
     program = Program(
