@@ -39,7 +39,7 @@ def _chunk(tensor: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
 def _searchsorted(
     sorted_sequence: Tensor, self: Tensor, *, out_int32: bool = False, right: bool = False, side: str | None = None
 ) -> Tensor:
-    """How many numbers of a sorted row are smaller, or, on the right, not larger; NaN comes last. Compares all pairs."""
+    """How many numbers of a sorted row are smaller, or, on the right, not larger, by comparing all; NaN is last."""
     rows = sorted_sequence if sorted_sequence.dim() == 1 else sorted_sequence.unsqueeze(-2)
     values = self.unsqueeze(-1)
     behind = rows <= values if right or side == "right" else rows < values
